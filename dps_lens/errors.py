@@ -1,0 +1,37 @@
+"""Errors of dps_lens: each says which call failed, what was found and how to mend it."""
+
+
+class DPSLensError(Exception):
+    """Base class of every error that dps_lens raises on purpose."""
+
+
+class ModelLoadError(DPSLensError):
+    """A model could not be found, read or wrapped."""
+
+
+class ModelCheckError(DPSLensError):
+    """A loaded model fails one of the checks that scoring relies on."""
+
+
+class HeadError(DPSLensError, ValueError):
+    """A head, or a number of heads, that the model or the scores do not have."""
+
+
+class InterventionError(DPSLensError, ValueError):
+    """An ablation that is not defined for what it was asked of."""
+
+
+class DataError(DPSLensError, ValueError):
+    """A record or file of user data is malformed; names file, record and field."""
+
+
+class PromptError(DPSLensError, ValueError):
+    """A prompt cannot be built, or does not fit the model's context."""
+
+
+class ScoreError(DPSLensError, ValueError):
+    """Scores cannot be computed, read or combined."""
+
+
+class RunError(DPSLensError):
+    """A run folder was made with other settings, or cannot be used."""

@@ -1,0 +1,19 @@
+"""Models: load and check them, choose the attention kernel, run passes."""
+
+from dps_lens.model.attention import HookedModel, is_bridge, native_attention, runs_native
+from dps_lens.model.check import check_model
+from dps_lens.model.load import load_model, wrap_model
+from dps_lens.model.runner import PromptCache, Residuals, Runner
+
+__all__ = [
+    "HookedModel",
+    "PromptCache",
+    "Residuals",
+    "Runner",
+    "check_model",
+    "is_bridge",
+    "load_model",
+    "native_attention",
+    "runs_native",
+    "wrap_model",
+]

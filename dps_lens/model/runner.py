@@ -1,0 +1,235 @@
+"""Forward passes: prompt caches, restarts in the middle of the model, and decoding steps.
+
+The one interface through which scoring, validation and steering run a model. Hooks that are active
+on the model act in every pass.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dps_lens.model.attention import HookedModel, is_bridge
+
+Residuals = dict[int, Tensor]
+"""Residual stream entering a layer: layer → `Float[Tensor, "row pos d_model"]`."""
+
+
+@dataclass
+class PromptCache:
+    """Keys and values of a prompt, one `(key, value)` pair a layer, never written after prefill.
+
+    Attributes:
+        layers: tensors in the layout of the library that made them.
+        length: positions held.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    length: int
+
+
+class Runner(ABC):
+    """Runs one hooked model; `Runner.of(model)` picks the implementation."""
+
+    def __init__(self, model: HookedModel) -> None:
+        self.model = model
+        self.cfg = model.cfg
+
+    @staticmethod
+    def of(model: HookedModel) -> "Runner":
+        """The runner of a `TransformerBridge` or a `HookedTransformer`."""
+        if is_bridge(model):
+            return BridgeRunner(model)
+        from dps_lens.model.hooked import HookedRunner
+
+        return HookedRunner(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.model.parameters()).device
+
+    @abstractmethod
+    def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
+        """Run a prompt and keep its keys and values."""
+
+    @abstractmethod
+    def logits(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        *,
+        prompt: PromptCache | None = None,
+        keep: int | None = None,
+        record: Residuals | None = None,
+    ) -> Float[Tensor, "row kept d_vocab"]:
+        """Logits of `tokens`, placed after `prompt`, which is shared by all rows and left as it is.
+
+        Args:
+            tokens: token ids.
+            prompt: keys and values of one row that every row of `tokens` continues.
+            keep: return the logits of the last `keep` positions only.
+            record: filled with the residual stream entering every layer.
+        """
+
+    @abstractmethod
+    def resume(
+        self,
+        starts: Mapping[int, Tensor],
+        tokens: Int[Tensor, "1 pos"],
+        *,
+        prompt: PromptCache | None = None,
+        keep: int | None = None,
+    ) -> Float[Tensor, "row kept d_vocab"]:
+        """Restart rows in the middle of the model; layers below the first start are not computed.
+
+        Args:
+            starts: layer → residual stream of the rows that enter there. Rows join in layer order,
+                so the batch grows from layer to layer.
+            tokens: the ids at these positions (for positions and masks).
+            prompt: as in `logits`.
+            keep: as in `logits`.
+
+        Returns:
+            logits of all rows, in the order in which they joined.
+        """
+
+    @abstractmethod
+    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
+        """A growing cache that holds row `rows[i]` of `prompt` as its row i."""
+
+    @abstractmethod
+    def step(
+        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Append `tokens` to a growing cache; logits of the last position.
+
+        Args:
+            tokens: token ids, one row a sequence.
+            cache: from `start_decoding`; extended in place.
+            mask: 1 where a position, cached or new, is a token; 0 where it is padding.
+        """
+
+
+class BridgeRunner(Runner):
+    """Runs a `TransformerBridge` with the cache objects of Hugging Face."""
+
+    def __init__(self, model: HookedModel) -> None:
+        super().__init__(model)
+        self._can_keep = "logits_to_keep" in inspect.signature(model.original_model.forward).parameters
+
+    def _forward(self, tokens: Tensor, *, keep: int | None, **kwargs: Any) -> Tensor:
+        if keep is not None and self._can_keep:
+            kwargs["logits_to_keep"] = keep
+        logits = self.model(tokens, return_type="logits", **kwargs)
+        return logits if keep is None else logits[:, -keep:]
+
+    def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        self._forward(tokens, keep=1, past_key_values=cache, attention_mask=mask)
+        return PromptCache([(layer.keys, layer.values) for layer in cache.layers], tokens.shape[1])
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        *,
+        prompt: PromptCache | None = None,
+        keep: int | None = None,
+        record: Residuals | None = None,
+    ) -> Float[Tensor, "row kept d_vocab"]:
+        past = _shared_cache(prompt) if prompt else None
+        if record is None:
+            return self._forward(tokens, keep=keep, past_key_values=past, use_cache=past is not None)
+        with self.model.hooks(fwd_hooks=recorders(self.cfg.n_layers, record)):
+            return self._forward(tokens, keep=keep, past_key_values=past, use_cache=past is not None)
+
+    def resume(
+        self,
+        starts: Mapping[int, Tensor],
+        tokens: Int[Tensor, "1 pos"],
+        *,
+        prompt: PromptCache | None = None,
+        keep: int | None = None,
+    ) -> Float[Tensor, "row kept d_vocab"]:
+        past = _shared_cache(prompt) if prompt else None
+        with _entering(self.model.blocks, starts):
+            return self._forward(tokens, keep=keep, past_key_values=past, use_cache=past is not None)
+
+    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index, (key, value) in enumerate(prompt.layers):
+            cache.update(key[rows.to(key.device)], value[rows.to(value.device)], index)
+        return cache
+
+    def step(
+        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]
+    ) -> Float[Tensor, "row d_vocab"]:
+        return self._forward(tokens, keep=1, past_key_values=cache, attention_mask=mask)[:, -1]
+
+
+def recorders(n_layers: int, record: Residuals) -> list[tuple[str, Any]]:
+    """Hooks that fill `record` with the residual stream entering every layer."""
+
+    def keep(residual: Tensor, hook: Any, layer: int) -> None:
+        record[layer] = residual.detach()
+
+    return [(f"blocks.{layer}.hook_resid_pre", partial(keep, layer=layer)) for layer in range(n_layers)]
+
+
+@contextmanager
+def _entering(blocks: Any, starts: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let blocks below the first start pass their input on, and let rows join at the starts.
+
+    The model around the blocks (masks, position embeddings, final norm, unembedding) stays its own.
+    """
+    first = min(starts)
+    changed = [block for layer, block in enumerate(blocks) if layer < first or layer in starts]
+
+    def enter(layer: int, block: Any, *args: Any, **kwargs: Any) -> Any:
+        residual = args[0] if args else kwargs.pop("hidden_states")
+        if layer < first:
+            return residual
+        arriving = starts[layer]
+        if layer > first:
+            arriving = torch.cat([residual, arriving.to(residual.device)])
+        return type(block).forward(block, arriving, *args[1:], **kwargs)
+
+    try:
+        for layer, block in enumerate(blocks):
+            if layer < first or layer in starts:
+                # The bridge forwards plain attribute assignment to the wrapped module.
+                object.__setattr__(block, "forward", partial(enter, layer, block))
+        yield
+    finally:
+        for block in changed:
+            vars(block).pop("forward", None)
+
+
+def _shared_cache(prompt: PromptCache) -> Any:
+    """A Hugging Face cache that puts one prompt before the rows of any batch and stores nothing."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class SharedLayer(DynamicLayer):
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            rows = key_states.shape[0]
+            key = self.keys.expand(rows, -1, -1, -1)
+            value = self.values.expand(rows, -1, -1, -1)
+            return torch.cat([key, key_states], -2), torch.cat([value, value_states], -2)
+
+    layers = []
+    for key, value in prompt.layers:
+        layer = SharedLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+        layers.append(layer)
+    return Cache(layers=layers)
