@@ -1,0 +1,214 @@
+"""The tasks of LaMP (arXiv 2304.11406) and LongLaMP (arXiv 2407.11016).
+
+A task knows how a document of the history reads in a prompt, what an input asks for, and how a
+document becomes an example of its own.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dps_lens.errors import DataError
+
+_COMPARED = 80
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: `"lamp-1"` … `"lamp-7"`, `"longlamp-abstract"`, `"longlamp-review"`, `"longlamp-topic"`.
+        fields: fields that a document of the history must have.
+        body: the field that is cut when a document is too long for its share of a prompt.
+        snippet: how a document reads in a prompt; `{field}` stands for a field.
+        keyword: an input's own content follows this text; everything before it is the instruction.
+        source: the template of a discovery input; `""` appends the field to the instruction.
+        target: the field that a discovery example asks for, None when documents hold no pairs.
+        asked: the field that a discovery input shows, when the input is instruction + field.
+        max_new_tokens: a generous length for a generated answer.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    body: str
+    snippet: str
+    keyword: str
+    target: str | None = None
+    asked: str = ""
+    source: str = ""
+    max_new_tokens: int = 32
+
+    @property
+    def has_pairs(self) -> bool:
+        """A document holds both what a task input shows and what it asks for."""
+        return self.target is not None
+
+    def parts(self, fields: Mapping[str, Any]) -> tuple[str, str, str]:
+        """A document's snippet as text before, inside and after the field that may be cut."""
+        before, after = self.snippet.split("{" + self.body + "}")
+        values = {name: _one_line(fields[name]) for name in self.fields}
+        return before.format(**values), values[self.body], after.format(**values)
+
+    def query(self, task_input: str) -> str:
+        """What retrieval looks for: the input after its keyword."""
+        position = task_input.find(self.keyword) if self.keyword else -1
+        return task_input[position + len(self.keyword) :].strip() if position >= 0 else task_input
+
+    def pair(self, fields: Mapping[str, Any], template: str) -> tuple[str, str] | None:
+        """A document as input and answer, worded like `template`, an input of the same task."""
+        if self.target is None:
+            return None
+        answer = str(fields[self.target]).strip()
+        if not answer:
+            return None
+        if self.source:
+            return self.source.format(**{name: _one_line(fields[name]) for name in self.fields}), answer
+        shown = _one_line(fields[self.asked])
+        if self.keyword == '"':
+            # The shown field is what the template quotes: `… a post titled "…".`
+            return re.sub(r'"[^"]*"', lambda _: f'"{shown}"', template or 'Write the text titled "".', count=1), answer
+        position = template.find(self.keyword)
+        instruction = template[: position + len(self.keyword)] if position >= 0 else self.keyword
+        return f"{instruction} {shown}", answer
+
+    def is_same_text(self, fields: Mapping[str, Any], document_id: str, example: Any) -> bool:
+        """A document is what an evaluation example shows or asks for."""
+        if document_id == example.id:
+            return True
+        asked_for = _folded(example.reference)
+        shown = _folded(example.input)
+        if self.target and asked_for and _folded(fields[self.target]) == asked_for:
+            return True
+        body = _folded(fields[self.body])[:_COMPARED]
+        return len(body) >= _COMPARED // 2 and (body in shown or body in asked_for)
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+def _folded(value: Any) -> str:
+    return _one_line(value).casefold()
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("lamp-1", ("title", "abstract"), "title", '"{title}"', "title", max_new_tokens=8),
+        Task(
+            "lamp-2",
+            ("tag", "description"),
+            "description",
+            'the tag for the movie: "{description}" is "{tag}"',
+            "description:",
+            target="tag",
+            asked="description",
+            max_new_tokens=8,
+        ),
+        Task(
+            "lamp-3",
+            ("text", "score"),
+            "text",
+            '{score} is the score for "{text}"',
+            "review:",
+            target="score",
+            asked="text",
+            max_new_tokens=4,
+        ),
+        Task(
+            "lamp-4",
+            ("title", "text"),
+            "text",
+            '"{title}" is the title for "{text}"',
+            "article:",
+            target="title",
+            asked="text",
+        ),
+        Task(
+            "lamp-5",
+            ("title", "abstract"),
+            "abstract",
+            '"{title}" is the title for "{abstract}"',
+            "paper:",
+            target="title",
+            asked="abstract",
+        ),
+        Task(
+            "lamp-6",
+            ("title", "text"),
+            "text",
+            '"{title}" is the title for "{text}"',
+            "email:",
+            target="title",
+            asked="text",
+        ),
+        Task("lamp-7", ("text",), "text", '"{text}"', "before or after it:", max_new_tokens=64),
+        Task(
+            "longlamp-abstract",
+            ("title", "abstract"),
+            "abstract",
+            '"{title}" is the title of the abstract "{abstract}"',
+            "title",
+            target="abstract",
+            source='Generate an abstract for the title "{title}".',
+            max_new_tokens=256,
+        ),
+        Task(
+            "longlamp-review",
+            ("description", "overall", "reviewText", "summary"),
+            "reviewText",
+            'a review rated {overall} of the product "{description}", with the summary "{summary}", is "{reviewText}"',
+            "product",
+            target="reviewText",
+            source=(
+                'Generate the review text written by a reviewer who has a given an overall rating of "{overall}" for a '
+                'product with description "{description}". The summary of the review text is "{summary}".'
+            ),
+            max_new_tokens=256,
+        ),
+        Task(
+            "longlamp-topic",
+            ("content", "summary"),
+            "content",
+            '"{summary}" is the title of the text "{content}"',
+            '"',
+            target="content",
+            asked="summary",
+            max_new_tokens=256,
+        ),
+    )
+}
+
+_LAMP_MARKS = {
+    "lamp-1": "which reference is related",
+    "lamp-2": "tag does this movie",
+    "lamp-3": "what is the score of the following review",
+    "lamp-4": "headline for the following article",
+    "lamp-5": "title for the following abstract",
+    "lamp-6": "subject for the following email",
+    "lamp-7": "paraphrase the following tweet",
+}
+_LONGLAMP_MARKS = {"longlamp-abstract": "abstract", "longlamp-review": "reviewText", "longlamp-topic": "content"}
+
+
+def find_task(task_input: str, profile: list[Mapping[str, Any]], hint: str | None = None) -> Task:
+    """The task of a record: by name, by the wording of its input, or by the fields of its profile.
+
+    Raises:
+        DataError: no task matches.
+    """
+    if hint:
+        name = hint.lower().replace("_", "-")
+        if name not in TASKS:
+            raise DataError(f"task {hint!r} is unknown; use one of {', '.join(TASKS)}")
+        return TASKS[name]
+    lowered = task_input.lower()
+    for name, mark in _LAMP_MARKS.items():
+        if mark in lowered:
+            return TASKS[name]
+    for name, mark in _LONGLAMP_MARKS.items():
+        if profile and mark in profile[0]:
+            return TASKS[name]
+    raise DataError(f"cannot tell the task from the input {task_input[:60]!r}; give task= one of {', '.join(TASKS)}")
