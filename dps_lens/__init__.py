@@ -1,0 +1,38 @@
+"""dps_lens: find the attention heads that carry a user's preferences, prove it, and steer with them."""
+
+from importlib import import_module
+from typing import Any
+
+_API = {
+    "DPSLensError": "errors",
+    "Head": "heads",
+    "HeadScores": "scores",
+    "HeadSet": "heads",
+    "PromptConfig": "data",
+    "ablate": "intervene",
+    "ablation_cost": "analysis",
+    "build_prompt": "data",
+    "check_model": "model",
+    "generate": "steering",
+    "load_model": "model",
+    "load_users": "data",
+    "random_heads": "families",
+    "record_z": "intervene",
+    "score_heads": "scoring",
+}
+
+__all__ = [*_API, "plots"]  # noqa: PLE0604
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import dps_lens` stays quick."""
+    if name == "plots":
+        return import_module("dps_lens.plots")
+    if name not in _API:
+        raise AttributeError(f"module 'dps_lens' has no attribute {name!r}")
+    return getattr(import_module(f"dps_lens.{_API[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

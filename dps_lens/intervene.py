@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dps_lens.errors import InterventionError
 from dps_lens.heads import HeadSet
-from dps_lens.model import HookedModel, native_attention, runs_native
+from dps_lens.model import HookedModel, Runner, native_attention, runs_native
 
 Ablation: TypeAlias = Literal["zero", "mean", "patch", "uniform"]
 Positions: TypeAlias = Literal["all", "response", "profile"]
@@ -257,8 +257,6 @@ def record_z(
 
     Patch with it as it is; its mean over positions is a `values=` for `mean`.
     """
-    from dps_lens.model import Runner
-
     runner = Runner.of(model)
     with native_attention(model), recording_z(model, window(prompt, positions)) as found:
         runner.logits(prompt.tokens[None].to(runner.device), keep=1)

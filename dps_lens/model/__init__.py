@@ -2,6 +2,7 @@
 
 from dps_lens.model.attention import HookedModel, is_bridge, native_attention, runs_native
 from dps_lens.model.check import check_model
+from dps_lens.model.describe import describe_model
 from dps_lens.model.load import load_model, wrap_model
 from dps_lens.model.runner import PromptCache, Residuals, Runner
 
@@ -11,6 +12,7 @@ __all__ = [
     "Residuals",
     "Runner",
     "check_model",
+    "describe_model",
     "is_bridge",
     "load_model",
     "native_attention",

@@ -1,0 +1,169 @@
+"""What ablating chosen heads costs on held-out examples, against layer-matched random heads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from scipy.stats import t as student
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dps_lens.data import Example, PromptConfig, User, build_prompt
+from dps_lens.errors import ScoreError
+from dps_lens.families import random_heads
+from dps_lens.heads import HeadSet
+from dps_lens.intervene import Ablation, Positions
+from dps_lens.model import HookedModel, Runner
+from dps_lens.scores import HeadScores
+from dps_lens.scoring.branches import BatchSize, Branches
+
+if TYPE_CHECKING:
+    import pandas
+
+OWN, NONE = "own", "no_profile"
+
+
+@dataclass(frozen=True)
+class AblationCost:
+    """NLL of held-out responses with nothing, chosen heads, or random heads ablated.
+
+    Attributes:
+        nll: `Float64[Tensor, "set example"]` by condition (`"own"`, `"no_profile"`); the first row is the
+            unablated model, the second the chosen heads, the rest the random draws.
+        user_ids: owner of each example.
+        heads: the chosen heads.
+        draws: the random sets.
+        manifest: settings.
+    """
+
+    nll: dict[str, Float64[Tensor, "set example"]]
+    user_ids: tuple[str, ...]
+    heads: HeadSet
+    draws: tuple[HeadSet, ...]
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def _by_user(self, values: Float64[Tensor, " example"]) -> np.ndarray:
+        users = dict.fromkeys(self.user_ids)
+        owners = np.array(self.user_ids)
+        return np.array([values.numpy()[owners == user].mean() for user in users])
+
+    def to_frame(self, level: float = 0.95) -> "pandas.DataFrame":
+        """One row a measure: mean over users with a Student's t interval over users.
+
+        `gain` is NLL(no profile) − NLL(own profile). `taken` is the gain of the full model minus the gain
+        under ablation: what the heads carry of the personalisation. `harm` is what the ablation costs
+        without a profile. Random rows average the draws within each user.
+        """
+        import pandas as pd
+
+        own, none = self.nll[OWN], self.nll[NONE]
+        gain = none - own
+        chosen, draws = gain[1], gain[2:].mean(0)
+        label = f"top {len(self.heads)} heads"
+        random_label = f"{len(self.draws)} random sets"
+        rows: list[tuple[str, str, Tensor]] = [
+            ("full model", "NLL, own profile", own[0]),
+            ("full model", "NLL, no profile", none[0]),
+            ("full model", "gain", gain[0]),
+            (label, "gain", chosen),
+            (label, "taken", gain[0] - chosen),
+            (label, "harm", none[1] - none[0]),
+        ]
+        if self.draws:
+            rows += [
+                (random_label, "gain", draws),
+                (random_label, "taken", gain[0] - draws),
+                (random_label, "harm", none[2:].mean(0) - none[0]),
+                ("difference", "taken", draws - chosen),
+                ("difference", "harm", none[1] - none[2:].mean(0)),
+            ]
+        return pd.DataFrame(
+            [{"ablated": ablated, "measure": measure, **_interval(self._by_user(v), level)} for ablated, measure, v in rows]
+        )
+
+    @property
+    def share_of_draws_below(self) -> float:
+        """Share of random sets that take less of the gain than the chosen heads."""
+        taken = (self.nll[NONE] - self.nll[OWN])[0] - (self.nll[NONE] - self.nll[OWN])
+        per_set = np.array([self._by_user(row).mean() for row in taken[1:]])
+        return float((per_set[1:] < per_set[0]).mean()) if len(per_set) > 1 else float("nan")
+
+
+def _interval(values: np.ndarray, level: float) -> dict[str, float]:
+    mean, n = float(values.mean()), len(values)
+    half = float(student.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def ablation_cost(
+    model: HookedModel,
+    users: Sequence[User],
+    heads: HeadSet | HeadScores,
+    *,
+    k: int = 10,
+    n_random: int = 20,
+    ablation: Ablation = "zero",
+    positions: Positions = "response",
+    max_examples: int | None = None,
+    prompt: PromptConfig | None = None,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    progress: bool = True,
+) -> AblationCost:
+    """Ablate chosen heads on the evaluation examples of users, beside layer-matched random heads.
+
+    Args:
+        model: a hooked model.
+        users: their evaluation examples are used.
+        heads: the chosen heads, or scores whose top `k` are taken.
+        k: how many heads to take from scores.
+        n_random: random sets, each disjoint from the chosen heads and matched to their layers.
+        ablation: `"zero"` or `"uniform"`.
+        positions: where.
+        max_examples: the newest so many evaluation examples of each user.
+        prompt: how prompts are built.
+        seed: of the random sets.
+        batch_size: branches a batch.
+        progress: show a progress bar.
+
+    Raises:
+        ScoreError: the scores were measured on one of these examples.
+    """
+    examples: list[Example] = []
+    for user in users:
+        examples.extend(user.examples[-max_examples:] if max_examples else user.examples)
+    if isinstance(heads, HeadScores):
+        shared = set(heads.example_ids) & {example.id for example in examples}
+        if shared:
+            raise ScoreError(
+                f"ablation_cost: the heads were chosen on {len(shared)} of these examples, such as {min(shared)!r}; "
+                "evaluate on other examples"
+            )
+        heads = heads.top(k)
+    if ablation not in ("zero", "uniform"):
+        raise ScoreError(f"ablation_cost: ablation {ablation!r} is not offered here; use 'zero' or 'uniform'")
+    draws = tuple(random_heads(model, heads, seed=seed + draw) for draw in range(n_random))
+    masks = torch.stack([head_set.mask(model.cfg) for head_set in (HeadSet(), heads, *draws)])
+    runner = Runner.of(model)
+    columns: dict[str, list[Tensor]] = {OWN: [], NONE: []}
+    for example in tqdm(examples, desc="ablating heads", unit="example", disable=None if progress else True):
+        for name, profile in ((OWN, "own"), (NONE, "none")):
+            built = build_prompt(model, example, profile, config=prompt)  # type: ignore[arg-type]
+            branches = Branches(runner, built, ablation=ablation, positions=positions, batch_size=batch_size)
+            columns[name].append(branches.ablated(masks))
+    return AblationCost(
+        {name: torch.stack(column, dim=1) for name, column in columns.items()},
+        tuple(example.user_id for example in examples),
+        heads,
+        draws,
+        {
+            "examples": [example.id for example in examples],
+            "ablation": ablation,
+            "positions": positions,
+            "seed": seed,
+            "prompt": (prompt or PromptConfig()).to_dict(),
+        },
+    )

@@ -1,0 +1,46 @@
+"""Random heads as controls: disjoint from their target and from the same layers."""
+
+import random
+from collections import Counter
+from typing import Literal
+
+from dps_lens.errors import HeadError
+from dps_lens.heads import Head, HeadSet
+from dps_lens.model import HookedModel
+
+
+def random_heads(
+    model: HookedModel, like: HeadSet, *, match: Literal["layer", "none"] = "layer", seed: int = 0
+) -> HeadSet:
+    """Draw as many heads as `like` holds, none of them in `like`.
+
+    Args:
+        model: the heads are drawn from its config.
+        like: the set that is controlled for.
+        match: `"layer"` draws as many heads from each layer as `like` has there; `"none"` from anywhere.
+        seed: of the draw.
+
+    Raises:
+        HeadError: `like` leaves too few heads, in a layer or in the model.
+    """
+    cfg = model.cfg
+    like.mask(cfg)
+    rng = random.Random(f"random_heads|{seed}")
+    free = [Head(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    free = [head for head in free if head not in like]
+    if match == "none":
+        if len(free) < len(like):
+            raise HeadError(f"random_heads: {len(like)} heads asked for, {len(free)} are outside the target set")
+        return HeadSet(rng.sample(free, len(like)), label="random")
+    if match != "layer":
+        raise HeadError(f"random_heads: match {match!r} is unknown; use 'layer' or 'none'")
+    chosen: list[Head] = []
+    for layer, count in sorted(Counter(head.layer for head in like).items()):
+        others = [head for head in free if head.layer == layer]
+        if len(others) < count:
+            raise HeadError(
+                f"random_heads: layer {layer} has {len(others)} heads outside the target set, {count} are needed; "
+                "use a smaller set or match='none'"
+            )
+        chosen.extend(rng.sample(others, count))
+    return HeadSet(chosen, label="random")
