@@ -35,3 +35,7 @@ class ScoreError(DPSLensError, ValueError):
 
 class RunError(DPSLensError):
     """A run folder was made with other settings, or cannot be used."""
+
+
+class SteeringError(DPSLensError, ValueError):
+    """Generation was asked for something that is not defined."""

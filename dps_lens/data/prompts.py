@@ -37,7 +37,7 @@ class PromptConfig:
     """
 
     items: int = 6
-    profile_tokens: int = 384
+    profile_tokens: int = 256
     task_tokens: int | None = 256
     response_tokens: int | None = 128
     retrieval: Retrieval = "bm25"

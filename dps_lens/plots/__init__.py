@@ -1,0 +1,7 @@
+"""Figures: plotly, returned, never shown."""
+
+from dps_lens.plots.heatmap import heatmap
+from dps_lens.plots.report import verdict, write_report
+from dps_lens.plots.theme import TEMPLATE
+
+__all__ = ["TEMPLATE", "heatmap", "verdict", "write_report"]

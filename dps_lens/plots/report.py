@@ -1,0 +1,92 @@
+"""One self-contained HTML page of a run: heatmap, top heads, ablation cost, steered text."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dps_lens.analysis import AblationCost
+from dps_lens.files import write_text
+from dps_lens.plots.heatmap import heatmap
+from dps_lens.scores import HeadScores
+
+
+def write_report(
+    path: str | Path,
+    scores: HeadScores,
+    cost: AblationCost,
+    texts: Sequence[Mapping[str, str]],
+    *,
+    title: str = "Preference Heads",
+    steering: str = "DPS",
+) -> Path:
+    """Write the page; it opens without a network and runs no script but its own figure's.
+
+    Args:
+        path: of the HTML file.
+        scores: profile-specific scores.
+        cost: of ablating the top heads.
+        texts: `user`, `reference`, `plain` and `steered` of each example shown.
+        title: of the page.
+        steering: how the steered texts were made.
+    """
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("dps_lens", "plots"), autoescape=select_autoescape(default=True, default_for_string=True)
+    )
+    baseline = str(scores.manifest["contrast"])
+    frame = scores.to_frame().head(len(cost.heads)).rename(columns={baseline: "baseline"})
+    figure = heatmap(scores, heads=cost.heads)
+    page = environment.get_template("report.html.jinja").render(
+        title=title,
+        lead=f"{len(scores.users)} users, {len(scores.user_ids)} discovery examples, {len(cost.user_ids)} held out.",
+        # Plotly's own markup; it escapes "<" inside the JSON of the figure.
+        heatmap=_safe(figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})),
+        top=frame.to_dict("records"),
+        cost=cost.to_frame().to_dict("records"),
+        verdict=verdict(cost),
+        texts=texts,
+        steering=steering,
+        facts=_facts(scores, cost),
+    )
+    write_text(path, page)
+    return Path(path)
+
+
+def verdict(cost: AblationCost) -> str:
+    """The sentence that the held-out numbers support."""
+    frame = cost.to_frame().set_index(["ablated", "measure"])
+    gain = frame.loc[("full model", "gain")]
+    k = len(cost.heads)
+    if not gain["low"] > 0:
+        return (
+            f"On these examples the profile does not reliably help the model (gain {gain['mean']:.3f}, interval "
+            f"{gain['low']:.3f} to {gain['high']:.3f}), so there is little personalisation to take."
+        )
+    difference = frame.loc[("difference", "taken")]
+    words = f"{difference['mean']:.3f} nats per token (interval {difference['low']:.3f} to {difference['high']:.3f})"
+    if difference["low"] > 0:
+        return f"The top {k} heads take more of the gain than random heads of the same layers, by {words}."
+    if difference["high"] < 0:
+        return f"The top {k} heads take less of the gain than random heads of the same layers: {words}."
+    return f"The top {k} heads cannot be told from random heads of the same layers: {words}."
+
+
+def _facts(scores: HeadScores, cost: AblationCost) -> list[tuple[str, str]]:
+    manifest = scores.manifest
+    model, prompt = manifest["model"], manifest["prompt"]
+    return [
+        ("model", f"{model['name']}, {model['n_layers']} layers × {model['n_heads']} heads, {model['dtype']}"),
+        ("ablation", f"{manifest['ablation']}, positions {manifest['positions']}, contrast {manifest['contrast']}"),
+        ("sign", manifest["sign"]),
+        ("prompts", ", ".join(f"{name} {value}" for name, value in prompt.items())),
+        ("heads tested", str(cost.heads)),
+        ("controls", f"{len(cost.draws)} layer-matched random sets, seed {cost.manifest['seed']}"),
+        ("libraries", ", ".join(f"{name} {version}" for name, version in model["libraries"].items())),
+    ]
+
+
+def _safe(html: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(html)

@@ -1,0 +1,5 @@
+"""Decoding with contrast."""
+
+from dps_lens.steering.generate import Generation, generate
+
+__all__ = ["Generation", "generate"]
