@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,6 +36,7 @@ Where: TypeAlias = Callable[[int], Selection]
 """Maps the number of positions in a pass to those that are edited."""
 
 
+@runtime_checkable
 class HasSpans(Protocol):
     """A prompt, as far as an ablation looks at it."""
 

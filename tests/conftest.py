@@ -1,0 +1,173 @@
+"""Small random models of several architectures, their tokenizers, and the embedded model."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jaxtyping
+
+# Shapes and types in public signatures are checked while the tests run.
+jaxtyping.install_import_hook("dps_lens", "beartype.beartype")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import dps_lens as dps
+from dps_lens.data import load_users
+from dps_lens.heads import HeadSet
+from dps_lens.model import wrap_model
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+CONTEXT = {"max_position_embeddings": 1024}
+GQA = {"num_key_value_heads": 2, "head_dim": 8}
+CONFIGS = {
+    "llama": (transformers.LlamaConfig, {**SIZES, **CONTEXT, **GQA}),
+    "qwen2": (transformers.Qwen2Config, {**SIZES, **CONTEXT, "num_key_value_heads": 2}),
+    "qwen3": (transformers.Qwen3Config, {**SIZES, **CONTEXT, **GQA}),
+    "gemma2": (transformers.Gemma2Config, {**SIZES, **CONTEXT, **GQA, "sliding_window": 24}),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {**SIZES, **CONTEXT, **GQA, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 1 + ["sliding_attention"]},
+    ),
+    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 1024}),
+    "gpt_neox": (transformers.GPTNeoXConfig, {**SIZES, **CONTEXT}),
+}
+ARCHITECTURES = list(CONFIGS)
+
+
+def probe_texts() -> list[str]:
+    return [f"{document.fields['title']}\n{document.fields['text']}" for user in load_users("probe") for document in user.history]
+
+
+def make_tokenizer(kind: str = "byte", *, chat: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """A small tokenizer trained on the probe texts: byte-level BPE, or metaspace BPE as of SentencePiece."""
+    inner = Tokenizer(models.BPE(unk_token=None if kind == "byte" else "<unk>"))
+    special = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>"]
+    if kind == "byte":
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace()
+        inner.decoder = decoders.Metaspace()
+        alphabet = ["\n"]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(probe_texts(), trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<unk>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_hf_model(architecture: str, vocab_size: int = 600, seed: int = 0) -> transformers.PreTrainedModel:
+    """A random model whose heads matter: weights are large enough that ablations change the loss."""
+    config_class, options = CONFIGS[architecture]
+    torch.manual_seed(seed)
+    config = config_class(vocab_size=vocab_size, **options, bos_token_id=1, eos_token_id=3, pad_token_id=3)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+class Tiny:
+    """A hooked model and the plain Hugging Face model with the same weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+        self.hooked = dps.load_model(self.folder)
+        self.plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def unchecked():
+    """Without run-time type checks: what a user sees who passes a wrong value."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = make_tokenizer()
+    for architecture in ARCHITECTURES:
+        make_hf_model(architecture, len(tokenizer)).save_pretrained(root / architecture)
+        tokenizer.save_pretrained(root / architecture)
+    return {architecture: root / architecture for architecture in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tinies(tiny_folders):
+    loaded: dict[str, Tiny] = {}
+
+    def get(architecture: str) -> Tiny:
+        if architecture not in loaded:
+            loaded[architecture] = Tiny(tiny_folders[architecture])
+        return loaded[architecture]
+
+    return get
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def tiny(request, tinies) -> Tiny:
+    return tinies(request.param)
+
+
+@pytest.fixture
+def llama(tinies) -> Tiny:
+    return tinies("llama")
+
+
+@pytest.fixture(scope="session")
+def real():
+    """The embedded model; installed by `make test`."""
+    return dps.load_model()
+
+
+@pytest.fixture(scope="session")
+def probe():
+    return load_users("probe")
+
+
+@pytest.fixture(scope="session")
+def short():
+    """Small prompts, so that slow oracles stay quick."""
+    return dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
+
+
+@pytest.fixture(scope="session")
+def development_data() -> Path:
+    folder = os.environ.get("DPS_LENS_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("DPS_LENS_DATA names no folder of development data")
+    return Path(folder)
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def no_hooks_left(model) -> bool:
+    return all(not point.fwd_hooks and not point.bwd_hooks for point in model.hook_dict.values())
+
+
+def heads(names: str) -> HeadSet:
+    return HeadSet.parse(names)
+
+
+__all__ = ["Tiny", "heads", "make_hf_model", "make_tokenizer", "no_hooks_left", "wrap_model", "write_jsonl"]
