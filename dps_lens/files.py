@@ -48,7 +48,8 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors, whole or not at all."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Copies: tensors that share memory, as a score and its only component do, would be refused.
+    contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, dict(metadata or {}))
 

@@ -124,7 +124,7 @@ def build_prompt(
             "lower profile_tokens, task_tokens or response_tokens in PromptConfig"
         )
     condition = profile.id if isinstance(profile, User) else profile
-    shown = tuple(document.id for document in documents)
+    shown = tuple(document.id for document in documents[: len(pieces)])
     return Prompt(torch.tensor(ids + answer), spans, text, condition, example.id, example.user_id, shown)
 
 
@@ -152,13 +152,18 @@ def _documents(example: Example, profile: Any, config: PromptConfig) -> tuple[Do
 def _snippets(
     tokenizer: "_Tokenizer", example: Example, documents: Sequence[Document], budget: int
 ) -> list[str]:
-    """The documents as text, their bodies cut so that all fit the budget."""
+    """The documents as text, their bodies cut so that all fit the budget.
+
+    The last documents are left out when not even the first words of all would fit; one always stays.
+    """
     parts = [example.task.parts(document.fields) for document in documents]
+    frames = [tokenizer.count(before + after + "\n") for before, _, after in parts]
+    budget -= tokenizer.count(_HEADER + _BETWEEN)
+    while len(parts) > 1 and sum(frames) > budget:
+        del parts[-1], frames[-1]
     wanted = [tokenizer.count("".join(part) + "\n") for part in parts]
-    shares = share_budget(wanted, budget - tokenizer.count(_HEADER + _BETWEEN)) if parts else []
     snippets = []
-    for (before, body, after), want, share in zip(parts, wanted, shares, strict=True):
-        frame = tokenizer.count(before + after + "\n")
+    for (before, body, after), frame, want, share in zip(parts, frames, wanted, share_budget(wanted, budget), strict=True):
         if share < want:
             # One token of slack for a merge across the cut.
             body = tokenizer.cut(body, max(share - frame - 1, 0))

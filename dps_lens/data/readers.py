@@ -41,10 +41,10 @@ def load_users(
     items = [_Record(name, index, value) for index, value in enumerate(records)]
     if not items:
         raise DataError(f"{name} holds no records")
-    if "profile" not in items[0].value:
+    if not items[0].has("profile"):
         users = _from_documents(items, task)
     else:
-        golds, named = _golds(source, outputs) if "output" not in items[0].value else ({}, None)
+        golds, named = _golds(source, outputs) if not items[0].has("output") else ({}, None)
         users = _from_records(items, golds, task or named)
     return users[:max_users]
 
@@ -60,10 +60,13 @@ class _Record:
     def error(self, message: str) -> DataError:
         return DataError(f"{self.file}, record {self.index}: {message}")
 
-    def field(self, name: str, kind: type | tuple[type, ...] = (str, int, float)) -> Any:
+    def has(self, name: str) -> bool:
         if not isinstance(self.value, Mapping):
             raise self.error(f"expected an object, found {type(self.value).__name__}")
-        if self.value.get(name) is None:
+        return self.value.get(name) is not None
+
+    def field(self, name: str, kind: type | tuple[type, ...] = (str, int, float)) -> Any:
+        if not self.has(name):
             raise self.error(f"field {name!r} is missing")
         if not isinstance(self.value[name], kind):
             raise self.error(f"field {name!r} is {type(self.value[name]).__name__}")
@@ -145,9 +148,17 @@ def _user_id(record: _Record) -> str:
     raise record.error(f"field 'user_id' is missing (any of {', '.join(_USER_FIELDS)}, id)")
 
 
+def _profile(record: _Record) -> list[Any]:
+    """The profile's items; LongLaMP topics that are called `input` and `output` get their usual names."""
+    items = record.field("profile", list)
+    if all(isinstance(item, Mapping) and {"input", "output"} <= item.keys() for item in items):
+        return [{**item, "summary": item["input"], "content": item["output"]} for item in items]
+    return items
+
+
 def _documents(record: _Record, task: Task) -> tuple[Document, ...]:
     found = []
-    for index, value in enumerate(record.field("profile", list)):
+    for index, value in enumerate(_profile(record)):
         item = _Record(f"{record.file}, record {record.index}, profile", index, value)
         fields = {name: item.field(name) for name in task.fields}
         date = value.get("date") or value.get("year")
@@ -163,7 +174,7 @@ def _from_records(items: list[_Record], golds: Mapping[str, str], hint: str | No
     for record in items:
         task_input = str(record.field("input"))
         try:
-            task = find_task(task_input, record.field("profile", list), hint)
+            task = find_task(task_input, _profile(record), hint)
         except DataError as error:
             raise record.error(str(error)) from None
         user_id = _user_id(record)
