@@ -1,6 +1,7 @@
-"""Passes of a `HookedTransformer` (transformer-lens 3.9), with its own cache objects."""
+"""`HookedTransformer` (transformer-lens 3.9): made without weight processing, run with its own caches."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,28 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.model.runner import PromptCache, Residuals, Runner, recorders
+
+
+def hooked_transformer(hf_model: Any, tokenizer: Any, source: str, *, device: str, dtype: torch.dtype) -> Any:
+    """A `HookedTransformer` with the weights of a Hugging Face model, nothing folded or centred.
+
+    Raises:
+        ValueError, AttributeError: transformer-lens does not know the name or the architecture.
+    """
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+
+    if not Path(source).is_dir():
+        return HookedTransformer.from_pretrained_no_processing(
+            source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
+        )
+    # `from_pretrained` takes official names only; the functions under it read folders.
+    cfg = loading_from_pretrained.get_pretrained_model_config(source, fold_ln=False, device=device, dtype=dtype)
+    state = loading_from_pretrained.get_pretrained_state_dict(source, cfg, hf_model, dtype=dtype)
+    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    return model.to(device)
 
 
 class HookedRunner(Runner):

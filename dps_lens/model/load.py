@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import shutil
+import struct
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 
 from dps_lens.errors import ModelLoadError
 from dps_lens.model.attention import HookedModel
@@ -17,6 +19,7 @@ from dps_lens.model.attention import HookedModel
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, struct.error, SafetensorError)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +62,7 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **_placement(boot), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ModelLoadError(
             f"load_model: cannot load {name!r}: {str(error).splitlines()[0]}. Give a Hugging Face id, a folder that "
             f"holds config.json and weights, a .gguf file, or {EMBEDDED!r}"
@@ -93,17 +96,14 @@ def wrap_model(
             source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype, **boot
         )
         return model.eval()
-    from transformer_lens import HookedTransformer
+    from dps_lens.model.hooked import hooked_transformer
 
-    known = _EMBEDDED_HUB if _is_embedded(source) else source
     try:
-        return HookedTransformer.from_pretrained_no_processing(
-            known, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
-        ).eval()
-    except ValueError as error:
+        return hooked_transformer(hf_model, tokenizer, source, device=device, dtype=dtype).eval()
+    except (ValueError, AttributeError) as error:
         raise ModelLoadError(
-            f"load_model: transformer-lens {installed} does not know {source!r}; "
-            "install transformer-lens>=4, which wraps any Hugging Face model"
+            f"load_model: transformer-lens {installed} cannot convert {source!r}; download it to a folder and load that, "
+            "or install transformer-lens>=4, which wraps any Hugging Face model"
         ) from error
 
 
@@ -136,10 +136,6 @@ def _resolve(name: str, dtype: torch.dtype) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _is_embedded(source: str) -> bool:
-    return source == _EMBEDDED_HUB or Path(source).name.startswith(Path(_EMBEDDED_GGUF).stem)
-
-
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     """The safetensors form of a GGUF file in the user's cache, made when it is not there yet."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -154,7 +150,7 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _UNREADABLE as error:
         raise ModelLoadError(f"load_model: {gguf} cannot be read as GGUF: {str(error).splitlines()[0]}") from error
     # What is saved is plain weights; the marks of the quantised origin would stop a plain load.
     if hasattr(model.config, "quantization_config"):

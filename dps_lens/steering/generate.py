@@ -33,14 +33,14 @@ class Generation:
     """
 
     texts: list[str]
-    tokens: list[Int[Tensor, " new"]]
-    logprobs: list[Float[Tensor, " new"]]
-    shifts: list[Float[Tensor, " new"]]
+    tokens: list[Int[Tensor, "_"]]
+    logprobs: list[Float[Tensor, "_"]]
+    shifts: list[Float[Tensor, "_"]]
     settings: dict[str, Any]
-    _delta_logits: list[Float[Tensor, "new d_vocab"]] | None = None
+    _delta_logits: list[Float[Tensor, "_ d_vocab"]] | None = None
 
     @property
-    def delta_logits(self) -> list[Float[Tensor, "new d_vocab"]]:
+    def delta_logits(self) -> list[Float[Tensor, "_ d_vocab"]]:
         """Steered minus full logits at every step.
 
         Raises:

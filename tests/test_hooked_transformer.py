@@ -1,0 +1,92 @@
+"""A `HookedTransformer` of transformer-lens 3.9 goes into every function; run by `make test-tl3`."""
+
+from importlib.metadata import version
+
+import pytest
+import torch
+from oracles import ablated_nll, nll, uniform_z
+
+import dps_lens as dps
+from dps_lens.data import build_prompt
+from dps_lens.heads import HeadSet
+
+pytestmark = pytest.mark.skipif(
+    not version("transformer-lens").startswith("3."), reason="needs transformer-lens 3.9; make test-tl3 makes that environment"
+)
+ARCHITECTURES = ["llama", "gpt_neox", "qwen2"]
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def old(request, tinies):
+    tiny = tinies(request.param)
+    assert type(tiny.hooked).__name__ == "HookedTransformer"
+    return tiny
+
+
+def test_check_model(old):
+    assert max(dps.check_model(old.hooked, reference=old.plain).values()) < 1e-3
+
+
+@pytest.mark.parametrize("positions", ["response", "all", "profile"])
+@pytest.mark.parametrize("ablation", ["zero", "uniform"])
+def test_scores(old, probe, short, ablation, positions):
+    model, cfg = old.hooked, old.hooked.cfg
+    scores = dps.score_heads(
+        model, probe[:2], ablation=ablation, positions=positions, max_examples=1, prompt=short, progress=False
+    )
+    for row, user in enumerate(probe[:2]):
+        prompt = build_prompt(model, user.discovery_examples()[-1], config=short)
+        for layer, head in [(0, 0), (1, 3), (2, 1)]:
+            new, handle = 0.0, None
+            if ablation == "uniform":
+                new, handle = uniform_z(old.plain, layer, head, cfg.d_head, cfg.n_heads)
+            expected = ablated_nll(old.plain, prompt, layer, head, cfg.d_head, positions, new) - nll(old.plain, prompt)
+            if handle:
+                handle.remove()
+            assert float(scores.components["own"][row, layer, head]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_mean_patch_and_run_folder(old, probe, short, tmp_path):
+    options = {"max_examples": 1, "prompt": short, "progress": False}
+    mean = dps.score_heads(old.hooked, probe[:2], ablation="mean", out=tmp_path, **options)
+    assert torch.equal(dps.HeadScores.load(tmp_path).values, mean.values)
+    patch = dps.score_heads(old.hooked, probe[:2], ablation="patch", contrast=None, **options)
+    assert float(patch.values.abs().max()) > 1e-3
+
+
+def test_generation(old, probe):
+    prompts = [
+        build_prompt(old.hooked, user.examples[0], config=dps.PromptConfig(items=n, profile_tokens=p, task_tokens=20))
+        for user, n, p in ((probe[0], 3, 60), (probe[5], 2, 30))
+    ]
+    sets = [HeadSet.parse("L0H1,L2H3"), HeadSet.parse("L1H0")]
+    for positions in ("response", "all", "profile"):
+        batch = dps.generate(old.hooked, prompts, heads=sets, gamma=[1.0, 0.0], positions=positions, max_new_tokens=6)
+        alone = dps.generate(old.hooked, prompts[0], heads=sets[0], gamma=1.0, positions=positions, max_new_tokens=6)
+        assert batch.tokens[0].tolist() == alone.tokens[0].tolist()
+    with torch.no_grad():
+        greedy = old.plain.generate(prompts[1].prompt_tokens[None], max_new_tokens=6, do_sample=False, eos_token_id=3)
+    assert batch.tokens[1].tolist() == greedy[0, len(prompts[1].prompt_tokens) :].tolist()
+
+
+def test_ablation_cost_and_controls(old, probe, short):
+    cost = dps.ablation_cost(old.hooked, probe[:3], HeadSet.parse("L0H1,L2H3"), n_random=2, prompt=short, progress=False)
+    assert len(cost.to_frame()) == 11
+
+
+@pytest.mark.real
+def test_embedded_model_agrees_with_hugging_face(real, probe, short):
+    import transformers
+
+    from dps_lens.model.load import _resolve
+
+    plain = transformers.AutoModelForCausalLM.from_pretrained(_resolve("smollm2-135m", torch.float32), dtype=torch.float32).eval()
+    assert dps.check_model(real, reference=plain)["parity"] < 1e-2
+    prompt = build_prompt(real, probe[0].examples[0], config=short)
+    from dps_lens.model import Runner
+    from dps_lens.scoring import Branches
+
+    branches = Branches(Runner.of(real), prompt)
+    got = branches.ablated(torch.stack([HeadSet.parse(name).mask(real.cfg) for name in ("L1H5", "L14H3")]))
+    for value, (layer, head) in zip(got, [(1, 5), (14, 3)], strict=True):
+        assert float(value) == pytest.approx(ablated_nll(plain, prompt, layer, head, 64, "response", 0.0), abs=1e-3)

@@ -1,0 +1,138 @@
+"""Runs on disk: resume, refuse, recover."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+import dps_lens as dps
+from dps_lens.errors import RunError
+from dps_lens.runs import RunFolder
+from dps_lens.scoring import pcs
+
+
+@pytest.fixture
+def options(short):
+    return {"max_examples": 2, "prompt": short, "progress": False}
+
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def counting(monkeypatch, fail_after=None):
+    calls = []
+    real = pcs._Sweep.unit
+
+    def unit(self, example):
+        if fail_after is not None and len(calls) == fail_after:
+            raise KeyboardInterrupt
+        calls.append(example.id)
+        return real(self, example)
+
+    monkeypatch.setattr(pcs._Sweep, "unit", unit)
+    return calls
+
+
+def test_an_interrupted_run_resumes_and_equals_an_uninterrupted_one(llama, probe, options, tmp_path, monkeypatch):
+    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        counting(patch, fail_after=4)
+        with pytest.raises(KeyboardInterrupt):
+            dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
+    assert not (tmp_path / "cut" / "scores.json").exists()
+    calls = counting(monkeypatch)
+    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
+    assert len(calls) == 2
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
+    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
+    assert len(calls) == 2
+    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", force=True, **options)
+    assert len(calls) == 8
+
+
+def test_a_torn_unit_is_computed_again(llama, probe, options, tmp_path, monkeypatch):
+    dps.score_heads(llama.hooked, probe[:2], out=tmp_path, **options)
+    before = digest(tmp_path)
+    torn = sorted((tmp_path / "units").iterdir())[1]
+    torn.write_bytes(torn.read_bytes()[:40])
+    calls = counting(monkeypatch)
+    with pytest.warns(UserWarning, match="is not whole"):
+        dps.score_heads(llama.hooked, probe[:2], out=tmp_path, **options)
+    assert len(calls) == 1
+    assert digest(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"ablation": "uniform"}, "ablation was \"zero\", now \"uniform\""),
+        ({"contrast": None}, "contrast was"),
+        ({"max_examples": 1}, "examples"),
+        ({"prompt": dps.PromptConfig(items=1)}, "prompt was"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(llama, probe, options, tmp_path, change, named):
+    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, **options)
+    before = digest(tmp_path)
+    with pytest.raises(RunError, match=named):
+        dps.score_heads(llama.hooked, probe[:1], out=tmp_path, **{**options, **change})
+    assert digest(tmp_path) == before
+
+
+def test_another_model_is_refused(llama, tiny_folders, probe, options, tmp_path):
+    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, **options)
+    other = dps.load_model(str(tiny_folders["llama"]))
+    with torch.no_grad():
+        other.blocks[0].attn.o.original_component.weight.mul_(1.01)
+    with pytest.raises(RunError, match="model was"):
+        dps.score_heads(other, probe[:1], out=tmp_path, **options)
+
+
+KILLED = """
+import sys
+import dps_lens as dps
+model = dps.load_model(sys.argv[1])
+users = dps.load_users("probe", max_users=4)
+config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
+print("ready", flush=True)
+dps.score_heads(model, users, max_examples=3, prompt=config, out=sys.argv[2], progress=False)
+"""
+
+
+def test_a_killed_process_leaves_only_whole_units(tiny_folders, llama, probe, tmp_path, short, monkeypatch):
+    options = {"max_examples": 3, "prompt": short, "progress": False}
+    dps.score_heads(llama.hooked, probe[:4], out=tmp_path / "whole", **options)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(tiny_folders["llama"]), str(tmp_path / "cut")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    process.stdout.readline()
+    units = tmp_path / "cut" / "units"
+    while not (units.is_dir() and len(list(units.glob("*.safetensors"))) >= 3):
+        time.sleep(0.005)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(list(units.glob("*.safetensors")))
+    calls = counting(monkeypatch)
+    dps.score_heads(llama.hooked, probe[:4], out=tmp_path / "cut", **options)
+    assert len(calls) == 12 - done
+    whole, cut = dps.HeadScores.load(tmp_path / "whole"), dps.HeadScores.load(tmp_path / "cut")
+    assert torch.allclose(whole.values, cut.values, atol=1e-6)
+
+
+def test_settings_that_are_not_json_are_compared_as_json(tmp_path):
+    RunFolder(tmp_path, {"ks": (1, 2)})
+    RunFolder(tmp_path, {"ks": [1, 2]})
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RunError, match="not valid JSON"):
+        RunFolder(tmp_path, {"ks": [1, 2]})
