@@ -57,7 +57,9 @@ def score(
     model: Model = "smollm2-135m",
     outputs: Outputs = None,
     max_users: MaxUsers = None,
-    examples: Annotated[int | None, typer.Option(help="Newest discovery examples of each user; all by default.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Newest discovery examples of each user; all by default.")
+    ] = None,
     contrast: Annotated[_Contrast, typer.Option(help="What the profile is compared with.")] = _Contrast.no_profile,
     ablation: Annotated[_Ablation, typer.Option(help="What is done to a head.")] = _Ablation.zero,
     positions: Annotated[_Positions, typer.Option(help="Where it is done.")] = _Positions.response,
@@ -91,7 +93,9 @@ def score(
 
 @app.command()
 def steer(
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue; without it the users' examples are used.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue; without it the users' examples are used.")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder of 'score', whose top heads are used.")] = None,
     heads: Annotated[str | None, typer.Option(help="Heads by name, such as L12H3,L4H0.")] = None,
     k: Annotated[int, typer.Option(help="Heads to take from a run.")] = 10,
@@ -123,7 +127,9 @@ def steer(
     else:
         examples = [user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users)]
         prompts = [dps.build_prompt(loaded_model, example) for example in examples]
-        about = [{"user": example.user_id, "example": example.id, "reference": example.reference} for example in examples]
+        about = [
+            {"user": example.user_id, "example": example.id, "reference": example.reference} for example in examples
+        ]
     texts = {}
     for name, strength in (("plain", 0.0), ("steered", gamma)):
         texts[name] = dps.generate(
@@ -193,10 +199,8 @@ def _print_estimate(model: Any, users: "list[User]", examples: int, held_out: in
     sweep = (time.monotonic() - begun) * n_heads
     per_set = 2 * sweep / (model.cfg.n_layers * n_heads)  # a set may start at the first layer, a head starts halfway
     seconds = 2 * len(users) * (examples * (clean + sweep) + held_out * (clean + per_set * (n_random + 1)))
-    typer.echo(
-        f"{len(users)} users, {model.cfg.n_layers} layers × {n_heads} heads: about {max(seconds / 60, 0.1):.1f} minutes",
-        err=True,
-    )
+    size = f"{len(users)} users, {model.cfg.n_layers} layers × {n_heads} heads"
+    typer.echo(f"{size}: about {max(seconds / 60, 0.1):.1f} minutes", err=True)
 
 
 def _steered_texts(model: Any, users: "list[User]", cost: "AblationCost", gamma: float) -> list[dict[str, str]]:

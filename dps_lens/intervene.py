@@ -40,7 +40,10 @@ Where: TypeAlias = Callable[[int], Selection]
 class HasSpans(Protocol):
     """A prompt, as far as an ablation looks at it."""
 
-    spans: dict[str, tuple[int, int]]
+    @property
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """`"profile"`, `"task"` and `"response"` as `(start, stop)`."""
+        ...
 
 
 def everywhere(n_pos: int) -> Selection:
@@ -81,7 +84,9 @@ class Edit:
     def on(self, model: HookedModel) -> Iterator[None]:
         """Apply the edit to every pass inside; hooks sit on the masked layers only."""
         if self.ablation == "uniform" and runs_native(model):
-            raise InterventionError("ablation 'uniform' edits attention scores, which native_attention does not compute")
+            raise InterventionError(
+                "ablation 'uniform' edits attention scores, which native_attention does not compute"
+            )
         name, edit = ("hook_attn_scores", self._scores) if self.ablation == "uniform" else ("hook_z", self._z)
         layers = self.masks.any(dim=0).any(dim=-1).nonzero().flatten().tolist()
         hooks = [(f"blocks.{layer}.attn.{name}", partial(_call_with_layer, edit, layer)) for layer in layers]
@@ -139,7 +144,9 @@ def _spread(values: Tensor, where: slice | Tensor, n_pos: int) -> Float[Tensor, 
     """Lay values of the edited positions out over all positions."""
     chosen = _as_mask(where, n_pos, values.device)[0]
     if int(chosen.sum()) != values.shape[0]:
-        raise InterventionError(f"patch: {values.shape[0]} positions of values for {int(chosen.sum())} edited positions")
+        raise InterventionError(
+            f"patch: {values.shape[0]} positions of values for {int(chosen.sum())} edited positions"
+        )
     full = values.new_zeros(1, n_pos, *values.shape[1:])
     full[0, chosen] = values
     return full
@@ -182,7 +189,9 @@ def window(prompt: HasSpans | None, positions: Positions) -> Where:
     if positions == "all":
         return everywhere
     if prompt is None:
-        raise InterventionError(f"positions={positions!r} needs prompt=build_prompt(…); without one use positions='all'")
+        raise InterventionError(
+            f"positions={positions!r} needs prompt=build_prompt(…); without one use positions='all'"
+        )
     start, (first, stop) = prompt.spans["response"][0], prompt.spans["profile"]
 
     def where(n_pos: int) -> Selection:
@@ -246,7 +255,9 @@ def recording_z(model: HookedModel, where: Where = everywhere) -> Iterator[dict[
             found[layer] = z[:, chosen].detach().clone()
 
     layers = range(model.cfg.n_layers)
-    with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", partial(_call_with_layer, keep, layer)) for layer in layers]):
+    with model.hooks(
+        fwd_hooks=[(f"blocks.{layer}.attn.hook_z", partial(_call_with_layer, keep, layer)) for layer in layers]
+    ):
         yield found
 
 

@@ -109,7 +109,9 @@ class HeadScores:
             half = clusters.std(0) / n**0.5 * float(t.ppf(0.5 + level / 2, n - 1))
         return clusters.mean(0) - half, clusters.mean(0) + half
 
-    def top(self, k: int, user: str | None = None, *, max_cost: float | None = None, label: str | None = None) -> HeadSet:
+    def top(
+        self, k: int, user: str | None = None, *, max_cost: float | None = None, label: str | None = None
+    ) -> HeadSet:
         """The `k` heads of largest mean, best first; ties by layer, then head.
 
         Args:

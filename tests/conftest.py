@@ -36,7 +36,13 @@ CONFIGS = {
     "gemma2": (transformers.Gemma2Config, {**SIZES, **CONTEXT, **GQA, "sliding_window": 24}),
     "gemma3": (
         transformers.Gemma3TextConfig,
-        {**SIZES, **CONTEXT, **GQA, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 1 + ["sliding_attention"]},
+        {
+            **SIZES,
+            **CONTEXT,
+            **GQA,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"] * 1 + ["sliding_attention"],
+        },
     ),
     "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 1024}),
     "gpt_neox": (transformers.GPTNeoXConfig, {**SIZES, **CONTEXT}),
@@ -45,7 +51,11 @@ ARCHITECTURES = list(CONFIGS)
 
 
 def probe_texts() -> list[str]:
-    return [f"{document.fields['title']}\n{document.fields['text']}" for user in load_users("probe") for document in user.history]
+    return [
+        f"{document.fields['title']}\n{document.fields['text']}"
+        for user in load_users("probe")
+        for document in user.history
+    ]
 
 
 def make_tokenizer(kind: str = "byte", *, chat: bool = True) -> transformers.PreTrainedTokenizerFast:
@@ -60,10 +70,16 @@ def make_tokenizer(kind: str = "byte", *, chat: bool = True) -> transformers.Pre
         inner.pre_tokenizer = pre_tokenizers.Metaspace()
         inner.decoder = decoders.Metaspace()
         alphabet = ["\n"]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     inner.train_from_iterator(probe_texts(), trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<unk>",
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<unk>",
         additional_special_tokens=["<|im_start|>"],
     )
     if chat:

@@ -11,7 +11,10 @@ def attention_modules(plain):
     for name in ("layers", "h"):
         for module in plain.modules():
             if isinstance(getattr(module, name, None), torch.nn.ModuleList):
-                return [next(getattr(b, n) for n in ("self_attn", "attn", "attention") if hasattr(b, n)) for b in getattr(module, name)]
+                return [
+                    next(getattr(b, n) for n in ("self_attn", "attn", "attention") if hasattr(b, n))
+                    for b in getattr(module, name)
+                ]
     raise AssertionError("no layers")
 
 
@@ -81,7 +84,9 @@ def uniform_z(plain, layer, head, d_head, n_heads):
     if hasattr(attention, "v_proj"):
         handle = attention.v_proj.register_forward_hook(keep)
     else:
-        handle = next(getattr(attention, n) for n in ("c_attn", "query_key_value") if hasattr(attention, n)).register_forward_hook(keep)
+        handle = next(
+            getattr(attention, n) for n in ("c_attn", "query_key_value") if hasattr(attention, n)
+        ).register_forward_hook(keep)
 
     def new(z):
         v = values[-1][0]

@@ -11,7 +11,8 @@ from dps_lens.data import build_prompt
 from dps_lens.heads import HeadSet
 
 pytestmark = pytest.mark.skipif(
-    not version("transformer-lens").startswith("3."), reason="needs transformer-lens 3.9; make test-tl3 makes that environment"
+    not version("transformer-lens").startswith("3."),
+    reason="needs transformer-lens 3.9; make test-tl3 makes that environment",
 )
 ARCHITECTURES = ["llama", "gpt_neox", "qwen2"]
 
@@ -70,7 +71,9 @@ def test_generation(old, probe):
 
 
 def test_ablation_cost_and_controls(old, probe, short):
-    cost = dps.ablation_cost(old.hooked, probe[:3], HeadSet.parse("L0H1,L2H3"), n_random=2, prompt=short, progress=False)
+    cost = dps.ablation_cost(
+        old.hooked, probe[:3], HeadSet.parse("L0H1,L2H3"), n_random=2, prompt=short, progress=False
+    )
     assert len(cost.to_frame()) == 11
 
 
@@ -80,7 +83,9 @@ def test_embedded_model_agrees_with_hugging_face(real, probe, short):
 
     from dps_lens.model.load import _resolve
 
-    plain = transformers.AutoModelForCausalLM.from_pretrained(_resolve("smollm2-135m", torch.float32), dtype=torch.float32).eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        _resolve("smollm2-135m", torch.float32), dtype=torch.float32
+    ).eval()
     assert dps.check_model(real, reference=plain)["parity"] < 1e-2
     prompt = build_prompt(real, probe[0].examples[0], config=short)
     from dps_lens.model import Runner

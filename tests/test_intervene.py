@@ -34,8 +34,10 @@ def test_rows_carry_their_own_heads(tiny):
 @torch.no_grad()
 def test_nothing_is_left_after_an_exception(tiny):
     before = tiny.hooked(TOKENS)
-    with pytest.raises(RuntimeError, match="stop"), native_attention(tiny.hooked), dps.ablate(
-        tiny.hooked, HeadSet.parse("L1H1"), positions="all"
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        native_attention(tiny.hooked),
+        dps.ablate(tiny.hooked, HeadSet.parse("L1H1"), positions="all"),
     ):
         raise RuntimeError("stop")
     assert no_hooks_left(tiny.hooked)
@@ -72,7 +74,10 @@ def test_native_attention_is_really_native(tiny, monkeypatch):
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(3)]
     hooked = tiny.hooked(TOKENS)
     assert not calls
-    with native_attention(tiny.hooked), tiny.hooked.hooks(fwd_hooks=[(n, lambda z, hook: fired.append(z.shape)) for n in names]):
+    with (
+        native_attention(tiny.hooked),
+        tiny.hooked.hooks(fwd_hooks=[(n, lambda z, hook: fired.append(z.shape)) for n in names]),
+    ):
         native = tiny.hooked(TOKENS)
     capped = getattr(tiny.plain.config, "attn_logit_softcapping", None) is not None
     assert len(calls) == (0 if capped else 3), "sdpa would drop the cap on attention logits"
@@ -106,7 +111,10 @@ def test_uniform_spreads_attention_evenly_and_skips_padding(llama):
     mask[1, :4] = 0
     patterns = {}
     hook = ("blocks.1.attn.hook_pattern", lambda pattern, hook: patterns.update(p=pattern.clone()))
-    with dps.ablate(llama.hooked, HeadSet.parse("L1H2"), ablation="uniform", positions="all"), llama.hooked.hooks(fwd_hooks=[hook]):
+    with (
+        dps.ablate(llama.hooked, HeadSet.parse("L1H2"), ablation="uniform", positions="all"),
+        llama.hooked.hooks(fwd_hooks=[hook]),
+    ):
         llama.hooked(TOKENS, attention_mask=mask)
     assert torch.allclose(patterns["p"][0, 2, 9, :10], torch.full((10,), 0.1))
     assert torch.allclose(patterns["p"][1, 2, 9, 4:10], torch.full((6,), 1 / 6))
@@ -131,7 +139,10 @@ def test_mean_and_patch_take_values(llama, probe, short):
     assert z.shape == (3, stop - start + 1, 4, 8)
     found = {}
     hook = ("blocks.1.attn.hook_z", lambda z, hook: found.update(z=z.clone()))
-    with dps.ablate(model, HeadSet.parse("L1H2"), ablation="mean", prompt=prompt, values=z.mean(1)), model.hooks(fwd_hooks=[hook]):
+    with (
+        dps.ablate(model, HeadSet.parse("L1H2"), ablation="mean", prompt=prompt, values=z.mean(1)),
+        model.hooks(fwd_hooks=[hook]),
+    ):
         model(prompt.tokens[None])
     assert torch.allclose(found["z"][0, start - 1 :, 2], z[1, :, 2].mean(0).expand(stop - start + 1, -1), atol=1e-5)
     clean = model(prompt.tokens[None])
@@ -152,7 +163,10 @@ def test_bad_requests_are_named(llama, probe, short, unchecked):
     ):
         with pytest.raises(InterventionError, match=message), dps.ablate(model, heads, **options):
             pass
-    with pytest.raises(HeadError, match="layers are 0 to 2, heads 0 to 3"), dps.ablate(model, HeadSet.parse("L3H0"), positions="all"):
+    with (
+        pytest.raises(HeadError, match="layers are 0 to 2, heads 0 to 3"),
+        dps.ablate(model, HeadSet.parse("L3H0"), positions="all"),
+    ):
         pass
     with dps.ablate(model, [heads] * 2, positions="all"), pytest.raises(InterventionError, match="2 rows of heads"):
         model(TOKENS)

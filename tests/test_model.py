@@ -84,7 +84,14 @@ def test_dtype_and_bfloat16(tiny_folders, probe, short):
     assert describe_model(model)["dtype"] == "bfloat16"
     scores = dps.score_heads(model, probe[:1], max_examples=1, prompt=short, ablation="mean", progress=False)
     assert scores.values.dtype == torch.float32
-    exact = dps.score_heads(dps.load_model(str(tiny_folders["llama"])), probe[:1], max_examples=1, prompt=short, ablation="mean", progress=False)
+    exact = dps.score_heads(
+        dps.load_model(str(tiny_folders["llama"])),
+        probe[:1],
+        max_examples=1,
+        prompt=short,
+        ablation="mean",
+        progress=False,
+    )
     assert float((scores.values - exact.values).abs().max()) < 0.1
 
 

@@ -73,7 +73,7 @@ def test_a_torn_unit_is_computed_again(llama, probe, options, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"ablation": "uniform"}, "ablation was \"zero\", now \"uniform\""),
+        ({"ablation": "uniform"}, 'ablation was "zero", now "uniform"'),
         ({"contrast": None}, "contrast was"),
         ({"max_examples": 1}, "examples"),
         ({"prompt": dps.PromptConfig(items=1)}, "prompt was"),

@@ -45,7 +45,9 @@ def test_pcs_equals_plain_hugging_face(tiny, users, short, ablation, positions):
                     which = ("own", "no_profile").index(name)
                     if positions == "profile" and name == "no_profile":
                         continue
-                    z = [z_of(tiny.plain, p[which], layer)[edited_positions(p[which], positions), columns] for p in pairs]
+                    z = [
+                        z_of(tiny.plain, p[which], layer)[edited_positions(p[which], positions), columns] for p in pairs
+                    ]
                     new = torch.cat(z).mean(0)
                 elif ablation == "uniform":
                     new, handle = uniform_z(tiny.plain, layer, head, cfg.d_head, cfg.n_heads)
@@ -79,7 +81,14 @@ def test_patch_equals_plain_hugging_face(tiny, users, short, direction):
 def test_patch_needs_equal_lengths_outside_the_response(llama, users, short):
     with pytest.raises(PromptError, match="equal token length"):
         dps.score_heads(
-            llama.hooked, users, contrast=None, ablation="patch", positions="all", max_examples=1, prompt=short, progress=False
+            llama.hooked,
+            users,
+            contrast=None,
+            ablation="patch",
+            positions="all",
+            max_examples=1,
+            prompt=short,
+            progress=False,
         )
 
 
@@ -148,7 +157,9 @@ def test_other_user_contrast_averages_seeded_donors(llama, probe, short):
 def test_batches_do_not_change_scores(llama, users, short, batch_size):
     prompt = build_prompt(llama.hooked, users[0].discovery_examples()[-1], config=short)
     masks = single_heads(3, 4)
-    sets = torch.stack([masks[[0, 5]].any(0), masks[[11]].any(0), torch.zeros(3, 4, dtype=torch.bool), masks[:8].any(0)])
+    sets = torch.stack(
+        [masks[[0, 5]].any(0), masks[[11]].any(0), torch.zeros(3, 4, dtype=torch.bool), masks[:8].any(0)]
+    )
     runner = Runner.of(llama.hooked)
     got = Branches(runner, prompt, batch_size=batch_size).ablated(torch.cat([sets, masks]))
     for row, mask in enumerate(torch.cat([sets, masks])):
@@ -174,7 +185,9 @@ def test_embedded_model_equals_plain_hugging_face(real, users):
         got = branches.ablated(masks[[layer * cfg.n_heads + head for layer, head in chosen]])
         assert abs(branches.nll - nll(plain, prompt)) < TOLERANCE
         for value, (layer, head) in zip(got, chosen, strict=True):
-            assert float(value) == pytest.approx(ablated_nll(plain, prompt, layer, head, cfg.d_head, positions, 0.0), abs=TOLERANCE)
+            assert float(value) == pytest.approx(
+                ablated_nll(plain, prompt, layer, head, cfg.d_head, positions, 0.0), abs=TOLERANCE
+            )
 
 
 def test_unknown_settings_are_refused(llama, users, unchecked):

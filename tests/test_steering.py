@@ -21,7 +21,9 @@ GAP = 1e-4  # below this gap between the two best logits, rounding may decide; n
 def reference(plain, prompt, head_set, gamma, steps, ends, *, d_head, positions="response"):
     """Greedy DPS of one prompt by definition."""
     start = prompt.spans["response"][0]
-    edited = {"response": slice(start - 1, None), "all": slice(None), "profile": slice(*prompt.spans["profile"])}[positions]
+    edited = {"response": slice(start - 1, None), "all": slice(None), "profile": slice(*prompt.spans["profile"])}[
+        positions
+    ]
 
     @torch.no_grad()
     def full(tokens):
@@ -42,7 +44,10 @@ def reference(plain, prompt, head_set, gamma, steps, ends, *, d_head, positions=
 def prompts_of(probe):
     def build(model):
         configs = [dps.PromptConfig(items=n, profile_tokens=p, task_tokens=20) for n, p in ((3, 60), (2, 30), (5, 120))]
-        return [build_prompt(model, user.examples[0], config=c) for user, c in zip((probe[0], probe[5], probe[10]), configs, strict=True)]
+        return [
+            build_prompt(model, user.examples[0], config=c)
+            for user, c in zip((probe[0], probe[5], probe[10]), configs, strict=True)
+        ]
 
     return build
 
@@ -62,7 +67,9 @@ def test_mixed_batches_equal_naive_decoding(tiny, prompts_of, positions):
 
 def test_steering_changes_tokens(tiny, prompts_of):
     prompts = prompts_of(tiny.hooked)
-    plain, steered = (dps.generate(tiny.hooked, prompts, heads=SETS, gamma=gamma, max_new_tokens=8) for gamma in (0.0, 2.0))
+    plain, steered = (
+        dps.generate(tiny.hooked, prompts, heads=SETS, gamma=gamma, max_new_tokens=8) for gamma in (0.0, 2.0)
+    )
     assert any(a.tolist() != b.tolist() for a, b in zip(plain.tokens, steered.tokens, strict=True))
     assert all(not bool(shift.any()) for shift in plain.shifts)
 
@@ -71,13 +78,17 @@ def test_steering_changes_tokens(tiny, prompts_of):
 def test_embedded_model_equals_naive_decoding(real, probe):
     config = dps.PromptConfig(items=3, profile_tokens=90, task_tokens=60)
     other = dps.PromptConfig(items=2, profile_tokens=50, task_tokens=40)
-    prompts = [build_prompt(real, user.examples[0], config=c) for user, c in ((probe[0], config), (probe[6], other), (probe[9], config))]
+    prompts = [
+        build_prompt(real, user.examples[0], config=c)
+        for user, c in ((probe[0], config), (probe[6], other), (probe[9], config))
+    ]
     sets = [HeadSet.parse("L14H3,L14H1,L20H5,L17H2"), HeadSet.parse("L8H0,L16H0"), HeadSet.parse("L19H7,L9H0,L20H5")]
     plain, ends = _plain_model(real), {real.tokenizer.eos_token_id}
     expected = {}
     for gamma in (0.0, 0.5, 1.0, 2.0):
         expected[gamma] = [
-            reference(plain, prompt, head_set, gamma, 6, ends, d_head=64) for prompt, head_set in zip(prompts, sets, strict=True)
+            reference(plain, prompt, head_set, gamma, 6, ends, d_head=64)
+            for prompt, head_set in zip(prompts, sets, strict=True)
         ]
         batch = dps.generate(real, prompts, heads=sets, gamma=gamma, max_new_tokens=6)
         assert [tokens.tolist() for tokens in batch.tokens] == expected[gamma]
@@ -85,7 +96,9 @@ def test_embedded_model_equals_naive_decoding(real, probe):
     assert alone.tokens[0].tolist() == expected[2.0][1]
     mixed = dps.generate(real, prompts, heads=sets, gamma=[2.0, 0.0, 0.5], max_new_tokens=6)
     assert [tokens.tolist() for tokens in mixed.tokens] == [expected[2.0][0], expected[0.0][1], expected[0.5][2]]
-    greedy = plain.generate(prompts[0].prompt_tokens[None], max_new_tokens=6, do_sample=False)[0, len(prompts[0].prompt_tokens) :]
+    greedy = plain.generate(prompts[0].prompt_tokens[None], max_new_tokens=6, do_sample=False)[
+        0, len(prompts[0].prompt_tokens) :
+    ]
     assert expected[0.0][0] == greedy.tolist()
 
 
@@ -104,7 +117,13 @@ def test_uniform_masking_equals_plain_hugging_face(llama, prompts_of):
     prompt = prompts_of(llama.hooked)[0]
     start = prompt.spans["response"][0]
     out = dps.generate(
-        llama.hooked, prompt, heads=HeadSet.parse("L1H2"), gamma=1.0, ablation="uniform", max_new_tokens=5, stop_at_eos=False
+        llama.hooked,
+        prompt,
+        heads=HeadSet.parse("L1H2"),
+        gamma=1.0,
+        ablation="uniform",
+        max_new_tokens=5,
+        stop_at_eos=False,
     )
     new, handle = uniform_z(llama.plain, 1, 2, 8, 4)
 
@@ -139,7 +158,15 @@ def test_rows_stop_at_their_own_end(llama, prompts_of):
 
 def test_sampling_does_not_depend_on_the_batch(llama, prompts_of):
     prompts = prompts_of(llama.hooked)
-    options = {"gamma": 0.7, "max_new_tokens": 10, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 40, "stop_at_eos": False}
+    options = {
+        "gamma": 0.7,
+        "max_new_tokens": 10,
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 40,
+        "stop_at_eos": False,
+    }
     batch = dps.generate(llama.hooked, prompts, heads=SETS, seed=[5, 6, 7], **options)
     for row in range(3):
         alone = dps.generate(llama.hooked, prompts[row], heads=SETS[row], seed=5 + row, **options)
@@ -167,7 +194,15 @@ def test_sampler_draws_from_its_distribution():
 
 def test_delta_logits_are_gamma_times_the_difference(llama, prompts_of):
     prompts = prompts_of(llama.hooked)[:2]
-    out = dps.generate(llama.hooked, prompts, heads=SETS[:2], gamma=[1.5, 0.0], max_new_tokens=3, keep_delta_logits=True, stop_at_eos=False)
+    out = dps.generate(
+        llama.hooked,
+        prompts,
+        heads=SETS[:2],
+        gamma=[1.5, 0.0],
+        max_new_tokens=3,
+        keep_delta_logits=True,
+        stop_at_eos=False,
+    )
     assert out.delta_logits[0].shape == (3, llama.hooked.cfg.d_vocab)
     assert not out.delta_logits[1].any()
     with torch.no_grad():

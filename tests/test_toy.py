@@ -1,8 +1,8 @@
 """Ground truth: a model in which exactly one known head carries the profile."""
 
 import pytest
-import toy
 import torch
+import toy
 from conftest import write_jsonl
 
 import dps_lens as dps

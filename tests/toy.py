@@ -12,13 +12,42 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 SIGNATURES = [f"sig{index}" for index in range(8)]
-WORDS = ["river", "stone", "cloud", "lamp", "garden", "paper", "window", "bread", "wheel", "bird", "letter", "road", "glass"]
+WORDS = [
+    "river",
+    "stone",
+    "cloud",
+    "lamp",
+    "garden",
+    "paper",
+    "window",
+    "bread",
+    "wheel",
+    "bird",
+    "letter",
+    "road",
+    "glass",
+]
 CARRIER = (1, 2)
 D_MODEL, N_HEADS, D_HEAD = 64, 4, 16
 
 
 def build(folder: Path) -> Path:
-    vocabulary = ["<unk>", "<s>", "</s>", *SIGNATURES, *WORDS, "Earlier", "texts", "by", "this", "user", ":", '"', "is", "the"]
+    vocabulary = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *SIGNATURES,
+        *WORDS,
+        "Earlier",
+        "texts",
+        "by",
+        "this",
+        "user",
+        ":",
+        '"',
+        "is",
+        "the",
+    ]
     vocabulary += ["title", "for", "Generate", "a", "headline", "following", "article", "Answer"]
     ids = {word: index for index, word in enumerate(vocabulary)}
     inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -27,8 +56,14 @@ def build(folder: Path) -> Path:
         tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
     config = transformers.GPT2Config(
-        vocab_size=len(vocabulary), n_embd=D_MODEL, n_layer=2, n_head=N_HEADS, n_positions=512, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2,
+        vocab_size=len(vocabulary),
+        n_embd=D_MODEL,
+        n_layer=2,
+        n_head=N_HEADS,
+        n_positions=512,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
     )
     generator = torch.Generator().manual_seed(0)
 
@@ -39,7 +74,9 @@ def build(folder: Path) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = ".ln_" in name
-            parameter.copy_(torch.ones_like(parameter) if is_norm and name.endswith("weight") else torch.zeros_like(parameter))
+            parameter.copy_(
+                torch.ones_like(parameter) if is_norm and name.endswith("weight") else torch.zeros_like(parameter)
+            )
         words = noise(len(vocabulary), D_MODEL - 16, scale=1.0)
         words = words - words.mean(-1, keepdim=True)
         embedding = torch.zeros(len(vocabulary), D_MODEL)

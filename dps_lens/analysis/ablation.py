@@ -81,7 +81,10 @@ class AblationCost:
                 ("difference", "harm", none[1] - none[2:].mean(0)),
             ]
         return pd.DataFrame(
-            [{"ablated": ablated, "measure": measure, **_interval(self._by_user(v), level)} for ablated, measure, v in rows]
+            [
+                {"ablated": ablated, "measure": measure, **_interval(self._by_user(v), level)}
+                for ablated, measure, v in rows
+            ]
         )
 
     @property

@@ -120,8 +120,8 @@ def build_prompt(
     limit = model.cfg.n_ctx
     if len(ids) + len(answer) > limit:
         raise PromptError(
-            f"build_prompt: example {example.id!r} takes {len(ids) + len(answer)} tokens, the model's context is {limit}; "
-            "lower profile_tokens, task_tokens or response_tokens in PromptConfig"
+            f"build_prompt: example {example.id!r} takes {len(ids) + len(answer)} tokens, the model's context is "
+            f"{limit}; lower profile_tokens, task_tokens or response_tokens in PromptConfig"
         )
     condition = profile.id if isinstance(profile, User) else profile
     shown = tuple(document.id for document in documents[: len(pieces)])
@@ -149,9 +149,7 @@ def _documents(example: Example, profile: Any, config: PromptConfig) -> tuple[Do
     return retrieve(pool, query, config.items, task=task, method=config.retrieval, seed=config.seed)
 
 
-def _snippets(
-    tokenizer: "_Tokenizer", example: Example, documents: Sequence[Document], budget: int
-) -> list[str]:
+def _snippets(tokenizer: "_Tokenizer", example: Example, documents: Sequence[Document], budget: int) -> list[str]:
     """The documents as text, their bodies cut so that all fit the budget.
 
     The last documents are left out when not even the first words of all would fit; one always stays.
@@ -163,11 +161,12 @@ def _snippets(
         del parts[-1], frames[-1]
     wanted = [tokenizer.count("".join(part) + "\n") for part in parts]
     snippets = []
-    for (before, body, after), frame, want, share in zip(parts, frames, wanted, share_budget(wanted, budget), strict=True):
-        if share < want:
-            # One token of slack for a merge across the cut.
-            body = tokenizer.cut(body, max(share - frame - 1, 0))
-        snippets.append(before + body + after)
+    for (before, body, after), frame, want, share in zip(
+        parts, frames, wanted, share_budget(wanted, budget), strict=True
+    ):
+        # One token of slack for a merge across the cut.
+        kept = body if share >= want else tokenizer.cut(body, max(share - frame - 1, 0))
+        snippets.append(before + kept + after)
     return snippets
 
 

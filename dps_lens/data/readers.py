@@ -83,7 +83,9 @@ def _open(source: str) -> tuple[str, list[Any]]:
         return source, _from_hub(source)
     if source.lower().startswith("lamp-"):
         url = _LAMP_URL.format(k=source[5:])
-        raise DataError(f"{source}: download {url} and the outputs file beside it, then load_users('dev_questions.json')")
+        raise DataError(
+            f"{source}: download {url} and the outputs file beside it, then load_users('dev_questions.json')"
+        )
     raise DataError(f"load_users: there is no file {source!r}; give a file, 'probe' or 'longlamp/CONFIG'")
 
 

@@ -67,7 +67,9 @@ class User:
     @cached_property
     def discovery_pool(self) -> tuple[Document, ...]:
         """The history without any document that an evaluation example asks for."""
-        return tuple(d for d in self.history if not any(self.task.is_same_text(d.fields, d.id, e) for e in self.examples))
+        return tuple(
+            d for d in self.history if not any(self.task.is_same_text(d.fields, d.id, e) for e in self.examples)
+        )
 
     def discovery_examples(self, discovery: Discovery = "history") -> tuple[Example, ...]:
         """Examples to find heads on, oldest first; no evaluation text is in them.

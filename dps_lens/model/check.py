@@ -57,7 +57,9 @@ def _check_finite(model: HookedModel) -> None:
 
 def _check_shapes(model: HookedModel, tokens: Tensor) -> None:
     cfg, shapes = model.cfg, {}
-    hooks = [(_hook_z(layer), lambda z, hook: shapes.update({hook.name: tuple(z.shape)})) for layer in range(cfg.n_layers)]
+    hooks = [
+        (_hook_z(layer), lambda z, hook: shapes.update({hook.name: tuple(z.shape)})) for layer in range(cfg.n_layers)
+    ]
     names = {layer: model.hook_dict[_hook_z(layer)].name for layer in range(cfg.n_layers)}
     with model.hooks(fwd_hooks=hooks):
         Runner.of(model).logits(tokens, keep=1)

@@ -71,7 +71,7 @@ def load_model(
         if bars:
             hf_logging.enable_progress_bar()
     if not boot:
-        hf_model = hf_model.to(device)
+        hf_model = hf_model.to(torch.device(device))  # type: ignore[arg-type]
     return wrap_model(hf_model.eval(), tokenizer, source, device=device, dtype=torch_dtype, **boot)
 
 
@@ -102,8 +102,8 @@ def wrap_model(
         return hooked_transformer(hf_model, tokenizer, source, device=device, dtype=dtype).eval()
     except (ValueError, AttributeError) as error:
         raise ModelLoadError(
-            f"load_model: transformer-lens {installed} cannot convert {source!r}; download it to a folder and load that, "
-            "or install transformer-lens>=4, which wraps any Hugging Face model"
+            f"load_model: transformer-lens {installed} cannot convert {source!r}; download it to a folder and load "
+            "that, or install transformer-lens>=4, which wraps any Hugging Face model"
         ) from error
 
 
@@ -155,7 +155,7 @@ def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     # What is saved is plain weights; the marks of the quantised origin would stop a plain load.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    setattr(model, "hf_quantizer", None)  # noqa: B010
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
     try:

@@ -1,6 +1,6 @@
 """One self-contained HTML page of a run: heatmap, top heads, ablation cost, steered text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +54,26 @@ def write_report(
 
 
 def verdict(cost: AblationCost) -> str:
-    """The sentence that the held-out numbers support."""
-    frame = cost.to_frame().set_index(["ablated", "measure"])
-    gain = frame.loc[("full model", "gain")]
-    k = len(cost.heads)
+    """The sentences that the held-out numbers support."""
+    frame = cost.to_frame()
+    rows = {(row["ablated"], row["measure"]): row for row in frame.to_dict("records")}
+    gain, k = rows["full model", "gain"], len(cost.heads)
     if not gain["low"] > 0:
-        return (
-            f"On these examples the profile does not reliably help the model (gain {gain['mean']:.3f}, interval "
-            f"{gain['low']:.3f} to {gain['high']:.3f}), so there is little personalisation to take."
-        )
-    difference = frame.loc[("difference", "taken")]
-    words = f"{difference['mean']:.3f} nats per token (interval {difference['low']:.3f} to {difference['high']:.3f})"
-    if difference["low"] > 0:
-        return f"The top {k} heads take more of the gain than random heads of the same layers, by {words}."
-    if difference["high"] < 0:
-        return f"The top {k} heads take less of the gain than random heads of the same layers: {words}."
-    return f"The top {k} heads cannot be told from random heads of the same layers: {words}."
+        return f"Here the profile does not reliably help the model (gain {_words(gain)}); there is little to take."
+    taken, harm = rows["difference", "taken"], rows["difference", "harm"]
+    if taken["low"] > 0:
+        first = f"The top {k} heads take more of the gain than random heads of the same layers, by {_words(taken)}."
+    elif taken["high"] < 0:
+        first = f"The top {k} heads take less of the gain than random heads of the same layers ({_words(taken)})."
+    else:
+        first = f"The top {k} heads cannot be told from random heads of the same layers ({_words(taken)})."
+    if harm["low"] > 0:
+        return f"{first} They also harm the model where there is no profile, by {_words(harm)} more than random heads."
+    return f"{first} Where there is no profile they harm the model no more than random heads ({_words(harm)})."
+
+
+def _words(row: Mapping[Hashable, Any]) -> str:
+    return f"{row['mean']:.3f} nats per token, interval {row['low']:.3f} to {row['high']:.3f}"
 
 
 def _facts(scores: HeadScores, cost: AblationCost) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ differs; layers below are never recomputed. With `positions="response"` all bran
 and values of the prompt.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Literal, TypeAlias
@@ -73,13 +74,12 @@ class Branches:
         with torch.inference_mode(), attention_for(runner.model, ablation):
             if self.begin:
                 self.prompt_cache = runner.prefill(tokens[:, : self.begin])
-            logits = runner.logits(
-                self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals
-            )
+            logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)
         self.nll = float(response_nll(logits, self.targets))
-        if self.nll != self.nll or self.nll == float("inf"):
+        if not math.isfinite(self.nll):
             raise ScoreError(
-                f"example {prompt.example_id!r}: the model's NLL is {self.nll}; check_model(model) looks for NaN in the weights"
+                f"example {prompt.example_id!r}: the model's NLL is {self.nll}; check_model(model) looks for NaN in "
+                "the weights"
             )
 
     def _rows_per_batch(self, batch_size: BatchSize) -> int:

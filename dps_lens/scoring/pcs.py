@@ -3,8 +3,8 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -310,8 +310,8 @@ def _aligned(
         return z[:, : len(base.response_tokens)], lambda n_pos: slice(None)
     if base.spans != source.spans:
         raise PromptError(
-            f"example {base.example_id!r}: patching positions={positions!r} needs profiles of equal token length, found "
-            f"{base.spans['profile']} and {source.spans['profile']}; use positions='response'"
+            f"example {base.example_id!r}: patching positions={positions!r} needs profiles of equal token length, "
+            f"found {base.spans['profile']} and {source.spans['profile']}; use positions='response'"
         )
     same = base.tokens == source.tokens
     first, stop = base.spans["profile"]

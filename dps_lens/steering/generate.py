@@ -33,9 +33,9 @@ class Generation:
     """
 
     texts: list[str]
-    tokens: list[Int[Tensor, "_"]]
-    logprobs: list[Float[Tensor, "_"]]
-    shifts: list[Float[Tensor, "_"]]
+    tokens: list[Int[Tensor, " _"]]
+    logprobs: list[Float[Tensor, " _"]]
+    shifts: list[Float[Tensor, " _"]]
     settings: dict[str, Any]
     _delta_logits: list[Float[Tensor, "_ d_vocab"]] | None = None
 
@@ -193,7 +193,9 @@ class _Steps:
         pad = model.tokenizer.pad_token_id or 0
         self.tokens = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=pad) for row in rows])
         self.mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
-        self.profile = torch.stack([_profile(prompt, longest, len(row)) for prompt, row in zip(batch, rows, strict=True)])
+        self.profile = torch.stack(
+            [_profile(prompt, longest, len(row)) for prompt, row in zip(batch, rows, strict=True)]
+        )
         self.tokens, self.mask = self.tokens.to(self.runner.device), self.mask.to(self.runner.device)
         everyone = torch.arange(len(batch), device=self.runner.device)
         self.order = torch.cat([everyone, self.branched])

@@ -31,7 +31,9 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise SteeringError(f"temperature {self.temperature} is not positive; use do_sample=False for greedy decoding")
+            raise SteeringError(
+                f"temperature {self.temperature} is not positive; use do_sample=False for greedy decoding"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise SteeringError(f"top_k {self.top_k} keeps no token")
         if self.top_p is not None and not 0 < self.top_p <= 1:

