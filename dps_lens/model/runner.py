@@ -133,7 +133,7 @@ class BridgeRunner(Runner):
     def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         self._forward(tokens, keep=1, past_key_values=cache, attention_mask=mask)
         return PromptCache([(layer.keys, layer.values) for layer in cache.layers], tokens.shape[1])
 
@@ -220,13 +220,16 @@ def _shared_cache(prompt: PromptCache) -> Any:
     from transformers.cache_utils import Cache, DynamicLayer
 
     class SharedLayer(DynamicLayer):
+        keys: Any
+        values: Any
+
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             rows = key_states.shape[0]
             key = self.keys.expand(rows, -1, -1, -1)
             value = self.values.expand(rows, -1, -1, -1)
             return torch.cat([key, key_states], -2), torch.cat([value, value_states], -2)
 
-    layers = []
+    layers: list[Any] = []
     for key, value in prompt.layers:
         layer = SharedLayer()
         layer.lazy_initialization(key, value)

@@ -80,10 +80,11 @@ def heatmap(
 
 def _title(scores: HeadScores, user: str | None, component: str | None) -> str:
     contrast = scores.manifest.get("contrast")
-    name = {
+    names = {
         "no_profile": "PCS, own profile − no profile",
         "other_user": "PCS, own profile − other users' profiles",
-    }.get(contrast, "PCS")
+    }
+    name = names.get(str(contrast), "PCS")
     if component:
         name = {"own": "PCS, own profile", "no_profile": "PCS, no profile"}.get(component, f"PCS, {component}")
     rows = len(scores.rows(user)) if user else len(scores.user_ids)
