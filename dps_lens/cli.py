@@ -189,14 +189,15 @@ def _print_estimate(model: Any, users: "list[User]", examples: int, held_out: in
     from dps_lens.model import Runner
     from dps_lens.scoring import Branches, single_heads
 
-    example, n_heads = users[0].discovery_examples()[-1], model.cfg.n_heads
-    prompt = build_prompt(model, example)
-    begun = time.monotonic()
-    branches = Branches(Runner.of(model), prompt)
-    clean = time.monotonic() - begun
-    begun = time.monotonic()
-    branches.ablated(single_heads(model.cfg.n_layers, n_heads)[::n_heads])
-    sweep = (time.monotonic() - begun) * n_heads
+    n_heads = model.cfg.n_heads
+    prompt = build_prompt(model, users[0].discovery_examples()[-1])
+    sample = single_heads(model.cfg.n_layers, n_heads)[::n_heads]
+    for _ in range(2):  # the first round warms up
+        begun = time.monotonic()
+        branches = Branches(Runner.of(model), prompt)
+        middle = time.monotonic()
+        branches.ablated(sample)
+    clean, sweep = middle - begun, (time.monotonic() - middle) * n_heads
     per_set = 2 * sweep / (model.cfg.n_layers * n_heads)  # a set may start at the first layer, a head starts halfway
     seconds = 2 * len(users) * (examples * (clean + sweep) + held_out * (clean + per_set * (n_random + 1)))
     size = f"{len(users)} users, {model.cfg.n_layers} layers × {n_heads} heads"

@@ -1,7 +1,5 @@
 """A `HookedTransformer` of transformer-lens 3.9 goes into every function; run by `make test-tl3`."""
 
-from importlib.metadata import version
-
 import pytest
 import torch
 from oracles import ablated_nll, nll, uniform_z
@@ -10,10 +8,6 @@ import dps_lens as dps
 from dps_lens.data import build_prompt
 from dps_lens.heads import HeadSet
 
-pytestmark = pytest.mark.skipif(
-    not version("transformer-lens").startswith("3."),
-    reason="needs transformer-lens 3.9; make test-tl3 makes that environment",
-)
 ARCHITECTURES = ["llama", "gpt_neox", "qwen2"]
 
 

@@ -41,7 +41,7 @@ def write_report(
         title=title,
         lead=f"{len(scores.users)} users, {len(scores.user_ids)} discovery examples, {len(cost.user_ids)} held out.",
         # Plotly's own markup; it escapes "<" inside the JSON of the figure.
-        heatmap=_safe(figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False})),
+        heatmap=_safe(figure.to_html(full_html=False, include_plotlyjs=True, config={"displayModeBar": False})),
         top=frame.to_dict("records"),
         cost=cost.to_frame().to_dict("records"),
         verdict=verdict(cost),

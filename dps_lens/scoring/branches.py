@@ -30,9 +30,13 @@ def response_nll(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, 
     The one reducer of every path: `logsumexp − gold` in float32. A float32 `log_softmax` over a large
     vocabulary is biased by about 1e-5 a token against it.
     """
-    logits = logits.float()
-    gold = logits.gather(-1, targets.to(logits.device)[None, :, None].expand(len(logits), -1, 1))[..., 0]
-    return (logits.logsumexp(-1) - gold).double().mean(-1).cpu()
+    targets = targets.to(logits.device)[:, None]
+    # Row by row: over a large vocabulary the temporaries of a whole batch would be fresh memory every time.
+    losses = []
+    for row in logits:
+        row32 = row.float()
+        losses.append((row32.logsumexp(-1) - row32.gather(-1, targets)[:, 0]).double().mean())
+    return torch.stack(losses).cpu()
 
 
 class Branches:
