@@ -14,11 +14,16 @@ _API = {
     "build_prompt": "data",
     "check_model": "model",
     "generate": "steering",
+    "held_out_effects": "analysis",
     "load_model": "model",
     "load_users": "data",
+    "measure_noise": "analysis",
     "random_heads": "families",
     "record_z": "intervene",
     "score_heads": "scoring",
+    "significant_heads": "analysis",
+    "split_half": "analysis",
+    "stability": "analysis",
 }
 
 __all__ = [*_API, "plots"]  # noqa: PLE0604

@@ -105,6 +105,11 @@ class Edit:
             return mask[:rows]
         raise InterventionError(f"the ablation holds {len(mask)} rows of heads, the batch has {rows} rows")
 
+    def replaced(self, layer: int, z: Tensor) -> Tensor:
+        """What `z`, `[row pos head d_head]`, becomes under this edit."""
+        edited = self._z(layer, z)
+        return z if edited is None else edited
+
     def _z(self, layer: int, z: Tensor) -> Tensor | None:
         where = self.where(z.shape[1])
         if where is None:

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dps_lens.errors import HeadError, ScoreError
@@ -23,6 +23,24 @@ _MANIFEST = "scores.json"
 _FORMAT = 1
 
 
+class NoiseFloor(NamedTuple):
+    """Scores in a low-precision format minus the same in float32, nats per token.
+
+    Attributes:
+        sd: standard deviation over examples and heads.
+        bias: mean.
+        n_examples: size of the sample.
+    """
+
+    sd: float
+    bias: float
+    n_examples: int
+
+    def of_mean(self, n: int) -> float:
+        """What the format can add to a mean of `n` examples: the bias and two standard errors."""
+        return abs(self.bias) + 2 * self.sd / n**0.5
+
+
 class HeadScores:
     """Scores of every head on every example; positive means the head helps.
 
@@ -31,6 +49,7 @@ class HeadScores:
         components: what `values` was made of, same shape: for a profile-specific PCS `"own"` and
             `"no_profile"` or `"other_user"`.
         nll: mean NLL of the unablated model per example, nats per token, by condition.
+        exact: `Bool[Tensor, "example layer head"]`, False where a value is a first-order estimate.
         example_ids: one a row.
         user_ids: one a row.
         manifest: model, data, settings, seed and sign convention.
@@ -44,6 +63,7 @@ class HeadScores:
         user_ids: Sequence[str],
         components: Mapping[str, Tensor] | None = None,
         nll: Mapping[str, Tensor] | None = None,
+        exact: Bool[Tensor, "example layer head"] | None = None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         if not len(values) == len(example_ids) == len(user_ids):
@@ -53,6 +73,7 @@ class HeadScores:
         self.values = values
         self.components = dict(components or {})
         self.nll = dict(nll or {})
+        self.exact = torch.ones(values.shape, dtype=torch.bool) if exact is None else exact
         self.example_ids = tuple(example_ids)
         self.user_ids = tuple(user_ids)
         self.manifest = dict(manifest or {})
@@ -65,6 +86,12 @@ class HeadScores:
     def users(self) -> tuple[str, ...]:
         """The users, in order of appearance."""
         return tuple(dict.fromkeys(self.user_ids))
+
+    @property
+    def noise_floor(self) -> NoiseFloor | None:
+        """Noise of the model's number format, once `measure_noise` has measured it."""
+        found = self.manifest.get("noise_floor")
+        return NoiseFloor(**found) if found else None
 
     def rows(self, user: str) -> list[int]:
         """Rows of one user.
@@ -139,7 +166,7 @@ class HeadScores:
         return HeadSet(ranked[:k], label=label if label is not None else user or "preference")
 
     def to_frame(self, user: str | None = None, level: float = 0.95) -> "pandas.DataFrame":
-        """One row a head, best first: mean, interval, and the means of the components."""
+        """One row a head, best first: mean, interval, means of the components, share of exact values."""
         import pandas as pd
 
         mean = self.mean(user)
@@ -154,6 +181,8 @@ class HeadScores:
             "high": high.flatten(),
         }
         columns |= {name: self.mean(user, of=name).flatten() for name in self.components}
+        rows = self.rows(user) if user else slice(None)
+        columns["exact"] = self.exact[rows].float().mean(0).flatten()
         frame = pd.DataFrame(columns)
         return frame.sort_values(["mean", "layer", "head"], ascending=[False, True, True], ignore_index=True)
 
@@ -162,6 +191,8 @@ class HeadScores:
         tensors = {"values": self.values}
         tensors |= {f"component.{name}": tensor for name, tensor in self.components.items()}
         tensors |= {f"nll.{name}": tensor for name, tensor in self.nll.items()}
+        if not bool(self.exact.all()):
+            tensors["exact"] = self.exact
         folder = Path(folder)
         write_tensors(folder / _TENSORS, tensors)
         write_json(
@@ -200,6 +231,7 @@ class HeadScores:
             user_ids=user_ids,
             components=group("component."),
             nll=group("nll."),
+            exact=tensors.get("exact"),
             manifest=manifest,
         )
 

@@ -14,7 +14,7 @@ import torch
 import dps_lens as dps
 from dps_lens.errors import RunError
 from dps_lens.runs import RunFolder
-from dps_lens.scoring import pcs
+from dps_lens.scoring.sweep import Sweep
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def digest(folder):
 
 def counting(monkeypatch, fail_after=None):
     calls = []
-    real = pcs._Sweep.unit
+    real = Sweep.unit
 
     def unit(self, example):
         if fail_after is not None and len(calls) == fail_after:
@@ -37,7 +37,7 @@ def counting(monkeypatch, fail_after=None):
         calls.append(example.id)
         return real(self, example)
 
-    monkeypatch.setattr(pcs._Sweep, "unit", unit)
+    monkeypatch.setattr(Sweep, "unit", unit)
     return calls
 
 

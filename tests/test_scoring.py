@@ -93,11 +93,11 @@ def test_patch_needs_equal_lengths_outside_the_response(llama, users, short):
 
 
 def test_patch_from_itself_is_zero_everywhere(llama, users, short):
-    from dps_lens.scoring.pcs import _aligned
+    from dps_lens.scoring.sweep import aligned_z
 
     prompt = build_prompt(llama.hooked, users[0].discovery_examples()[-1], config=short)
     for positions in ("response", "profile", "all"):
-        values, where = _aligned(llama.hooked, prompt, prompt, positions)
+        values, where = aligned_z(llama.hooked, prompt, prompt, positions)
         branches = Branches(Runner.of(llama.hooked), prompt, ablation="patch", positions=positions)
         masks = single_heads(llama.hooked.cfg.n_layers, llama.hooked.cfg.n_heads)
         patched = branches.ablated(masks, values, where)
@@ -108,7 +108,7 @@ def test_patch_at_all_positions_equals_plain_hugging_face(llama, users, short):
     """Two prompts of equal length: the same profile with two words changed."""
     from dataclasses import replace
 
-    from dps_lens.scoring.pcs import _aligned
+    from dps_lens.scoring.sweep import aligned_z
 
     model, cfg = llama.hooked, llama.hooked.cfg
     base = build_prompt(model, users[0].discovery_examples()[-1], config=short)
@@ -119,7 +119,7 @@ def test_patch_at_all_positions_equals_plain_hugging_face(llama, users, short):
     source = replace(base, tokens=tokens)
     same = base.tokens == source.tokens
     same[start:stop] = True
-    values, where = _aligned(model, base, source, "all")
+    values, where = aligned_z(model, base, source, "all")
     branches = Branches(Runner.of(model), base, ablation="patch", positions="all")
     got = branches.ablated(single_heads(cfg.n_layers, cfg.n_heads), values, where).reshape(cfg.n_layers, cfg.n_heads)
     from oracles import columns_replaced

@@ -82,7 +82,7 @@ class AblationCost:
             ]
         return pd.DataFrame(
             [
-                {"ablated": ablated, "measure": measure, **_interval(self._by_user(v), level)}
+                {"ablated": ablated, "measure": measure, **interval(self._by_user(v), level)}
                 for ablated, measure, v in rows
             ]
         )
@@ -95,7 +95,8 @@ class AblationCost:
         return float((per_set[1:] < per_set[0]).mean()) if len(per_set) > 1 else float("nan")
 
 
-def _interval(values: np.ndarray, level: float) -> dict[str, float]:
+def interval(values: np.ndarray, level: float) -> dict[str, float]:
+    """Mean of user means with a Student's t interval; NaN bounds for a single user."""
     mean, n = float(values.mean()), len(values)
     half = float(student.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
     return {"mean": mean, "low": mean - half, "high": mean + half}

@@ -103,6 +103,23 @@ class HookedRunner(Runner):
             )
         return residual if keep is None else residual[:, -keep:]
 
+    def block(
+        self,
+        layer: int,
+        residual: Float[Tensor, "row pos d_model"],
+        tokens: Int[Tensor, "1 pos"],
+        *,
+        prompt: PromptCache | None = None,
+    ) -> Float[Tensor, "row pos d_model"]:
+        rows, seen = residual.shape[0], tokens.shape[1] + (prompt.length if prompt else 0)
+        return self.model(
+            residual,
+            start_at_layer=layer,
+            stop_at_layer=layer + 1,
+            past_kv_cache=self._shared(prompt, rows),
+            attention_mask=torch.ones(rows, seen, dtype=torch.int, device=residual.device),
+        )
+
     def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
         # The mask of the prompt comes with the first step, which knows the padding.
         layers = [(key[rows], value[rows]) for key, value in prompt.layers]

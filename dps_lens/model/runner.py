@@ -97,8 +97,20 @@ class Runner(ABC):
             keep: as in `logits`.
 
         Returns:
-            logits of all rows, in the order in which they joined.
+            logits of all rows, in the order in which they joined. A start at `n_layers` enters after
+            the last block.
         """
+
+    @abstractmethod
+    def block(
+        self,
+        layer: int,
+        residual: Float[Tensor, "row pos d_model"],
+        tokens: Int[Tensor, "1 pos"],
+        *,
+        prompt: PromptCache | None = None,
+    ) -> Float[Tensor, "row pos d_model"]:
+        """One block alone; gradients flow through it."""
 
     @abstractmethod
     def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
@@ -163,6 +175,22 @@ class BridgeRunner(Runner):
         with _entering(self.model.blocks, starts):
             return self._forward(tokens, keep=keep, past_key_values=past, use_cache=past is not None)
 
+    def block(
+        self,
+        layer: int,
+        residual: Float[Tensor, "row pos d_model"],
+        tokens: Int[Tensor, "1 pos"],
+        *,
+        prompt: PromptCache | None = None,
+    ) -> Float[Tensor, "row pos d_model"]:
+        past = _shared_cache(prompt) if prompt else None
+        try:
+            with _entering(self.model.blocks, {layer: residual}, stop=layer):
+                self._forward(tokens, keep=1, past_key_values=past, use_cache=past is not None)
+        except _StoppedError as stopped:
+            return stopped.residual
+        raise AssertionError(f"block {layer} did not run")
+
     def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
         from transformers import DynamicCache
 
@@ -186,23 +214,35 @@ def recorders(n_layers: int, record: Residuals) -> list[tuple[str, Any]]:
     return [(f"blocks.{layer}.hook_resid_pre", partial(keep, layer=layer)) for layer in range(n_layers)]
 
 
+class _StoppedError(Exception):
+    """Carries the residual stream out of a forward pass that ends early."""
+
+    def __init__(self, residual: Tensor) -> None:
+        super().__init__()
+        self.residual = residual
+
+
 @contextmanager
-def _entering(blocks: Any, starts: Mapping[int, Tensor]) -> Iterator[None]:
+def _entering(blocks: Any, starts: Mapping[int, Tensor], stop: int | None = None) -> Iterator[None]:
     """Let blocks below the first start pass their input on, and let rows join at the starts.
 
     The model around the blocks (masks, position embeddings, final norm, unembedding) stays its own.
+    With `stop`, the pass ends after that block by raising `_StoppedError`.
     """
-    first = min(starts)
+    first, last = min(starts), len(blocks) - 1
     changed = [block for layer, block in enumerate(blocks) if layer < first or layer in starts]
 
     def enter(layer: int, block: Any, *args: Any, **kwargs: Any) -> Any:
         residual = args[0] if args else kwargs.pop("hidden_states")
         if layer < first:
-            return residual
+            return starts[first] if layer == last else residual
         arriving = starts[layer]
         if layer > first:
             arriving = torch.cat([residual, arriving.to(residual.device)])
-        return type(block).forward(block, arriving, *args[1:], **kwargs)
+        leaving = type(block).forward(block, arriving, *args[1:], **kwargs)
+        if layer == stop:
+            raise _StoppedError(leaving[0] if isinstance(leaving, tuple) else leaving)
+        return leaving
 
     try:
         for layer, block in enumerate(blocks):

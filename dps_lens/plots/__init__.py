@@ -2,6 +2,7 @@
 
 from dps_lens.plots.heatmap import heatmap
 from dps_lens.plots.report import verdict, write_report
+from dps_lens.plots.stability import stability_curve
 from dps_lens.plots.theme import TEMPLATE
 
-__all__ = ["TEMPLATE", "heatmap", "verdict", "write_report"]
+__all__ = ["TEMPLATE", "heatmap", "stability_curve", "verdict", "write_report"]

@@ -24,19 +24,20 @@ BatchSize: TypeAlias = int | Literal["auto"]
 _CPU_TOKENS, _GPU_TOKENS = 512, 8192
 
 
-def response_nll(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float64[Tensor, " row"]:
-    """`−(1/T) Σ log p(y_t)` of each row, nats per token.
+def token_losses(logits: Float[Tensor, "pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+    """−log p of each response token, in float32.
 
-    The one reducer of every path: `logsumexp − gold` in float32. A float32 `log_softmax` over a large
-    vocabulary is biased by about 1e-5 a token against it.
+    The one reducer of every path: `logsumexp − gold`. A float32 `log_softmax` over a large vocabulary is
+    biased by about 1e-5 a token against it.
     """
-    targets = targets.to(logits.device)[:, None]
+    logits = logits.float()
+    return logits.logsumexp(-1) - logits.gather(-1, targets.to(logits.device)[:, None])[:, 0]
+
+
+def response_nll(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float64[Tensor, " row"]:
+    """`−(1/T) Σ log p(y_t)` of each row, nats per token."""
     # Row by row: over a large vocabulary the temporaries of a whole batch would be fresh memory every time.
-    losses = []
-    for row in logits:
-        row32 = row.float()
-        losses.append((row32.logsumexp(-1) - row32.gather(-1, targets)[:, 0]).double().mean())
-    return torch.stack(losses).cpu()
+    return torch.stack([token_losses(row, targets).double().mean() for row in logits]).cpu()
 
 
 class Branches:
@@ -75,7 +76,7 @@ class Branches:
         self.prompt_cache: PromptCache | None = None
         self.residuals: Residuals = {}
         self.batch_size = self._rows_per_batch(batch_size)
-        with torch.inference_mode(), attention_for(runner.model, ablation):
+        with torch.no_grad(), attention_for(runner.model, ablation):
             if self.begin:
                 self.prompt_cache = runner.prefill(tokens[:, : self.begin])
             logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)

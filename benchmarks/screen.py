@@ -1,0 +1,76 @@
+"""How much of the exact top 20 screening finds, and at what share of the exact cost.
+
+    python benchmarks/screen.py --users dev_questions.json --positions all --examples 8
+
+Exact scores are computed once and kept in `--out`. Cost is counted in block passes: a head of layer l
+costs the layers from l up; attribution costs 3 passes through all layers.
+"""
+
+import argparse
+import warnings
+from pathlib import Path
+
+import torch
+
+import dps_lens as dps
+
+TOP = 20
+
+
+def cost(chosen):
+    """Share of the exact cost that the chosen heads take, attribution included."""
+    n_layers, n_heads = chosen.shape[-2:]
+    passes = torch.arange(n_layers, 0, -1.0)[:, None].expand(n_layers, n_heads)
+    return (float((chosen * passes).sum((-1, -2)).mean()) + 3 * n_layers) / float(passes.sum())
+
+
+def chosen_heads(estimate, exact_layers, confirm):
+    """Heads that `score_heads(method="screened")` would measure."""
+    chosen = torch.zeros_like(estimate, dtype=torch.bool)
+    chosen[:, :exact_layers] = True
+    rest = estimate.masked_fill(chosen, -torch.inf).flatten(1)
+    index = rest.topk(round(confirm * rest.shape[1])).indices
+    return chosen.flatten(1).scatter(1, index, True).reshape(chosen.shape)
+
+
+def recall(exact, mixed):
+    """Mean share of each example's exact top 20 among the top 20 of `mixed`."""
+    tops = [values.flatten(1).topk(TOP).indices.tolist() for values in (exact, mixed)]
+    return sum(len(set(a) & set(b)) / TOP for a, b in zip(*tops, strict=True)) / len(exact)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--users", default="probe")
+    parser.add_argument("--positions", choices=["response", "all"], default="response")
+    parser.add_argument("--contrast", choices=["no_profile", "none"], default="no_profile")
+    parser.add_argument("--examples", type=int, default=8, help="one of each user")
+    parser.add_argument("--out", type=Path, default=Path("runs/screen"))
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    model = dps.load_model()
+    users = dps.load_users(arguments.users, max_users=arguments.examples)
+    options = {
+        "max_examples": -(-arguments.examples // len(users)),
+        "positions": arguments.positions,
+        "contrast": None if arguments.contrast == "none" else arguments.contrast,
+    }
+    folder = arguments.out / f"{Path(arguments.users).stem}-{arguments.positions}-{arguments.contrast}"
+    exact = dps.score_heads(model, users, out=folder, **options)
+    estimated = dps.score_heads(model, users, method="attribution", **options)
+    print(f"{len(exact.values)} examples of {len(users)} users, positions {arguments.positions}, {arguments.contrast}")
+    print(f"attribution alone: recall of the top {TOP} {recall(exact.values, estimated.values):.2f}")
+    print("exact layers  confirmed  cost   recall (per example)  recall (mean over examples)")
+    mean = exact.values.mean(0, keepdim=True)
+    for exact_layers in (0, 1, 2, 3):
+        for confirm in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+            chosen = chosen_heads(estimated.values, exact_layers, confirm)
+            mixed = torch.where(chosen, exact.values, estimated.values)
+            print(
+                f"{exact_layers:12d}  {confirm:9.2f}  {cost(chosen):4.2f}  {recall(exact.values, mixed):20.2f}  "
+                f"{recall(mean, mixed.mean(0, keepdim=True)):.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
