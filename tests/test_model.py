@@ -48,7 +48,7 @@ def test_passes_agree_with_one_whole_pass(tiny):
     whole = tiny.plain(input_ids=TOKENS).logits
     with native_attention(tiny.hooked):
         prompt = runner.prefill(TOKENS[:, :20])
-        residuals = {}
+        residuals = dict.fromkeys(range(3))
         rest = runner.logits(TOKENS[:, 20:], prompt=prompt, record=residuals, keep=4)
         assert torch.allclose(rest, whole[:, -4:], atol=1e-4)
         assert sorted(residuals) == [0, 1, 2]

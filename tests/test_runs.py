@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -96,38 +97,77 @@ def test_another_model_is_refused(llama, tiny_folders, probe, options, tmp_path)
         dps.score_heads(other, probe[:1], out=tmp_path, **options)
 
 
-KILLED = """
-import sys
+# Loads the model once; then starts a child for each line it reads, and says the child's process id.
+NURSERY = """
+import os, sys, torch
+torch.set_num_threads(1)
 import dps_lens as dps
+from dps_lens.scoring.sweep import Sweep
+
 model = dps.load_model(sys.argv[1])
-users = dps.load_users("probe", max_users=4)
+users = dps.load_users("probe", max_users=6)
 config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
+real = Sweep.unit
+
+def unit(self, example):
+    with open(log, "a") as file:
+        file.write(example.id + os.linesep)
+    return real(self, example)
+
+Sweep.unit = unit
 print("ready", flush=True)
-dps.score_heads(model, users, max_examples=3, prompt=config, out=sys.argv[2], progress=False)
+for line in sys.stdin:
+    out = line.strip()
+    log = out + ".log"
+    child = os.fork()
+    if child == 0:
+        dps.score_heads(model, users, max_examples=3, prompt=config, out=out, progress=False)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def test_a_killed_process_leaves_only_whole_units(tiny_folders, llama, probe, tmp_path, short, monkeypatch):
-    options = {"max_examples": 3, "prompt": short, "progress": False}
-    dps.score_heads(llama.hooked, probe[:4], out=tmp_path / "whole", **options)
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tiny_folders["llama"]), str(tmp_path / "cut")],
+def test_ten_kills_at_random_moments(tiny_folders, tmp_path):
+    """kill -9 ten times: the result is that of an uninterrupted run, and at most one unit is redone each time."""
+    nursery = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(NURSERY), str(tiny_folders["llama"])],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
-    process.stdout.readline()
-    units = tmp_path / "cut" / "units"
-    while not (units.is_dir() and len(list(units.glob("*.safetensors"))) >= 3):
-        time.sleep(0.005)
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(list(units.glob("*.safetensors")))
-    calls = counting(monkeypatch)
-    dps.score_heads(llama.hooked, probe[:4], out=tmp_path / "cut", **options)
-    assert len(calls) == 12 - done
-    whole, cut = dps.HeadScores.load(tmp_path / "whole"), dps.HeadScores.load(tmp_path / "cut")
-    assert torch.allclose(whole.values, cut.values, atol=1e-6)
+
+    def start(folder):
+        nursery.stdin.write(f"{folder}\n")
+        nursery.stdin.flush()
+        return int(nursery.stdout.readline())
+
+    try:
+        assert nursery.stdout.readline() == "ready\n"
+        begun = time.monotonic()
+        start(tmp_path / "whole")
+        assert nursery.stdout.readline() == "0\n"
+        whole_run = time.monotonic() - begun
+        rng, kills = random.Random(0), 0
+        while kills < 10:
+            child = start(tmp_path / "cut")
+            time.sleep(rng.uniform(0, whole_run / 8))
+            os.kill(child, signal.SIGKILL)
+            assert nursery.stdout.readline() == f"{int(signal.SIGKILL)}\n", "finished before it was killed"
+            kills += 1
+        start(tmp_path / "cut")
+        assert nursery.stdout.readline() == "0\n"
+    finally:
+        nursery.kill()
+        nursery.wait()
+    starts = (tmp_path / "cut.log").read_text().split()
+    assert len(set(starts)) == 18
+    assert len(starts) <= 18 + kills
+    for path in [path for path in (tmp_path / "cut").rglob(".*") if path.is_file()]:
+        assert path.suffix == ".tmp", "a kill leaves at most a temporary file, which nothing reads"
+        path.unlink()
+    assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
 def test_settings_that_are_not_json_are_compared_as_json(tmp_path):

@@ -217,3 +217,39 @@ def test_nan_in_weights_is_an_error(tiny_folders, users, short):
 
 def test_every_architecture_is_covered():
     assert {"llama", "gpt2", "gpt_neox", "qwen2", "gemma3"} <= set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("positions", ["response", "all"])
+def test_residuals_that_do_not_fit_are_computed_again(tiny, users, short, positions, monkeypatch):
+    from dps_lens.scoring import attribute, branches
+
+    prompt = build_prompt(tiny.hooked, users[0].discovery_examples()[-1], config=short)
+    runner, masks = Runner.of(tiny.hooked), single_heads(3, 4)
+    whole = Branches(runner, prompt, positions=positions)
+    monkeypatch.setattr(branches, "_RESIDUAL_BYTES", 1)
+    spaced = Branches(runner, prompt, positions=positions)
+    assert (sorted(whole.residuals), sorted(spaced.residuals)) == ([0, 1, 2], [0])
+    assert torch.allclose(spaced.ablated(masks), whole.ablated(masks), atol=1e-6)
+    assert torch.allclose(attribute(spaced), attribute(whole), atol=1e-6)
+
+
+def test_running_out_of_memory_halves_the_batch(llama, users, short, monkeypatch):
+    prompt = build_prompt(llama.hooked, users[0].discovery_examples()[-1], config=short)
+    runner, masks = Runner.of(llama.hooked), single_heads(3, 4)
+    expected = Branches(runner, prompt).ablated(masks)
+    real, sizes = Branches._run, []
+
+    def run(self, masks, *rest):
+        sizes.append(len(masks))
+        if len(masks) > 3:
+            raise torch.OutOfMemoryError("planted")
+        return real(self, masks, *rest)
+
+    monkeypatch.setattr(Branches, "_run", run)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    got = Branches(runner, prompt, batch_size=12).ablated(masks)
+    assert sizes == [12, 6, 3, 3, 3, 3]
+    assert torch.allclose(got, expected, atol=1e-6)
+    monkeypatch.setattr(Branches, "_run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("planted")))
+    with pytest.raises(torch.OutOfMemoryError):
+        Branches(runner, prompt, batch_size=1).ablated(masks)

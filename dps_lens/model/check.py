@@ -31,7 +31,7 @@ def check_model(model: HookedModel, *, reference: Any = None) -> dict[str, float
     _check_finite(model)
     runner = Runner.of(model)
     tokens = torch.arange(_PROBE_LENGTH, device=runner.device)[None] * 7 % min(model.cfg.d_vocab, 1000)
-    residuals: Residuals = {}
+    residuals: Residuals = dict.fromkeys(range(model.cfg.n_layers))
     with native_attention(model):
         _check_shapes(model, tokens)
         logits = runner.logits(tokens, record=residuals)

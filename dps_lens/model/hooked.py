@@ -75,7 +75,7 @@ class HookedRunner(Runner):
             "past_kv_cache": self._shared(prompt, tokens.shape[0]),
             "attention_mask": torch.ones_like(tokens),
         }
-        hooks = recorders(self.cfg.n_layers, record) if record is not None else []
+        hooks = recorders(record) if record is not None else []
         with self.model.hooks(fwd_hooks=hooks):
             logits = self.model(tokens, return_type="logits", **arguments)
         return logits if keep is None else logits[:, -keep:]

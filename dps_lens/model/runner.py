@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dps_lens.model.attention import HookedModel, is_bridge
 
-Residuals = dict[int, Tensor]
+Residuals = dict[int, Any]
 """Residual stream entering a layer: layer → `Float[Tensor, "row pos d_model"]`."""
 
 
@@ -75,7 +75,7 @@ class Runner(ABC):
             tokens: token ids.
             prompt: keys and values of one row that every row of `tokens` continues.
             keep: return the logits of the last `keep` positions only.
-            record: filled with the residual stream entering every layer.
+            record: filled with the residual stream entering each layer that it holds as a key.
         """
 
     @abstractmethod
@@ -160,7 +160,7 @@ class BridgeRunner(Runner):
         past = _shared_cache(prompt) if prompt else None
         if record is None:
             return self._forward(tokens, keep=keep, past_key_values=past, use_cache=past is not None)
-        with self.model.hooks(fwd_hooks=recorders(self.cfg.n_layers, record)):
+        with self.model.hooks(fwd_hooks=recorders(record)):
             return self._forward(tokens, keep=keep, past_key_values=past, use_cache=past is not None)
 
     def resume(
@@ -205,13 +205,13 @@ class BridgeRunner(Runner):
         return self._forward(tokens, keep=1, past_key_values=cache, attention_mask=mask)[:, -1]
 
 
-def recorders(n_layers: int, record: Residuals) -> list[tuple[str, Any]]:
-    """Hooks that fill `record` with the residual stream entering every layer."""
+def recorders(record: Residuals) -> list[tuple[str, Any]]:
+    """Hooks that fill `record` with the residual stream entering each layer that it holds as a key."""
 
     def keep(residual: Tensor, hook: Any, layer: int) -> None:
         record[layer] = residual.detach()
 
-    return [(f"blocks.{layer}.hook_resid_pre", partial(keep, layer=layer)) for layer in range(n_layers)]
+    return [(f"blocks.{layer}.hook_resid_pre", partial(keep, layer=layer)) for layer in record]
 
 
 class _StoppedError(Exception):

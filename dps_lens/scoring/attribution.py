@@ -44,7 +44,7 @@ def attribute(
         return found
     with attention_for(runner.model, branches.ablation), _frozen(runner.model), torch.enable_grad():
         last = runner.block(
-            cfg.n_layers - 1, branches.residuals[cfg.n_layers - 1], branches.tokens, prompt=branches.prompt_cache
+            cfg.n_layers - 1, branches.residual(cfg.n_layers - 1), branches.tokens, prompt=branches.prompt_cache
         )
         last = last.detach().requires_grad_()
         logits = runner.resume(
@@ -53,7 +53,7 @@ def attribute(
         (gradient,) = torch.autograd.grad(token_losses(logits[0], branches.targets).mean(), last)
         del logits, last
         for layer in reversed(range(cfg.n_layers)):
-            entering = branches.residuals[layer].detach().requires_grad_()
+            entering = branches.residual(layer).detach().requires_grad_()
             held: list[Tensor] = []
             hook = (f"blocks.{layer}.attn.hook_z", partial(_hold, held))
             with runner.model.hooks(fwd_hooks=[hook]):

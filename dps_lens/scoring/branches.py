@@ -21,7 +21,8 @@ from dps_lens.intervene import Ablation, Edit, Positions, Where, attention_for, 
 from dps_lens.model import PromptCache, Residuals, Runner
 
 BatchSize: TypeAlias = int | Literal["auto"]
-_CPU_TOKENS, _GPU_TOKENS = 512, 8192
+_CPU_TOKENS, _GPU_TOKENS = 512, 16384
+_RESIDUAL_BYTES = 4 * 2**30
 
 
 def token_losses(logits: Float[Tensor, "pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
@@ -74,13 +75,13 @@ class Branches:
         self.tokens = tokens[:, self.begin : stop - 1]
         self.where: Where = everywhere if positions in ("response", "all") else window(prompt, positions)
         self.prompt_cache: PromptCache | None = None
-        self.residuals: Residuals = {}
-        self.batch_size = self._rows_per_batch(batch_size)
+        self.residuals: Residuals = dict.fromkeys(range(0, runner.cfg.n_layers, self._spacing()))
         with torch.no_grad(), attention_for(runner.model, ablation):
             if self.begin:
                 self.prompt_cache = runner.prefill(tokens[:, : self.begin])
             logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)
         self.nll = float(response_nll(logits, self.targets))
+        self.batch_size = self._rows_per_batch(batch_size)
         if not math.isfinite(self.nll):
             raise ScoreError(
                 f"example {prompt.example_id!r}: the model's NLL is {self.nll}; check_model(model) looks for NaN in "
@@ -89,11 +90,36 @@ class Branches:
 
     def _rows_per_batch(self, batch_size: BatchSize) -> int:
         if batch_size == "auto":
-            budget = _CPU_TOKENS if self.runner.device.type == "cpu" else _GPU_TOKENS
-            return max(1, budget // self.tokens.shape[1])
+            n_tokens = self.tokens.shape[1]
+            if self.runner.device.type != "cuda":
+                return max(1, _CPU_TOKENS // n_tokens)
+            free, _ = torch.cuda.mem_get_info(self.runner.device)
+            return max(1, min(_GPU_TOKENS // n_tokens, int(0.5 * free / self._bytes_per_row())))
         if batch_size < 1:
             raise ScoreError(f"batch_size {batch_size!r} is not a positive number or 'auto'")
         return batch_size
+
+    def _bytes_per_row(self) -> int:
+        """A generous guess at what a row of a batch holds: float32 logits twice, activations, prompt keys."""
+        cfg = self.runner.cfg
+        cached = self.prompt_cache.layers[0] if self.prompt_cache else ()
+        prompt = 4 * sum(tensor.numel() * tensor.element_size() for tensor in cached)
+        return 8 * len(self.targets) * cfg.d_vocab + 64 * self.tokens.shape[1] * cfg.d_model + prompt
+
+    def _spacing(self) -> int:
+        """Keep the residuals of every so many layers: all of them where they fit the bound."""
+        cfg = self.runner.cfg
+        held = cfg.n_layers * self.tokens.shape[1] * cfg.d_model * 4
+        return min(cfg.n_layers, math.ceil(held / _RESIDUAL_BYTES))
+
+    @torch.no_grad()
+    def residual(self, layer: int) -> Float[Tensor, "1 pos d_model"]:
+        """The clean residual stream entering a layer, computed from the nearest one that is kept."""
+        kept = max(found for found in self.residuals if found <= layer)
+        residual = self.residuals[kept]
+        for between in range(kept, layer):
+            residual = self.runner.block(between, residual, self.tokens, prompt=self.prompt_cache)
+        return residual
 
     @torch.inference_mode()
     def ablated(
@@ -129,7 +155,7 @@ class Branches:
         return nll
 
     def _run(self, masks: Tensor, first: Sequence[int], values: Tensor | None, where: Where) -> Tensor:
-        starts = {layer: self.residuals[layer].expand(first.count(layer), -1, -1) for layer in dict.fromkeys(first)}
+        starts = {layer: self.residual(layer).expand(first.count(layer), -1, -1) for layer in dict.fromkeys(first)}
         with Edit(masks, self.ablation, where, values, growing=True).on(self.runner.model):
             logits = self.runner.resume(starts, self.tokens, prompt=self.prompt_cache, keep=len(self.targets))
         return response_nll(logits, self.targets)
