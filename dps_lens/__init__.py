@@ -12,6 +12,7 @@ _API = {
     "ablate": "intervene",
     "ablation_cost": "analysis",
     "build_prompt": "data",
+    "chat_prompt": "data",
     "check_model": "model",
     "generate": "steering",
     "held_out_effects": "analysis",

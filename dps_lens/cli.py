@@ -26,16 +26,27 @@ Users = Annotated[
     str, typer.Option("--users", "-u", help="'probe', a LaMP questions file, LongLaMP or document JSON lines.")
 ]
 Outputs = Annotated[Path | None, typer.Option(help="LaMP outputs file, when it is not beside the questions.")]
-MaxUsers = Annotated[int | None, typer.Option(help="Use the first so many users.")]
+MaxUsers = Annotated[int | None, typer.Option(min=1, help="Use the first so many users.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; by default the GPU when there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-BatchSize = Annotated[int | None, typer.Option(help="Branches a batch; chosen by device when not given.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Branches a batch; chosen by device when not given.")]
+
+
+class _Discovery(str, Enum):
+    history = "history"
+    labelled = "labelled"
 
 
 class _Ablation(str, Enum):
     zero = "zero"
     mean = "mean"
     uniform = "uniform"
+
+
+class _Method(str, Enum):
+    exact = "exact"
+    screened = "screened"
+    attribution = "attribution"
 
 
 class _Positions(str, Enum):
@@ -58,8 +69,14 @@ def score(
     outputs: Outputs = None,
     max_users: MaxUsers = None,
     examples: Annotated[
-        int | None, typer.Option(help="Newest discovery examples of each user; all by default.")
+        int | None, typer.Option(min=1, help="Newest discovery examples of each user; all by default.")
     ] = None,
+    discovery: Annotated[
+        _Discovery, typer.Option(help="'labelled' uses the users' own questions (LaMP-1, LaMP-7); evaluate on others.")
+    ] = _Discovery.history,
+    method: Annotated[_Method, typer.Option(help="'screened' measures the likely heads, 'attribution' none.")] = (
+        _Method.exact
+    ),
     contrast: Annotated[_Contrast, typer.Option(help="What the profile is compared with.")] = _Contrast.no_profile,
     ablation: Annotated[_Ablation, typer.Option(help="What is done to a head.")] = _Ablation.zero,
     positions: Annotated[_Positions, typer.Option(help="Where it is done.")] = _Positions.response,
@@ -74,12 +91,16 @@ def score(
     import dps_lens as dps
 
     loaded = dps.load_users(users, outputs=outputs, max_users=max_users)
+    if discovery is _Discovery.history:
+        loaded = _with_discovery(loaded)
     scores = dps.score_heads(
         dps.load_model(model, device=device, dtype=dtype),
         loaded,
         contrast=None if contrast is _Contrast.none else contrast.value,
         ablation=ablation.value,
         positions=positions.value,
+        method=method.value,
+        discovery=discovery.value,
         max_examples=examples,
         seed=seed,
         batch_size=batch_size or "auto",
@@ -104,8 +125,10 @@ def steer(
     outputs: Outputs = None,
     max_users: MaxUsers = 3,
     model: Model = "smollm2-135m",
-    positions: Annotated[_Positions | None, typer.Option(help="By default 'response'.")] = None,
-    max_new_tokens: int = 48,
+    positions: Annotated[_Positions, typer.Option(help="Where the second branch lacks the heads.")] = (
+        _Positions.response
+    ),
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
     temperature: float = 1.0,
     top_p: float | None = None,
@@ -119,10 +142,13 @@ def steer(
 
     if (run is None) == (heads is None):
         raise SteeringError("steer: give either --run, a folder of 'dps-lens score', or --heads L12H3,L4H0")
-    chosen = dps.HeadSet.parse(heads) if heads else dps.HeadScores.load(run).top(k)
+    scores = dps.HeadScores.load(run) if run else None
+    chosen = scores.top(k) if scores else dps.HeadSet.parse(heads or "")
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
+    if scores:
+        _check_same_model(scores, loaded_model)
     if prompt is not None:
-        prompts: list[Any] = [_as_chat(loaded_model, prompt)]
+        prompts: list[Any] = [dps.chat_prompt(loaded_model, prompt)]
         about: list[dict[str, str]] = [{"prompt": prompt}]
     else:
         examples = [user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users)]
@@ -137,7 +163,7 @@ def steer(
             prompts,
             heads=chosen,
             gamma=strength,
-            positions=positions.value if positions else "response",
+            positions=positions.value,
             max_new_tokens=max_new_tokens,
             do_sample=sample,
             temperature=temperature,
@@ -155,11 +181,11 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the report and the scores go.")] = Path("runs/demo"),
     model: Model = "smollm2-135m",
     outputs: Outputs = None,
-    max_users: Annotated[int, typer.Option(help="Use the first so many users.")] = 12,
-    examples: Annotated[int, typer.Option(help="Discovery examples a user.")] = 2,
-    held_out: Annotated[int, typer.Option(help="Evaluation examples a user.")] = 2,
-    k: Annotated[int, typer.Option(help="Heads to test and to steer with.")] = 10,
-    n_random: Annotated[int, typer.Option(help="Layer-matched random sets to compare with.")] = 20,
+    max_users: Annotated[int, typer.Option(min=1, help="Use the first so many users.")] = 12,
+    examples: Annotated[int, typer.Option(min=1, help="Discovery examples a user.")] = 2,
+    held_out: Annotated[int, typer.Option(min=1, help="Evaluation examples a user.")] = 2,
+    k: Annotated[int, typer.Option(min=1, help="Heads to test and to steer with.")] = 10,
+    n_random: Annotated[int, typer.Option(min=1, help="Layer-matched random sets to compare with.")] = 20,
     gamma: Annotated[float, typer.Option(help="Steering strength.")] = 1.0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -167,10 +193,14 @@ def demo(
 ) -> None:
     """Find heads, test them on held-out examples, steer with them, and write report.html."""
     import dps_lens as dps
+    from dps_lens.errors import HeadError
 
     started = time.monotonic()
-    loaded = dps.load_users(users, outputs=outputs, max_users=max_users)
+    loaded = _with_discovery(dps.load_users(users, outputs=outputs, max_users=max_users))
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
+    total = loaded_model.cfg.n_layers * loaded_model.cfg.n_heads
+    if 2 * k > total:
+        raise HeadError(f"demo: {k} heads and as many random ones are more than the model's {total}; use a smaller --k")
     _print_estimate(loaded_model, loaded, examples, held_out, n_random)
     scores = dps.score_heads(loaded_model, loaded, max_examples=examples, out=out, force=force)
     cost = dps.ablation_cost(loaded_model, loaded, scores, k=k, n_random=n_random, max_examples=held_out)
@@ -181,6 +211,32 @@ def demo(
     _print_top(scores, k)
     _print_cost(cost)
     typer.echo(f"report: {report}  ({time.monotonic() - started:.0f} s)")
+
+
+def _with_discovery(users: "list[User]") -> "list[User]":
+    """The users with at least one discovery example; says who is left out."""
+    from dps_lens.errors import DataError
+
+    kept = [user for user in users if user.discovery_examples()]
+    for user in users:
+        if user not in kept:
+            typer.echo(f"left out: user {user.id} has too short a history to find heads on", err=True)
+    if not kept:
+        raise DataError("no user has a history long enough to find heads on (more than 3 documents when dated)")
+    return kept
+
+
+def _check_same_model(scores: "HeadScores", model: Any) -> None:
+    from dps_lens.errors import SteeringError
+    from dps_lens.model import describe_model
+
+    found, wanted = describe_model(model), scores.manifest.get("model", {})
+    if (found["name"], found["n_layers"], found["n_heads"]) != tuple(
+        wanted.get(key) for key in ("name", "n_layers", "n_heads")
+    ):
+        raise SteeringError(
+            f"steer: the run scored {wanted.get('name')!r}, loaded is {found['name']!r}; give its --model"
+        )
 
 
 def _print_estimate(model: Any, users: "list[User]", examples: int, held_out: int, n_random: int) -> None:
@@ -219,14 +275,6 @@ def _steered_texts(model: Any, users: "list[User]", cost: "AblationCost", gamma:
         {"user": example.user_id, "reference": example.reference, "plain": before, "steered": after}
         for example, before, after in zip(chosen, plain, steered, strict=True)
     ]
-
-
-def _as_chat(model: Any, prompt: str) -> str:
-    """A bare text as a user's message, when the tokenizer has a chat template."""
-    if not getattr(model.tokenizer, "chat_template", None):
-        return prompt
-    message = [{"role": "user", "content": prompt}]
-    return model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
 
 
 def _print_top(scores: "HeadScores", k: int) -> None:

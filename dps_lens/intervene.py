@@ -234,7 +234,7 @@ def ablate(
         ablation: `"zero"`, `"mean"`, `"patch"` or `"uniform"`.
         positions: `"all"`, `"response"` (from the last prompt token on) or `"profile"`.
         prompt: the prompt that is run; needed for `"response"` and `"profile"`. Every pass is then the
-            whole prompt, with or without response, or one decoding step after it.
+            whole prompt, with or without response, or one decoding step after it; rows are not padded.
         values: for `"mean"` `[layer head d_head]`, for `"patch"` `[layer pos head d_head]` over the
             edited positions; `record_z` makes both.
 

@@ -34,7 +34,8 @@ class RunFolder:
         if force and self.path.is_dir():
             for unit in self._units():
                 unit.unlink()
-            manifest.unlink(missing_ok=True)
+            for result in (manifest, self.path / "scores.json", self.path / "scores.safetensors"):
+                result.unlink(missing_ok=True)
         if manifest.is_file():
             self._compare(manifest, wanted)
         else:

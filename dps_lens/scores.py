@@ -187,13 +187,14 @@ class HeadScores:
         return frame.sort_values(["mean", "layer", "head"], ascending=[False, True, True], ignore_index=True)
 
     def save(self, folder: str | Path) -> None:
-        """Write `scores.safetensors` and `scores.json`; a failed write leaves what was there."""
+        """Write `scores.safetensors` and `scores.json`; a failed write leaves nothing that loads."""
         tensors = {"values": self.values}
         tensors |= {f"component.{name}": tensor for name, tensor in self.components.items()}
         tensors |= {f"nll.{name}": tensor for name, tensor in self.nll.items()}
         if not bool(self.exact.all()):
             tensors["exact"] = self.exact
         folder = Path(folder)
+        (folder / _MANIFEST).unlink(missing_ok=True)  # never new values under an old manifest
         write_tensors(folder / _TENSORS, tensors)
         write_json(
             folder / _MANIFEST,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import write_jsonl
 
 import dps_lens as dps
 
@@ -128,3 +129,34 @@ def test_heads_outside_the_model_and_too_many_heads(scored, model):
     done = run("steer", "--run", out, "--k", 99, "--model", model)
     assert done.returncode == 2
     assert "asked for 99 of 12 heads" in done.stderr
+
+
+def test_demo_on_few_heads_and_short_histories(tmp_path, model):
+    records = [
+        {
+            "user_id": user,
+            "id": str(i),
+            "date": f"2024-01-0{i + 1}",
+            "title": f"{user} no {i}",
+            "text": f"words of {user} {i} " * 9,
+        }
+        for user, n in (("short", 4), ("long", 8), ("longer", 9))
+        for i in range(n)
+    ]
+    users = write_jsonl(tmp_path / "docs.jsonl", records)
+    demo = ("demo", "--model", model, "--users", users, "--examples", 1, "--held-out", 1, "--n-random", 2)
+    done = run(*demo, "--out", tmp_path / "run", "--k", 5)
+    assert done.returncode == 0, done.stderr
+    assert "left out: user short" in done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+    done = run(*demo, "--out", tmp_path / "many", "--k", 7)
+    assert done.returncode == 2
+    assert "use a smaller --k" in done.stderr
+    assert not (tmp_path / "many").exists()
+
+
+def test_heads_of_another_model_are_refused(scored, tiny_folders):
+    out, _ = scored
+    done = run("steer", "hello", "--run", out, "--model", tiny_folders["qwen2"])
+    assert done.returncode == 2
+    assert "give its --model" in done.stderr

@@ -403,3 +403,66 @@ def test_other_users_profile_shares_no_document(llama, probe):
     thief = replace(probe[1], history=(*probe[1].history, *example.profile))
     shown = build_prompt(llama.hooked, example, thief).shown
     assert not set(shown) & {document.id for document in example.profile}
+
+
+def test_class_labels_do_not_make_documents_alike(tmp_path):
+    """Half of a user's reviews share the asked-for score; they stay in the discovery pool."""
+    questions = lamp_files(tmp_path, "lamp-3")
+    user = load_users(questions)[0]
+    assert {document.fields["score"] for document in user.history} == {"5"}
+    path = tmp_path / "dev_outputs.json"
+    path.write_text(path.read_text().replace('"2"', '"5"'))
+    assert len(load_users(questions)[0].discovery_examples()) == 5
+
+
+def test_documents_without_ids_are_told_apart_by_content(tmp_path):
+    record, fields = LONGLAMP["longlamp-review"]
+
+    def items(numbers):
+        return [{key: f"{value} {number}" for key, value in fields.items()} for number in numbers]
+
+    records = [{**record, "profile": items(range(4))}, {**record, "profile": items(range(2, 8))}]
+    user = load_users(write_jsonl(tmp_path / "r.jsonl", records))[0]
+    assert len(user.history) == 8
+    assert len(user.examples) == 2
+    nulls = [{**record, "id": None, "profile": [{**item, "id": None} for item in items(range(5))]}]
+    assert len(load_users(write_jsonl(tmp_path / "n.jsonl", nulls))[0].discovery_examples()) == 5
+
+
+def test_ids_that_stand_twice_are_refused(tmp_path):
+    documents = [{"user_id": "u", "id": "same", "title": f"t{i}", "text": f"x {i}"} for i in range(5)]
+    with pytest.raises(DataError, match="document 'same' of user 'u' stands twice"):
+        load_users(write_jsonl(tmp_path / "d.jsonl", documents))
+
+
+def test_text_files_of_the_web(tmp_path):
+    documents = [{"user_id": "u", "id": str(i), "title": f"t{i}", "text": f"one\u2028two {i}"} for i in range(5)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents), encoding="utf-8-sig")
+    assert len(load_users(path)[0].history) == 3
+    path.write_bytes(b'{"user_id": "\xff"}')
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_users(path)
+
+
+def test_special_tokens_that_are_only_added_are_defused(probe):
+    from dataclasses import replace
+
+    from transformers import AddedToken
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True)])
+    example = replace(probe[0].examples[0], input="Write.<|eot_id|> \n\n")
+    prompt = build_prompt(Holder(tokenizer), example)
+    assert tokenizer.convert_tokens_to_ids("<|eot_id|>") not in prompt.tokens.tolist()
+    start, stop = prompt.spans["task"]
+    assert _squash(tokenizer.decode(prompt.tokens[start:stop])) == "Write.<|eot_id|>"
+
+
+def test_prompt_settings_and_bare_texts(llama):
+    with pytest.raises(PromptError, match="items is 0"):
+        dps.PromptConfig(items=0)
+    prompt = dps.chat_prompt(llama.hooked, "Rain again.")
+    start, stop = prompt.spans["task"]
+    assert llama.hooked.tokenizer.decode(prompt.tokens[start:stop]) == "Rain again."
+    assert prompt.text.startswith("<|im_start|>user")

@@ -106,4 +106,15 @@ def test_random_heads_are_disjoint_and_layer_matched(llama):
     assert len(seen) > 1
     with pytest.raises(HeadError, match="layer 0 has 1 heads"):
         random_heads(llama.hooked, HeadSet.parse("L0H0,L0H1,L0H2"))
-    assert len(random_heads(llama.hooked, HeadSet.parse("L0H0,L0H1,L0H2"), match="none")) == 3
+    crowded = HeadSet.parse("L0H0,L0H1,L0H2")
+    assert len(random_heads(llama.hooked, crowded, match="none")) == 3
+    near = random_heads(llama.hooked, crowded, match="nearest")
+    assert sorted(head.layer for head in near) == [0, 1, 1]
+    assert not set(near) & set(crowded)
+    assert random_heads(llama.hooked, like, match="nearest") == random_heads(llama.hooked, like)
+    with pytest.raises(HeadError, match="7 heads asked for, 5 are outside"):
+        random_heads(
+            llama.hooked,
+            HeadSet((layer, head) for layer in range(2) for head in range(4) if layer + head < 4),
+            match="none",
+        )

@@ -145,3 +145,10 @@ def test_models_without_a_tokenizer_template_use_plain_text(tmp_path, probe):
     prompt = dps.build_prompt(model, probe[0].examples[0])
     assert prompt.text.endswith("\n\nAnswer:")
     assert int(prompt.tokens[0]) == tokenizer.bos_token_id
+
+
+def test_the_bridge_loads_models_that_are_spread_over_devices(tiny_folders, llama):
+    spread = dps.load_model(str(tiny_folders["llama"]), device_map="cpu")
+    with torch.no_grad():
+        assert torch.allclose(spread(TOKENS), llama.hooked(TOKENS), atol=1e-6)
+    assert describe_model(spread)["weights"] == describe_model(llama.hooked)["weights"]

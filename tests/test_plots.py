@@ -73,6 +73,10 @@ def test_cost_table_and_verdict_follow_the_numbers():
     assert "take less of the gain" in verdict(planted_cost(0.1, 0.6))
     assert "cannot be told from random" in verdict(planted_cost(0.1, 0.1))
     assert "does not reliably help" in verdict(planted_cost(0.1, 0.1, gain=0.0))
+    assert "nothing is claimed" in verdict(planted_cost(0.6, 0.1, users=1))
+    alone = planted_cost(0.6, 0.1)
+    without = AblationCost({name: nll[:2] for name, nll in alone.nll.items()}, alone.user_ids, alone.heads, ())
+    assert "without random heads" in verdict(without)
     assert planted_cost(0.6, 0.1).share_of_draws_below == 1.0
 
 

@@ -176,3 +176,13 @@ def test_settings_that_are_not_json_are_compared_as_json(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match="not valid JSON"):
         RunFolder(tmp_path, {"ks": [1, 2]})
+
+
+def test_batch_size_may_change_and_force_drops_old_scores(llama, probe, options, tmp_path, monkeypatch):
+    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, batch_size=4, **options)
+    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, batch_size=2, **options)
+    counting(monkeypatch, fail_after=1)
+    with pytest.raises(KeyboardInterrupt):
+        dps.score_heads(llama.hooked, probe[:1], out=tmp_path, ablation="uniform", force=True, **options)
+    with pytest.raises(dps.DPSLensError, match="holds no scores"):
+        dps.HeadScores.load(tmp_path)

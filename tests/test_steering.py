@@ -235,8 +235,11 @@ def test_bad_requests_are_named(llama, prompts_of, unchecked):
         ({"heads": SETS, "do_sample": True, "temperature": 0.0}, "not positive"),
         ({"heads": SETS, "top_p": 1.2}, "top_p"),
         ({"heads": SETS, "top_k": 0}, "top_k"),
+        ({"heads": SETS, "max_new_tokens": 0}, "no token"),
     ):
         with pytest.raises(SteeringError, match=message):
             dps.generate(llama.hooked, prompts, **options)
+    with pytest.raises(SteeringError, match="show a profile"):
+        dps.generate(llama.hooked, "a text alone", heads=SETS[0], positions="profile")
     with pytest.raises(PromptError, match="do not fit the context"):
         dps.generate(llama.hooked, prompts, heads=SETS, max_new_tokens=2000)

@@ -45,11 +45,6 @@ class AblationCost:
     draws: tuple[HeadSet, ...]
     manifest: dict[str, Any] = field(default_factory=dict)
 
-    def _by_user(self, values: Float64[Tensor, " example"]) -> np.ndarray:
-        users = dict.fromkeys(self.user_ids)
-        owners = np.array(self.user_ids)
-        return np.array([values.numpy()[owners == user].mean() for user in users])
-
     def to_frame(self, level: float = 0.95) -> "pandas.DataFrame":
         """One row a measure: mean over users with a Student's t interval over users.
 
@@ -82,7 +77,7 @@ class AblationCost:
             ]
         return pd.DataFrame(
             [
-                {"ablated": ablated, "measure": measure, **interval(self._by_user(v), level)}
+                {"ablated": ablated, "measure": measure, **interval(user_means(v, self.user_ids), level)}
                 for ablated, measure, v in rows
             ]
         )
@@ -91,8 +86,12 @@ class AblationCost:
     def share_of_draws_below(self) -> float:
         """Share of random sets that take less of the gain than the chosen heads."""
         taken = (self.nll[NONE] - self.nll[OWN])[0] - (self.nll[NONE] - self.nll[OWN])
-        per_set = np.array([self._by_user(row).mean() for row in taken[1:]])
+        per_set = np.array([user_means(row, self.user_ids).mean() for row in taken[1:]])
         return float((per_set[1:] < per_set[0]).mean()) if len(per_set) > 1 else float("nan")
+
+
+def _layers(heads: HeadSet) -> list[int]:
+    return sorted(head.layer for head in heads)
 
 
 def interval(values: np.ndarray, level: float) -> dict[str, float]:
@@ -100,6 +99,27 @@ def interval(values: np.ndarray, level: float) -> dict[str, float]:
     mean, n = float(values.mean()), len(values)
     half = float(student.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def check_held_out(call: str, scores: HeadScores, examples: Sequence[Example]) -> None:
+    """Refuse examples that the scores were measured on.
+
+    Raises:
+        ScoreError: names one of them.
+    """
+    measured = set(zip(scores.user_ids, scores.example_ids, strict=True))
+    shared = [example for example in examples if (example.user_id, example.id) in measured]
+    if shared:
+        raise ScoreError(
+            f"{call}: the heads were chosen on {len(shared)} of these examples, such as {shared[0].id!r} of user "
+            f"{shared[0].user_id!r}; evaluate on other examples"
+        )
+
+
+def user_means(values: Float64[Tensor, " example"], user_ids: Sequence[str]) -> np.ndarray:
+    """Mean of each user's examples, in order of appearance."""
+    owners = np.array(user_ids)
+    return np.array([values.numpy()[owners == user].mean() for user in dict.fromkeys(user_ids)])
 
 
 def ablation_cost(
@@ -124,7 +144,8 @@ def ablation_cost(
         users: their evaluation examples are used.
         heads: the chosen heads, or scores whose top `k` are taken.
         k: how many heads to take from scores.
-        n_random: random sets, each disjoint from the chosen heads and matched to their layers.
+        n_random: random sets, each disjoint from the chosen heads and matched to their layers; where a layer
+            has too few other heads, from the nearest layers, which `manifest["controls"]` then says.
         ablation: `"zero"` or `"uniform"`.
         positions: where.
         max_examples: the newest so many evaluation examples of each user.
@@ -140,16 +161,11 @@ def ablation_cost(
     for user in users:
         examples.extend(user.examples[-max_examples:] if max_examples else user.examples)
     if isinstance(heads, HeadScores):
-        shared = set(heads.example_ids) & {example.id for example in examples}
-        if shared:
-            raise ScoreError(
-                f"ablation_cost: the heads were chosen on {len(shared)} of these examples, such as {min(shared)!r}; "
-                "evaluate on other examples"
-            )
+        check_held_out("ablation_cost", heads, examples)
         heads = heads.top(k)
     if ablation not in ("zero", "uniform"):
         raise ScoreError(f"ablation_cost: ablation {ablation!r} is not offered here; use 'zero' or 'uniform'")
-    draws = tuple(random_heads(model, heads, seed=seed + draw) for draw in range(n_random))
+    draws = tuple(random_heads(model, heads, match="nearest", seed=seed + draw) for draw in range(n_random))
     masks = torch.stack([head_set.mask(model.cfg) for head_set in (HeadSet(), heads, *draws)])
     runner = Runner.of(model)
     columns: dict[str, list[Tensor]] = {OWN: [], NONE: []}
@@ -165,6 +181,7 @@ def ablation_cost(
         draws,
         {
             "examples": [example.id for example in examples],
+            "controls": "same layers" if all(_layers(draw) == _layers(heads) for draw in draws) else "nearest layers",
             "ablation": ablation,
             "positions": positions,
             "seed": seed,

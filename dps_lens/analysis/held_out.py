@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from dps_lens.analysis.ablation import interval
+from dps_lens.analysis.ablation import check_held_out, interval, user_means
 from dps_lens.data import PromptConfig, User
 from dps_lens.errors import ScoreError
 from dps_lens.heads import HeadSet
@@ -19,7 +18,7 @@ from dps_lens.scoring.sweep import Sweep
 if TYPE_CHECKING:
     import pandas
 
-_SETTINGS = ("contrast", "ablation", "positions", "discovery", "max_examples", "seed", "batch_size")
+_SETTINGS = ("contrast", "ablation", "positions", "discovery", "max_examples", "seed")
 _OPTIONAL = {"patch_from": "no_profile", "direction": "noising", "n_donors": 3}
 
 
@@ -34,7 +33,7 @@ def settings_of(scores: HeadScores) -> dict[str, Any]:
     if missing:
         raise ScoreError(f"these scores do not come from score_heads: their manifest lacks {', '.join(missing)}")
     settings = {name: manifest[name] for name in _SETTINGS}
-    settings |= {name: manifest.get(name, default) for name, default in _OPTIONAL.items()}
+    settings |= {name: manifest.get(name, default) for name, default in _OPTIONAL.items()} | {"batch_size": "auto"}
     return settings | {"prompt": PromptConfig(**manifest["prompt"])}
 
 
@@ -62,21 +61,17 @@ def held_out_effects(
     import pandas as pd
 
     examples = [example for user in users for example in user.examples]
-    shared = set(scores.example_ids) & {example.id for example in examples}
-    if shared:
-        raise ScoreError(f"held_out_effects: {len(shared)} of these examples chose the heads, such as {min(shared)!r}")
+    check_held_out("held_out_effects", scores, examples)
     heads: HeadSet = scores.top(k)
     sweep = Sweep(model, list(users), method="exact", exact_layers=0, confirm=0.0, **settings_of(scores))
     chosen, rows = heads.mask(model.cfg), []
     for example in tqdm(examples, desc="held-out effects", unit="example", disable=None if progress else True):
         rows.append(sum(term.weight * term.exact(chosen) for term in sweep.terms(example)))
     values = torch.stack(rows)  # type: ignore[arg-type]
-    owners = np.array([example.user_id for example in examples])
+    owners = [example.user_id for example in examples]
     mean, found = scores.mean(), []
     for head in heads:
-        column = values[:, head.layer, head.head].double().numpy()
-        by_user = np.array([column[owners == user].mean() for user in dict.fromkeys(owners)])
-        held_out = interval(by_user, 0.95)
+        held_out = interval(user_means(values[:, head.layer, head.head].double(), owners), 0.95)
         found.append(
             {
                 "name": str(head),

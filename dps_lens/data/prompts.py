@@ -43,6 +43,12 @@ class PromptConfig:
     retrieval: Retrieval = "bm25"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("items", "profile_tokens", "task_tokens", "response_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PromptError(f"PromptConfig: {name} is {value}; it must be at least 1")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
         return asdict(self)
@@ -102,7 +108,7 @@ def build_prompt(
     config = config or PromptConfig()
     tokenizer = _Tokenizer(model)
     documents = _documents(example, profile, config)
-    own = tokenizer.defuse(tokenizer.cut(example.input, config.task_tokens))
+    own = tokenizer.defuse(tokenizer.cut(example.input.strip(), config.task_tokens)).strip()
     pieces = [tokenizer.defuse(piece) for piece in _snippets(tokenizer, example, documents, config.profile_tokens)]
     header = _HEADER + "\n".join(pieces) + _BETWEEN if pieces else ""
     text, offset = tokenizer.render(header + own)
@@ -126,6 +132,17 @@ def build_prompt(
     condition = profile.id if isinstance(profile, User) else profile
     shown = tuple(document.id for document in documents[: len(pieces)])
     return Prompt(torch.tensor(ids + answer), spans, text, condition, example.id, example.user_id, shown)
+
+
+def chat_prompt(model: HookedModel, text: str) -> Prompt:
+    """A bare text as a prompt: a user's message where the tokenizer has a chat template, else as it is."""
+    tokenizer = _Tokenizer(model)
+    message = tokenizer.defuse(text)
+    rendered, offset = tokenizer.render(message) if tokenizer.chat else (message, 0)
+    ids, starts = tokenizer.encode(rendered)
+    spans = {"task": _span(starts, offset, offset + len(message)), "response": (len(ids), len(ids))}
+    spans["profile"] = (spans["task"][0], spans["task"][0])
+    return Prompt(torch.tensor(ids), spans, rendered, "none", "", "", ())
 
 
 def _documents(example: Example, profile: Any, config: PromptConfig) -> tuple[Document, ...]:
@@ -200,6 +217,8 @@ class _Tokenizer:
             raise PromptError("build_prompt: the model has no tokenizer; load it with one")
         if not self.inner.is_fast:
             raise PromptError("build_prompt: character offsets need a fast tokenizer; load it with use_fast=True")
+        added = (str(token) for token in self.inner.added_tokens_decoder.values() if token.special)
+        self.special = [token for token in {*self.inner.all_special_tokens, *added} if len(token) > 1]
         self.chat = bool(getattr(self.inner, "chat_template", None))
 
     def count(self, text: str) -> int:
@@ -216,9 +235,8 @@ class _Tokenizer:
 
     def defuse(self, text: str) -> str:
         """Break up what would read as a special token: a user's text may hold anything."""
-        for token in self.inner.all_special_tokens:
-            if len(token) > 1:
-                text = text.replace(token, f"{token[0]} {token[1:]}")
+        for token in self.special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
     def render(self, content: str) -> tuple[str, int]:

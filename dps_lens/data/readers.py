@@ -1,5 +1,6 @@
 """Read users from LaMP and LongLaMP files, JSON lines, datasets, or the built-in probe."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dps_lens.data.tasks import TASKS, Task, find_task
 from dps_lens.errors import DataError
 
 N_NEWEST = 2
-_LAMP_URL = "https://ciir.cs.umass.edu/downloads/LaMP/LaMP_{k}/dev/dev_questions.json"
+_LAMP_URL = "https://ciir.cs.umass.edu/downloads/LaMP/{folder}/dev/dev_questions.json"
 _USER_FIELDS = ("user_id", "name", "author", "reviewerId")
 
 
@@ -78,15 +79,22 @@ def _open(source: str) -> tuple[str, list[Any]]:
         return "probe", _parse("probe", files("dps_lens.data").joinpath("probe.jsonl").read_text(encoding="utf-8"))
     path = Path(source).expanduser()
     if path.is_file():
-        return path.name, _parse(path.name, path.read_text(encoding="utf-8"))
+        return path.name, _parse(path.name, _read(path))
     if source.lower().startswith("longlamp/"):
         return source, _from_hub(source)
     if source.lower().startswith("lamp-"):
-        url = _LAMP_URL.format(k=source[5:])
+        url = _LAMP_URL.format(folder="LaMP_2/new" if source[5:] == "2" else f"LaMP_{source[5:]}")
         raise DataError(
             f"{source}: download {url} and the outputs file beside it, then load_users('dev_questions.json')"
         )
     raise DataError(f"load_users: there is no file {source!r}; give a file, 'probe' or 'longlamp/CONFIG'")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _parse(name: str, text: str) -> list[Any]:
@@ -97,7 +105,7 @@ def _parse(name: str, text: str) -> list[Any]:
         except json.JSONDecodeError as error:
             raise DataError(f"{name}: not valid JSON at line {error.lineno} ({error.msg}); is it cut off?") from error
     records = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 records.append(json.loads(line))
@@ -125,7 +133,7 @@ def _golds(source: Any, outputs: str | Path | None) -> tuple[dict[str, str], str
             f"{f'there is no file {path}' if path else 'give outputs='}"
         )
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(_read(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path.name}: not valid JSON at line {error.lineno} ({error.msg}); is it cut off?") from error
     task, rows = (loaded.get("task"), loaded.get("golds")) if isinstance(loaded, Mapping) else (None, loaded)
@@ -164,10 +172,17 @@ def _documents(record: _Record, task: Task) -> tuple[Document, ...]:
         item = _Record(f"{record.file}, record {record.index}, profile", index, value)
         fields = {name: item.field(name) for name in task.fields}
         date = value.get("date") or value.get("year")
-        found.append(Document(str(value.get("id", f"{_user_id(record)}#{index}")), fields, str(date) if date else None))
+        found.append(Document(_id_of(value, fields), fields, str(date) if date else None))
     if not found:
         raise record.error("field 'profile' is empty; a user without history has no preferences to find")
     return tuple(found)
+
+
+def _id_of(value: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """A document's own id, or one made of its content, so that equal documents are one."""
+    if value.get("id") is not None:
+        return str(value["id"])
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _from_records(items: list[_Record], golds: Mapping[str, str], hint: str | None) -> list[User]:
@@ -180,7 +195,9 @@ def _from_records(items: list[_Record], golds: Mapping[str, str], hint: str | No
         except DataError as error:
             raise record.error(str(error)) from None
         user_id = _user_id(record)
-        example_id = str(record.value.get("id", f"{user_id}/{len(examples.get(user_id, []))}"))
+        example_id = str(record.value["id"] if record.has("id") else f"{user_id}/{len(examples.get(user_id, []))}")
+        if any(example.id == example_id for example in examples.get(user_id, [])):
+            raise record.error(f"field 'id' {example_id!r} stands twice for user {user_id!r}")
         if golds and example_id not in golds:
             raise record.error(f"no answer with id {example_id!r} in the outputs file")
         answer = golds[example_id] if golds else str(record.field("output"))
@@ -205,8 +222,10 @@ def _from_documents(items: list[_Record], hint: str | None) -> list[User]:
     for record in items:
         fields = {name: record.field(name) for name in task.fields}
         user_id, date = str(record.field("user_id")), record.value.get("date")
-        own = grouped.setdefault(user_id, [])
-        own.append((Document(str(record.value.get("id", f"{user_id}#{len(own)}")), fields, date), record))
+        document, own = Document(_id_of(record.value, fields), fields, date), grouped.setdefault(user_id, [])
+        if any(document.id == other.id for other, _ in own):
+            raise record.error(f"document {document.id!r} of user {user_id!r} stands twice")
+        own.append((document, record))
     return [_user_of_documents(user_id, own, task, template) for user_id, own in grouped.items()]
 
 

@@ -27,6 +27,7 @@ class Task:
         source: the template of a discovery input; `""` appends the field to the instruction.
         target: the field that a discovery example asks for, None when documents hold no pairs.
         asked: the field that a discovery input shows, when the input is instruction + field.
+        closed: answers come from a closed set, so that equal answers do not mean equal texts.
         max_new_tokens: a generous length for a generated answer.
     """
 
@@ -38,6 +39,7 @@ class Task:
     target: str | None = None
     asked: str = ""
     source: str = ""
+    closed: bool = False
     max_new_tokens: int = 32
 
     @property
@@ -79,7 +81,7 @@ class Task:
             return True
         asked_for = _folded(example.reference)
         shown = _folded(example.input)
-        if self.target and asked_for and _folded(fields[self.target]) == asked_for:
+        if self.target and not self.closed and asked_for and _folded(fields[self.target]) == asked_for:
             return True
         body = _folded(fields[self.body])[:_COMPARED]
         return len(body) >= _COMPARED // 2 and (body in shown or body in asked_for)
@@ -104,6 +106,7 @@ TASKS: dict[str, Task] = {
             'the tag for the movie: "{description}" is "{tag}"',
             "description:",
             target="tag",
+            closed=True,
             asked="description",
             max_new_tokens=8,
         ),
@@ -114,6 +117,7 @@ TASKS: dict[str, Task] = {
             '{score} is the score for "{text}"',
             "review:",
             target="score",
+            closed=True,
             asked="text",
             max_new_tokens=4,
         ),

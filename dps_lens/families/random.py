@@ -10,14 +10,15 @@ from dps_lens.model import HookedModel
 
 
 def random_heads(
-    model: HookedModel, like: HeadSet, *, match: Literal["layer", "none"] = "layer", seed: int = 0
+    model: HookedModel, like: HeadSet, *, match: Literal["layer", "nearest", "none"] = "layer", seed: int = 0
 ) -> HeadSet:
     """Draw as many heads as `like` holds, none of them in `like`.
 
     Args:
         model: the heads are drawn from its config.
         like: the set that is controlled for.
-        match: `"layer"` draws as many heads from each layer as `like` has there; `"none"` from anywhere.
+        match: `"layer"` draws as many heads from each layer as `like` has there; `"nearest"` does the same
+            and takes what a layer lacks from the layers nearest to it; `"none"` draws from anywhere.
         seed: of the draw.
 
     Raises:
@@ -28,19 +29,24 @@ def random_heads(
     rng = random.Random(f"random_heads|{seed}")
     free = [Head(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
     free = [head for head in free if head not in like]
+    if len(free) < len(like):
+        raise HeadError(f"random_heads: {len(like)} heads asked for, {len(free)} are outside the target set")
     if match == "none":
-        if len(free) < len(like):
-            raise HeadError(f"random_heads: {len(like)} heads asked for, {len(free)} are outside the target set")
         return HeadSet(rng.sample(free, len(like)), label="random")
-    if match != "layer":
-        raise HeadError(f"random_heads: match {match!r} is unknown; use 'layer' or 'none'")
+    if match not in ("layer", "nearest"):
+        raise HeadError(f"random_heads: match {match!r} is unknown; use 'layer', 'nearest' or 'none'")
     chosen: list[Head] = []
     for layer, count in sorted(Counter(head.layer for head in like).items()):
         others = [head for head in free if head.layer == layer]
-        if len(others) < count:
+        if len(others) < count and match == "layer":
             raise HeadError(
                 f"random_heads: layer {layer} has {len(others)} heads outside the target set, {count} are needed; "
-                "use a smaller set or match='none'"
+                "use a smaller set, match='nearest' or match='none'"
             )
-        chosen.extend(rng.sample(others, count))
+        chosen.extend(rng.sample(others, min(count, len(others))))
+    missing = Counter(head.layer for head in like) - Counter(head.layer for head in chosen)
+    for layer in missing.elements():
+        left = [head for head in free if head not in chosen]
+        distance = min(abs(head.layer - layer) for head in left)
+        chosen.append(rng.choice([head for head in left if abs(head.layer - layer) == distance]))
     return HeadSet(chosen, label="random")

@@ -122,8 +122,9 @@ def _plain_model(model: HookedModel) -> Any:
         name.replace("._original_component", ""): value for name, value in torch.nn.Module.state_dict(hooked).items()
     }
     config = type(hooked.config).from_dict(hooked.config.to_dict())
-    plain = type(hooked)(config).to(device=hooked.device, dtype=hooked.dtype)
-    missing = plain.load_state_dict(weights, strict=False).missing_keys
+    plain = type(hooked)._from_config(config, dtype=hooked.dtype).to(hooked.device)
+    # The weights are shared, not copied.
+    missing = plain.load_state_dict(weights, strict=False, assign=True).missing_keys
     return plain.eval() if not missing else None
 
 

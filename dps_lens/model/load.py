@@ -20,6 +20,7 @@ EMBEDDED = "smollm2-135m"
 _EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, struct.error, SafetensorError)
+_SAMPLED_BYTES = 2**24
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,7 +53,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch_dtype = _dtype(dtype, device)
     source = _resolve(name, torch_dtype)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -61,7 +62,9 @@ def load_model(
         hf_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **_placement(boot), **options)
+        if boot:
+            return _boot(source, tokenizer, device=None if "device_map" in boot else device, dtype=torch_dtype, **boot)
+        hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
     except _UNREADABLE as error:
         raise ModelLoadError(
             f"load_model: cannot load {name!r}: {str(error).splitlines()[0]}. Give a Hugging Face id, a folder that "
@@ -70,14 +73,24 @@ def load_model(
     finally:
         if bars:
             hf_logging.enable_progress_bar()
-    if not boot:
-        hf_model = hf_model.to(torch.device(device))  # type: ignore[arg-type]
-    return wrap_model(hf_model.eval(), tokenizer, source, device=device, dtype=torch_dtype, **boot)
+    hf_model = hf_model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+    return wrap_model(hf_model, tokenizer, source, device=device, dtype=torch_dtype)
 
 
-def wrap_model(
-    hf_model: Any, tokenizer: Any, source: str, *, device: str, dtype: torch.dtype, **boot: Any
-) -> HookedModel:
+def _boot(source: str, tokenizer: Any, **boot: Any) -> HookedModel:
+    """Let the bridge load the weights itself, which it must where they are spread over devices."""
+    if _major_version() < 4:
+        raise ModelLoadError(f"load_model: {', '.join(boot)} need transformer-lens>=4")
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(source, tokenizer=tokenizer, **boot).eval()
+
+
+def _major_version() -> int:
+    return int(version("transformer-lens").split(".")[0])
+
+
+def wrap_model(hf_model: Any, tokenizer: Any, source: str, *, device: str, dtype: torch.dtype) -> HookedModel:
     """Give a Hugging Face model its hooks, with the TransformerLens that is installed.
 
     Args:
@@ -86,14 +99,12 @@ def wrap_model(
         source: the Hub id or folder it came from.
         device: where it lies.
         dtype: of its weights.
-        **boot: passed on to `TransformerBridge.boot_transformers`.
     """
-    installed = version("transformer-lens")
-    if int(installed.split(".")[0]) >= 4:
+    if _major_version() >= 4:
         from transformer_lens.model_bridge import TransformerBridge
 
         model = TransformerBridge.boot_transformers(
-            source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype, **boot
+            source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
         )
         return model.eval()
     from dps_lens.model.hooked import hooked_transformer
@@ -102,13 +113,9 @@ def wrap_model(
         return hooked_transformer(hf_model, tokenizer, source, device=device, dtype=dtype).eval()
     except (ValueError, AttributeError) as error:
         raise ModelLoadError(
-            f"load_model: transformer-lens {installed} cannot convert {source!r}; download it to a folder and load "
-            "that, or install transformer-lens>=4, which wraps any Hugging Face model"
+            f"load_model: transformer-lens {version('transformer-lens')} cannot convert {source!r}; download it to a "
+            "folder and load that, or install transformer-lens>=4, which wraps any Hugging Face model"
         ) from error
-
-
-def _placement(boot: dict[str, Any]) -> dict[str, Any]:
-    return {key: boot[key] for key in ("device_map", "max_memory", "offload_folder") if key in boot}
 
 
 def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
@@ -136,15 +143,24 @@ def _resolve(name: str, dtype: torch.dtype) -> str:
     return str(path) if path.is_dir() else name
 
 
+def _content_key(gguf: Path, dtype: torch.dtype) -> str:
+    """A digest of a file's size, its two ends, and the dtype it is converted to."""
+    size = gguf.stat().st_size
+    digest = hashlib.sha256(f"{size}|{dtype}".encode())
+    with gguf.open("rb") as file:
+        digest.update(file.read(_SAMPLED_BYTES))
+        file.seek(max(0, size - _SAMPLED_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()[:12]
+
+
 def _converted(gguf: Path, dtype: torch.dtype) -> Path:
     """The safetensors form of a GGUF file in the user's cache, made when it is not there yet."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not gguf.is_file():
         raise ModelLoadError(f"load_model: there is no file {gguf}")
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{dtype}".encode()).hexdigest()[:12]
-    folder = user_cache_path("dps_lens") / "models" / f"{gguf.stem}-{key}"
+    folder = user_cache_path("dps_lens") / "models" / _content_key(gguf, dtype) / gguf.stem
     if folder.is_dir():
         return folder
     try:

@@ -1,10 +1,12 @@
 """One self-contained HTML page of a run: heatmap, top heads, ablation cost, steered text."""
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dps_lens.analysis import AblationCost
+from dps_lens.errors import ScoreError
 from dps_lens.files import write_text
 from dps_lens.plots.heatmap import heatmap
 from dps_lens.scores import HeadScores
@@ -35,6 +37,8 @@ def write_report(
         loader=PackageLoader("dps_lens", "plots"), autoescape=select_autoescape(default=True, default_for_string=True)
     )
     baseline = str(scores.manifest["contrast"])
+    if baseline not in scores.components:
+        raise ScoreError("write_report: the report compares with and without the profile; use scores with a contrast")
     frame = scores.to_frame().head(len(cost.heads)).rename(columns={baseline: "baseline"})
     figure = heatmap(scores, heads=cost.heads)
     page = environment.get_template("report.html.jinja").render(
@@ -42,6 +46,7 @@ def write_report(
         lead=f"{len(scores.users)} users, {len(scores.user_ids)} discovery examples, {len(cost.user_ids)} held out.",
         # Plotly's own markup; it escapes "<" inside the JSON of the figure.
         heatmap=_safe(figure.to_html(full_html=False, include_plotlyjs=True, config={"displayModeBar": False})),
+        baseline=baseline.replace("_", " "),
         top=frame.to_dict("records"),
         cost=cost.to_frame().to_dict("records"),
         verdict=verdict(cost),
@@ -58,8 +63,12 @@ def verdict(cost: AblationCost) -> str:
     frame = cost.to_frame()
     rows = {(row["ablated"], row["measure"]): row for row in frame.to_dict("records")}
     gain, k = rows["full model", "gain"], len(cost.heads)
+    if math.isnan(gain["low"]):
+        return "One user gives no interval over users, so nothing is claimed."
     if not gain["low"] > 0:
         return f"Here the profile does not reliably help the model (gain {_words(gain)}); there is little to take."
+    if not cost.draws:
+        return f"The profile helps the model (gain {_words(gain)}); without random heads nothing is claimed of these."
     taken, harm = rows["difference", "taken"], rows["difference", "harm"]
     if taken["low"] > 0:
         first = f"The top {k} heads take more of the gain than random heads of the same layers, by {_words(taken)}."
@@ -85,7 +94,7 @@ def _facts(scores: HeadScores, cost: AblationCost) -> list[tuple[str, str]]:
         ("sign", manifest["sign"]),
         ("prompts", ", ".join(f"{name} {value}" for name, value in prompt.items())),
         ("heads tested", str(cost.heads)),
-        ("controls", f"{len(cost.draws)} layer-matched random sets, seed {cost.manifest['seed']}"),
+        ("controls", f"{len(cost.draws)} random sets, {cost.manifest.get('controls')}, seed {cost.manifest['seed']}"),
         ("libraries", ", ".join(f"{name} {version}" for name, version in model["libraries"].items())),
     ]
 

@@ -42,7 +42,12 @@ def attribute(
     found = torch.zeros(cfg.n_layers, cfg.n_heads)
     if edit.where(branches.tokens.shape[1]) is None:
         return found
-    with attention_for(runner.model, branches.ablation), _frozen(runner.model), torch.enable_grad():
+    with (
+        attention_for(runner.model, branches.ablation),
+        _frozen(runner.model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         last = runner.block(
             cfg.n_layers - 1, branches.residual(cfg.n_layers - 1), branches.tokens, prompt=branches.prompt_cache
         )

@@ -38,7 +38,7 @@ def token_losses(logits: Float[Tensor, "pos d_vocab"], targets: Int[Tensor, " po
 def response_nll(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float64[Tensor, " row"]:
     """`−(1/T) Σ log p(y_t)` of each row, nats per token."""
     # Row by row: over a large vocabulary the temporaries of a whole batch would be fresh memory every time.
-    return torch.stack([token_losses(row, targets).double().mean() for row in logits]).cpu()
+    return torch.stack([token_losses(row, targets).cpu().double().mean() for row in logits])
 
 
 class Branches:
@@ -49,7 +49,8 @@ class Branches:
         prompt: with its response.
         ablation: what the branches do; decides which attention runs.
         positions: where they do it.
-        batch_size: rows of a batch; `"auto"` fills a batch of about 512 tokens on a CPU, 8,192 on a GPU.
+        batch_size: rows of a batch; `"auto"` fills about 512 tokens on a CPU, up to 16,384 on a GPU, as memory
+            allows.
 
     Attributes:
         nll: of the unablated model, nats per token.
@@ -76,7 +77,7 @@ class Branches:
         self.where: Where = everywhere if positions in ("response", "all") else window(prompt, positions)
         self.prompt_cache: PromptCache | None = None
         self.residuals: Residuals = dict.fromkeys(range(0, runner.cfg.n_layers, self._spacing()))
-        with torch.no_grad(), attention_for(runner.model, ablation):
+        with torch.inference_mode(False), torch.no_grad(), attention_for(runner.model, ablation):
             if self.begin:
                 self.prompt_cache = runner.prefill(tokens[:, : self.begin])
             logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)
@@ -94,6 +95,7 @@ class Branches:
             if self.runner.device.type != "cuda":
                 return max(1, _CPU_TOKENS // n_tokens)
             free, _ = torch.cuda.mem_get_info(self.runner.device)
+            free += torch.cuda.memory_reserved(self.runner.device) - torch.cuda.memory_allocated(self.runner.device)
             return max(1, min(_GPU_TOKENS // n_tokens, int(0.5 * free / self._bytes_per_row())))
         if batch_size < 1:
             raise ScoreError(f"batch_size {batch_size!r} is not a positive number or 'auto'")

@@ -94,6 +94,7 @@ def score_heads(
         n_donors=n_donors,
         seed=seed,
         batch_size=batch_size,
+        progress=progress,
     )
     folder = RunFolder(out, sweep.fingerprint(), force=force) if out is not None else None
     units = []

@@ -80,6 +80,7 @@ class Sweep:
     n_donors: int
     seed: int
     batch_size: BatchSize
+    progress: bool = True
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -94,6 +95,10 @@ class Sweep:
                 raise ScoreError(f"score_heads: {name} {value!r} is unknown; use one of {known}")
         if self.exact_layers < 0 or not 0 <= self.confirm <= 1:
             raise ScoreError("score_heads: exact_layers is a number of layers, confirm a share between 0 and 1")
+        if not self.users:
+            raise ScoreError("score_heads: there are no users")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ScoreError(f"score_heads: max_examples {self.max_examples} leaves nothing to score")
         if self.ablation == "patch" and self.contrast is not None:
             raise ScoreError(
                 "score_heads: 'patch' already compares two prompts, and a prompt patched from itself scores 0; "
@@ -213,7 +218,7 @@ class Sweep:
             return {}
         totals: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        for example in tqdm(self.examples, desc="mean of z", unit="example", disable=None):
+        for example in tqdm(self.examples, desc="mean of z", unit="example", disable=None if self.progress else True):
             for name, prompts in self.conditions(example).items():
                 for prompt in prompts:
                     start, stop = prompt.spans["profile"]
@@ -230,7 +235,7 @@ class Sweep:
         """Everything that decides the result, for the run folder and the manifest."""
         settings = {
             name: getattr(self, name)
-            for name in ("contrast", "ablation", "positions", "discovery", "max_examples", "seed", "batch_size")
+            for name in ("contrast", "ablation", "positions", "discovery", "max_examples", "seed")
         }
         if self.method == "screened":
             settings |= {"exact_layers": self.exact_layers, "confirm": self.confirm}

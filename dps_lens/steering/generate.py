@@ -123,6 +123,8 @@ def generate(
         raise SteeringError(f"generate: {len(batch)} prompts and {len(sets)} head sets; give one set for each prompt")
     if ablation not in ("zero", "uniform"):
         raise SteeringError(f"generate: ablation {ablation!r} is not offered here; use 'zero' or 'uniform'")
+    if max_new_tokens < 1:
+        raise SteeringError(f"generate: max_new_tokens {max_new_tokens} asks for no token")
     if min(strengths) < -1:
         raise SteeringError(f"generate: gamma {min(strengths)} is below -1, the masked model")
     sampler = Sampler(do_sample, temperature, top_k, top_p)
@@ -196,6 +198,8 @@ class _Steps:
         self.profile = torch.stack(
             [_profile(prompt, longest, len(row)) for prompt, row in zip(batch, rows, strict=True)]
         )
+        if positions == "profile" and not bool(self.profile[self.branched.cpu()].any(-1).all()):
+            raise SteeringError("generate: positions='profile' needs prompts that show a profile")
         self.tokens, self.mask = self.tokens.to(self.runner.device), self.mask.to(self.runner.device)
         everyone = torch.arange(len(batch), device=self.runner.device)
         self.order = torch.cat([everyone, self.branched])

@@ -30,7 +30,7 @@ class Sampler:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if self.do_sample and self.temperature <= 0:
             raise SteeringError(
                 f"temperature {self.temperature} is not positive; use do_sample=False for greedy decoding"
             )
