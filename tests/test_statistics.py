@@ -141,7 +141,7 @@ def test_held_out_effects_are_measured_on_evaluation_examples(llama, probe, shor
     leaking = HeadScores(
         scores.values, example_ids=[probe[0].examples[0].id, "x"], user_ids=scores.user_ids, manifest=scores.manifest
     )
-    with pytest.raises(ScoreError, match="chose the heads"):
+    with pytest.raises(ScoreError, match="the heads were chosen on 1"):
         dps.held_out_effects(llama.hooked, probe[:2], leaking, progress=False)
 
 
