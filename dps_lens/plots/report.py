@@ -77,7 +77,9 @@ def verdict(cost: AblationCost) -> str:
     else:
         first = f"The top {k} heads cannot be told from random heads of the same layers ({_words(taken)})."
     if harm["low"] > 0:
-        return f"{first} They also harm the model where there is no profile, by {_words(harm)} more than random heads."
+        return (
+            f"{first} They also harm the model where there is no profile, more than random heads do ({_words(harm)})."
+        )
     return f"{first} Where there is no profile they harm the model no more than random heads ({_words(harm)})."
 
 
