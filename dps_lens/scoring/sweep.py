@@ -125,10 +125,6 @@ class Sweep:
     def runner(self) -> Runner:
         return Runner.of(self.model)
 
-    @cached_property
-    def by_id(self) -> dict[str, User]:
-        return {user.id: user for user in self.users}
-
     def donors(self, example: Example) -> list[User]:
         """Other users of the same task, the same for every run with this seed."""
         others = [user for user in self.users if user.id != example.user_id]
