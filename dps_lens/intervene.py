@@ -93,10 +93,6 @@ class Edit:
         with model.hooks(fwd_hooks=hooks):
             yield
 
-    def attention(self, model: HookedModel) -> AbstractContextManager[None]:
-        """The cheapest attention under which this edit works."""
-        return attention_for(model, self.ablation)
-
     def _rows(self, layer: int, activation: Tensor) -> Tensor:
         mask, rows = self.masks[:, layer].to(activation.device), activation.shape[0]
         if len(mask) == 1 or len(mask) == rows:

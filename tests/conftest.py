@@ -20,8 +20,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import dps_lens as dps
 from dps_lens.data import load_users
-from dps_lens.heads import HeadSet
-from dps_lens.model import wrap_model
 
 # `make test-tl3` runs these in an environment of their own.
 collect_ignore = [] if version("transformer-lens").startswith("3.") else ["test_hooked_transformer.py"]
@@ -186,10 +184,3 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
 
 def no_hooks_left(model) -> bool:
     return all(not point.fwd_hooks and not point.bwd_hooks for point in model.hook_dict.values())
-
-
-def heads(names: str) -> HeadSet:
-    return HeadSet.parse(names)
-
-
-__all__ = ["Tiny", "heads", "make_hf_model", "make_tokenizer", "no_hooks_left", "wrap_model", "write_jsonl"]
