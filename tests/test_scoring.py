@@ -171,23 +171,34 @@ def test_batches_do_not_change_scores(llama, users, short, batch_size):
 
 
 @pytest.mark.real
-def test_embedded_model_equals_plain_hugging_face(real, users):
+@pytest.mark.parametrize("ablation", ["zero", "mean", "uniform", "patch"])
+def test_embedded_model_equals_plain_hugging_face(real, users, ablation):
     from dps_lens.model.check import _plain_model
 
     config = dps.PromptConfig(items=2, profile_tokens=80, task_tokens=60, response_tokens=8)
     plain, cfg = _plain_model(real), real.cfg
-    example = users[1].discovery_examples()[-1]
-    for positions in ("response", "all", "profile"):
-        prompt = build_prompt(real, example, config=config)
-        masks = single_heads(cfg.n_layers, cfg.n_heads)
-        chosen = [(0, 0), (1, 5), (14, 3), (29, 8)]
-        branches = Branches(Runner.of(real), prompt, positions=positions)
-        got = branches.ablated(masks[[layer * cfg.n_heads + head for layer, head in chosen]])
+    prompt = build_prompt(real, users[1].discovery_examples()[-1], config=config)
+    chosen = [(0, 0), (1, 5), (14, 3), (29, 8)]
+    rows = [layer * cfg.n_heads + head for layer, head in chosen]
+    means = torch.randn(cfg.n_layers, cfg.n_heads, cfg.d_head, generator=torch.Generator().manual_seed(0))
+    other = build_prompt(real, users[1].discovery_examples()[-1], "none", config=config)
+    for positions in ("response",) if ablation == "patch" else ("response", "all", "profile"):
+        values = {"mean": means, "patch": dps.record_z(real, other)[:, : len(other.response_tokens)]}.get(ablation)
+        branches = Branches(Runner.of(real), prompt, ablation=ablation, positions=positions)
+        got = branches.ablated(single_heads(cfg.n_layers, cfg.n_heads)[rows], values)
         assert abs(branches.nll - nll(plain, prompt)) < TOLERANCE
         for value, (layer, head) in zip(got, chosen, strict=True):
-            assert float(value) == pytest.approx(
-                ablated_nll(plain, prompt, layer, head, cfg.d_head, positions, 0.0), abs=TOLERANCE
-            )
+            columns, handle, new = slice(head * cfg.d_head, (head + 1) * cfg.d_head), None, 0.0
+            if ablation == "mean":
+                new = means[layer, head]
+            elif ablation == "patch":
+                new = z_of(plain, other, layer)[edited_positions(other, "response"), columns]
+            elif ablation == "uniform":
+                new, handle = uniform_z(plain, layer, head, cfg.d_head, cfg.n_heads)
+            expected = ablated_nll(plain, prompt, layer, head, cfg.d_head, positions, new)
+            if handle:
+                handle.remove()
+            assert float(value) == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_unknown_settings_are_refused(llama, users, unchecked):
