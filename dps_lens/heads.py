@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,11 @@ class HeadSet:
 
     `&`, `|` and `-` keep the order of the left side.
 
+    Attributes:
+        heads: the heads.
+        label: what the set is called.
+        shape: `(n_layers, n_heads)` of the model, where it is known; sets made by `HeadScores.top` know it.
+
     >>> a = HeadSet.parse("L12H3,L4H0", label="a")
     >>> str(a & HeadSet.parse("L4H0"))
     'L4H0'
@@ -49,11 +54,15 @@ class HeadSet:
 
     heads: tuple[Head, ...]
     label: str = ""
+    shape: tuple[int, int] | None = field(default=None, compare=False)
 
-    def __init__(self, heads: Iterable[tuple[int, int]] = (), label: str = "") -> None:
+    def __init__(
+        self, heads: Iterable[tuple[int, int]] = (), label: str = "", shape: tuple[int, int] | None = None
+    ) -> None:
         unique = dict.fromkeys(Head(int(layer), int(head)) for layer, head in heads)
         object.__setattr__(self, "heads", tuple(unique))
         object.__setattr__(self, "label", label)
+        object.__setattr__(self, "shape", shape)
 
     @classmethod
     def parse(cls, names: str, label: str = "") -> "HeadSet":
@@ -70,19 +79,19 @@ class HeadSet:
         return head in self.heads
 
     def __getitem__(self, index: int | slice) -> "Head | HeadSet":
-        return HeadSet(self.heads[index], self.label) if isinstance(index, slice) else self.heads[index]
+        return HeadSet(self.heads[index], self.label, self.shape) if isinstance(index, slice) else self.heads[index]
 
     def __str__(self) -> str:
         return ",".join(str(head) for head in self.heads)
 
     def __and__(self, other: "HeadSet") -> "HeadSet":
-        return HeadSet((head for head in self if head in other), self.label)
+        return HeadSet((head for head in self if head in other), self.label, self.shape)
 
     def __or__(self, other: "HeadSet") -> "HeadSet":
-        return HeadSet((*self.heads, *other.heads), self.label)
+        return HeadSet((*self.heads, *other.heads), self.label, self.shape or other.shape)
 
     def __sub__(self, other: "HeadSet") -> "HeadSet":
-        return HeadSet((head for head in self if head not in other), self.label)
+        return HeadSet((head for head in self if head not in other), self.label, self.shape)
 
     def jaccard(self, other: "HeadSet") -> float:
         """|A ∩ B| / |A ∪ B|; two empty sets are alike (1.0)."""

@@ -137,7 +137,13 @@ class HeadScores:
         return clusters.mean(0) - half, clusters.mean(0) + half
 
     def top(
-        self, k: int, user: str | None = None, *, max_cost: float | None = None, label: str | None = None
+        self,
+        k: int,
+        user: str | None = None,
+        *,
+        max_cost: float | None = None,
+        exclude: HeadSet | None = None,
+        label: str | None = None,
     ) -> HeadSet:
         """The `k` heads of largest mean, best first; ties by layer, then head.
 
@@ -146,11 +152,14 @@ class HeadScores:
             user: rank by this user's examples alone.
             max_cost: leave out heads whose ablation costs more than this without the user's profile
                 (nats per token); needs a contrast.
-            label: of the set; by default `"preference"` or the user.
+            exclude: leave out these heads, such as another family's `top_share(0.02)`.
+            label: of the set; by default the user, or the family.
 
         Raises:
             HeadError: there are fewer than `k` heads to choose from.
+            ScoreError: the scores are not defined (NaN); says why.
         """
+        self.check_defined("top")
         mean = self.mean(user)
         allowed = torch.ones_like(mean, dtype=torch.bool)
         if max_cost is not None:
@@ -158,12 +167,30 @@ class HeadScores:
             if baseline is None:
                 raise ScoreError("top: max_cost needs scores with a contrast")
             allowed = self.mean(user, of=baseline) <= max_cost
+        for head in exclude or ():
+            allowed[head] = False
         candidates = [Head(int(layer), int(head)) for layer, head in allowed.nonzero().tolist()]
         if k > len(candidates) or k < 0:
             raise HeadError(f"top: asked for {k} of {len(candidates)} heads")
         # Python's sort is stable, so equal values keep the order by layer and head.
         ranked = sorted(candidates, key=lambda head: -float(mean[head]))
-        return HeadSet(ranked[:k], label=label if label is not None else user or "preference")
+        label = label if label is not None else user or str(self.manifest.get("family", "preference"))
+        return HeadSet(ranked[:k], label, (mean.shape[0], mean.shape[1]))
+
+    def top_share(self, share: float) -> HeadSet:
+        """The best `share` of all heads, at least one."""
+        return self.top(max(1, round(share * self.values[0].numel())))
+
+    @property
+    def defined(self) -> bool:
+        """False for a reference family that the model does not show; `manifest["reason"]` says why."""
+        return not bool(self.values.isnan().any())
+
+    def check_defined(self, call: str) -> None:
+        """Raise `ScoreError` where the scores are NaN."""
+        if not self.defined:
+            family = self.manifest.get("family", "these scores")
+            raise ScoreError(f"{call}: {family} are not defined: {self.manifest.get('reason', 'a value is NaN')}")
 
     def to_frame(self, user: str | None = None, level: float = 0.95) -> "pandas.DataFrame":
         """One row a head, best first: mean, interval, means of the components, share of exact values."""

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dps_lens.data.records import Document, Example, User
 from dps_lens.data.retrieval import Retrieval, retrieve
+from dps_lens.data.tokenizer import PromptTokenizer, span
 from dps_lens.errors import PromptError
 from dps_lens.model import HookedModel
 
 _HEADER = "Earlier texts by this user:\n"
 _BETWEEN = "\n\n"
-_ANSWER = "\n\nAnswer:"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Prompt:
         text: the prompt as text, without the response.
         condition: `"own"`, `"none"`, or the id of the user whose profile is shown.
         shown: ids of the documents in the profile.
+        items: `(start, stop)` of each of these documents.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -73,6 +74,7 @@ class Prompt:
     example_id: str
     user_id: str
     shown: tuple[str, ...]
+    items: tuple[tuple[int, int], ...] = ()
 
     @property
     def prompt_tokens(self) -> Int[Tensor, " pos"]:
@@ -106,16 +108,16 @@ def build_prompt(
         PromptError: the prompt does not fit the context, or nothing is left of the response.
     """
     config = config or PromptConfig()
-    tokenizer = _Tokenizer(model)
+    tokenizer = PromptTokenizer(model)
     documents = _documents(example, profile, config)
     own = tokenizer.defuse(tokenizer.cut(example.input.strip(), config.task_tokens)).strip()
     pieces = [tokenizer.defuse(piece) for piece in _snippets(tokenizer, example, documents, config.profile_tokens)]
     header = _HEADER + "\n".join(pieces) + _BETWEEN if pieces else ""
     text, offset = tokenizer.render(header + own)
-    ids, starts = tokenizer.encode(text)
+    ids, offsets = tokenizer.encode(text)
     spans = {
-        "profile": _span(starts, offset, offset + len(header)) if pieces else (0, 0),
-        "task": _span(starts, offset + len(header), offset + len(header) + len(own)),
+        "profile": span(offsets, offset, offset + len(header)) if pieces else (0, 0),
+        "task": span(offsets, offset + len(header), offset + len(header) + len(own)),
     }
     answer = tokenizer.answer(example.reference, config.response_tokens) if response else []
     if response and not answer:
@@ -131,16 +133,22 @@ def build_prompt(
         )
     condition = profile.id if isinstance(profile, User) else profile
     shown = tuple(document.id for document in documents[: len(pieces)])
-    return Prompt(torch.tensor(ids + answer), spans, text, condition, example.id, example.user_id, shown)
+    items, begin = [], offset + len(_HEADER)
+    for piece in pieces:
+        items.append(span(offsets, begin, begin + len(piece)))
+        begin += len(piece) + 1
+    return Prompt(
+        torch.tensor(ids + answer), spans, text, condition, example.id, example.user_id, shown, tuple(items)
+    )
 
 
 def chat_prompt(model: HookedModel, text: str) -> Prompt:
     """A bare text as a prompt: a user's message where the tokenizer has a chat template, else as it is."""
-    tokenizer = _Tokenizer(model)
+    tokenizer = PromptTokenizer(model)
     message = tokenizer.defuse(text)
     rendered, offset = tokenizer.render(message) if tokenizer.chat else (message, 0)
-    ids, starts = tokenizer.encode(rendered)
-    spans = {"task": _span(starts, offset, offset + len(message)), "response": (len(ids), len(ids))}
+    ids, offsets = tokenizer.encode(rendered)
+    spans = {"task": span(offsets, offset, offset + len(message)), "response": (len(ids), len(ids))}
     spans["profile"] = (spans["task"][0], spans["task"][0])
     return Prompt(torch.tensor(ids), spans, rendered, "none", "", "", ())
 
@@ -166,7 +174,7 @@ def _documents(example: Example, profile: Any, config: PromptConfig) -> tuple[Do
     return retrieve(pool, query, config.items, task=task, method=config.retrieval, seed=config.seed)
 
 
-def _snippets(tokenizer: "_Tokenizer", example: Example, documents: Sequence[Document], budget: int) -> list[str]:
+def _snippets(tokenizer: PromptTokenizer, example: Example, documents: Sequence[Document], budget: int) -> list[str]:
     """The documents as text, their bodies cut so that all fit the budget.
 
     The last documents are left out when not even the first words of all would fit; one always stays.
@@ -200,72 +208,3 @@ def share_budget(wanted: Sequence[int], budget: int) -> list[int]:
         shares[index] = min(wanted[index], left // (len(order) - position))
         left -= shares[index]
     return shares
-
-
-def _span(starts: list[int | None], begin: int, end: int) -> tuple[int, int]:
-    """Tokens whose first character lies in `[begin, end)`."""
-    inside = [index for index, start in enumerate(starts) if start is not None and begin <= start < end]
-    return (inside[0], inside[-1] + 1) if inside else (0, 0)
-
-
-class _Tokenizer:
-    """What prompt building asks of a model's tokenizer."""
-
-    def __init__(self, model: HookedModel) -> None:
-        self.inner = model.tokenizer
-        if self.inner is None:
-            raise PromptError("build_prompt: the model has no tokenizer; load it with one")
-        if not self.inner.is_fast:
-            raise PromptError("build_prompt: character offsets need a fast tokenizer; load it with use_fast=True")
-        added = (str(token) for token in self.inner.added_tokens_decoder.values() if token.special)
-        self.special = [token for token in {*self.inner.all_special_tokens, *added} if len(token) > 1]
-        self.chat = bool(getattr(self.inner, "chat_template", None))
-
-    def count(self, text: str) -> int:
-        return len(self._plain(text)["input_ids"])
-
-    def cut(self, text: str, tokens: int | None) -> str:
-        """The longest beginning of `text` that is at most `tokens` tokens long."""
-        if tokens is None:
-            return text
-        encoded = self._plain(text)
-        if len(encoded["input_ids"]) <= tokens:
-            return text
-        return text[: encoded["offset_mapping"][tokens - 1][1]] if tokens > 0 else ""
-
-    def defuse(self, text: str) -> str:
-        """Break up what would read as a special token: a user's text may hold anything."""
-        for token in self.special:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
-
-    def render(self, content: str) -> tuple[str, int]:
-        """The prompt as text, and where `content` begins in it."""
-        content = content.strip()
-        if not self.chat:
-            return content + _ANSWER, 0
-        messages = [{"role": "user", "content": content}]
-        text = self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        offset = text.rfind(content)
-        if offset < 0:
-            raise PromptError("build_prompt: the tokenizer's chat template changes the text of a message")
-        return text, offset
-
-    def encode(self, text: str) -> tuple[list[int], list[int | None]]:
-        """Token ids of a rendered prompt, and where in the text each token starts."""
-        encoded = self._plain(text)
-        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        starts: list[int | None] = [start if stop > start else None for start, stop in offsets]
-        bos = self.inner.bos_token_id
-        if not self.chat and bos is not None and ids[:1] != [bos]:
-            ids, starts = [bos, *ids], [None, *starts]
-        return ids, starts
-
-    def answer(self, reference: str, tokens: int | None) -> list[int]:
-        """Ids of the response alone; after plain text it begins with a space."""
-        text = self.defuse(reference.strip())
-        ids = self._plain(text if self.chat or not text else " " + text)["input_ids"]
-        return list(ids[:tokens])
-
-    def _plain(self, text: str) -> Any:
-        return self.inner(text, add_special_tokens=False, return_offsets_mapping=True)

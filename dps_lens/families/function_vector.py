@@ -1,0 +1,162 @@
+"""Function-vector heads: which heads carry an in-context task (Todd et al. 2023, arXiv 2310.15213)."""
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dps_lens.data import Prompt
+from dps_lens.data.tokenizer import PromptTokenizer
+from dps_lens.errors import ScoreError
+from dps_lens.intervene import recording_z
+from dps_lens.model import HookedModel, Runner, native_attention
+from dps_lens.scores import HeadScores
+from dps_lens.scoring.branches import Branches, single_heads
+
+
+class Task(NamedTuple):
+    """An in-context task: a name and pairs of input and output."""
+
+    name: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+@cache
+def shipped_tasks() -> tuple[Task, ...]:
+    """The tasks that come with the package."""
+    lines = files("dps_lens.families").joinpath("icl_tasks.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return tuple(Task(record["task"], tuple((a, b) for a, b in record["pairs"])) for record in records)
+
+
+@dataclass(frozen=True)
+class FunctionVector:
+    """Average indirect effect (AIE) of a head on in-context tasks.
+
+    `p(y | shuffled, z of the head at the last token := its task mean) − p(y | shuffled)`, where the prompt's
+    examples have shuffled outputs, y is the first token of the right output, and the task mean is taken over
+    prompts with the right outputs. Mean over prompts, then over tasks.
+
+    A task counts when the model's accuracy on the right prompts is above chance by more than two standard
+    errors; chance is the largest share of one first token among the task's outputs. Where no task does, the
+    family is NaN.
+
+    Attributes:
+        tasks: by default those of the package.
+        n_shots: examples in a prompt.
+        n_trials: prompts a task, for the means and for the effects.
+        seed: of the prompts.
+    """
+
+    name: ClassVar[str] = "function_vector"
+
+    tasks: tuple[Task, ...] = field(default_factory=shipped_tasks)
+    n_shots: int = 10
+    n_trials: int = 25
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the scores, for a manifest."""
+        return {
+            "tasks": [[task.name, task.pairs] for task in self.tasks],
+            "n_shots": self.n_shots,
+            "n_trials": self.n_trials,
+            "seed": self.seed,
+        }
+
+    def score(self, model: HookedModel, *, progress: bool = True) -> HeadScores:
+        """Scores `[trial layer head]`, grouped by task; NaN with a reason where no task is learnt.
+
+        Raises:
+            ScoreError: a task has too few pairs.
+        """
+        values, ids, owners, accuracies, left_out = [], [], [], {}, []
+        for task in tqdm(self.tasks, desc="in-context tasks", unit="task", disable=None if progress else True):
+            mean, correct = self.task_mean(model, task)
+            chance = _chance(model, task)
+            accuracies[task.name] = {"accuracy": correct / self.n_trials, "chance": chance}
+            if correct / self.n_trials <= chance + 2 * math.sqrt(chance * (1 - chance) / self.n_trials):
+                left_out.append(task.name)
+                continue
+            for index in range(self.n_trials):
+                values.append(self.effect(model, task, index, mean))
+                ids.append(f"{task.name} {index}")
+                owners.append(task.name)
+        manifest: dict[str, Any] = {"in_context": accuracies, "left_out": left_out}
+        if not values:
+            manifest["reason"] = f"in-context accuracy is at chance in every task ({', '.join(left_out)})"
+            values, ids, owners = [torch.full((model.cfg.n_layers, model.cfg.n_heads), torch.nan)], ["none"], ["none"]
+        return HeadScores(torch.stack(values), example_ids=ids, user_ids=owners, manifest=manifest)
+
+    def prompt(self, model: HookedModel, task: Task, index: int, *, shuffled: bool = False) -> Prompt:
+        """`Q: …\\nA: …` n_shots times and a last question; the response is the first token of its answer."""
+        if len(task.pairs) <= self.n_shots:
+            raise ScoreError(
+                f"function_vector: task {task.name!r} has {len(task.pairs)} pairs, {self.n_shots + 1} are needed"
+            )
+        # Shuffled trials have their own examples: the means they are patched with come from other prompts.
+        rng = random.Random(f"{self.seed}|{task.name}|{index}|{shuffled}")
+        *shots, (question, answer) = rng.sample(task.pairs, self.n_shots + 1)
+        outputs = [output for _, output in shots]
+        if shuffled:
+            outputs = _displaced(outputs, rng)
+        lines = [f"Q: {shown}\nA: {output}\n\n" for (shown, _), output in zip(shots, outputs, strict=True)]
+        return icl_prompt(model, "".join(lines) + f"Q: {question}\nA:", answer)
+
+    @torch.inference_mode()
+    def task_mean(self, model: HookedModel, task: Task) -> tuple[Float[Tensor, "layer head d_head"], int]:
+        """Mean z at the last token of right prompts, and how many of them the model answers rightly."""
+        runner, total, correct = Runner.of(model), torch.zeros(()), 0
+        for index in range(self.n_trials):
+            prompt = self.prompt(model, task, index)
+            tokens = prompt.prompt_tokens[None].to(runner.device)
+            with native_attention(model), recording_z(model, lambda n_pos: slice(n_pos - 1, None)) as found:
+                logits = runner.logits(tokens, keep=1)
+            correct += int(logits[0, -1].argmax()) == int(prompt.response_tokens[0])
+            total = total + torch.stack([found[layer][0, 0].float().cpu() for layer in sorted(found)])
+        return total / self.n_trials, correct
+
+    def effect(
+        self, model: HookedModel, task: Task, index: int, mean: Float[Tensor, "layer head d_head"]
+    ) -> Float[Tensor, "layer head"]:
+        """Change of p(y) in one shuffled prompt, for every head alone."""
+        branches = Branches(Runner.of(model), self.prompt(model, task, index, shuffled=True), ablation="mean")
+        nll = branches.ablated(single_heads(model.cfg.n_layers, model.cfg.n_heads), mean)
+        effects = (-nll).exp() - math.exp(-branches.nll)
+        return effects.float().reshape(model.cfg.n_layers, model.cfg.n_heads)
+
+
+def icl_prompt(model: HookedModel, text: str, answer: str) -> Prompt:
+    """A plain text and the first token of what should follow it."""
+    tokenizer = PromptTokenizer(model)
+    ids = tokenizer.plain(text)
+    spans = {"profile": (0, 0), "task": (0, len(ids)), "response": (len(ids), len(ids) + 1)}
+    return Prompt(torch.tensor([*ids, _first_token(tokenizer, answer)]), spans, text, "none", text[-40:], "", ())
+
+
+def _first_token(tokenizer: PromptTokenizer, answer: str) -> int:
+    return int(tokenizer.inner(f" {answer}", add_special_tokens=False)["input_ids"][0])
+
+
+def _displaced(outputs: Sequence[str], rng: random.Random) -> list[str]:
+    """A random order in which no output keeps its place."""
+    order = list(range(len(outputs)))
+    while any(place == index for index, place in enumerate(order)):
+        rng.shuffle(order)
+    return [outputs[place] for place in order]
+
+
+def _chance(model: HookedModel, task: Task) -> float:
+    tokenizer = PromptTokenizer(model)
+    counts = Counter(_first_token(tokenizer, output) for _, output in task.pairs)
+    return max(counts.values()) / len(task.pairs)

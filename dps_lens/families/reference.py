@@ -1,0 +1,113 @@
+"""Reference families: scores of every head as induction, retrieval or function-vector head."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from platformdirs import user_cache_path
+
+from dps_lens.errors import ScoreError
+from dps_lens.families.function_vector import FunctionVector
+from dps_lens.families.repeated import Repeated
+from dps_lens.families.retrieval import Retrieval
+from dps_lens.model import HookedModel, describe_model
+from dps_lens.scores import HeadScores
+
+
+@runtime_checkable
+class Family(Protocol):
+    """A way to score heads that has nothing to do with users."""
+
+    @property
+    def name(self) -> str:
+        """The key of its scores."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the scores."""
+        ...
+
+    def score(self, model: HookedModel, *, progress: bool = True) -> HeadScores:
+        """Scores `[prompt layer head]`."""
+        ...
+
+
+Kind: TypeAlias = str | Family
+KINDS = (*Repeated.kinds, Retrieval.name, FunctionVector.name)
+
+
+def reference_heads(
+    model: HookedModel,
+    kinds: Sequence[Kind] = ("induction", "retrieval", "function_vector"),
+    *,
+    cache: bool | str | Path = True,
+    progress: bool = True,
+) -> dict[str, HeadScores]:
+    """Score every head as a member of known families.
+
+    Args:
+        model: a hooked model.
+        kinds: `"induction"`, `"previous_token"`, `"duplicate_token"`, `"retrieval"`, `"function_vector"`; or a
+            family with settings of your own: `Repeated("induction", n_prompts=50)`,
+            `Retrieval(haystack=…, lengths=…)`, `FunctionVector(tasks=…)` from `dps_lens.families`.
+        cache: keep scores in the user's cache folder, or in this folder, and read them from there for the same
+            model and settings; False computes anew.
+        progress: show progress bars.
+
+    Returns:
+        family → scores. A family that the model does not show (too few needles recalled, in-context
+        accuracy at chance) is NaN; `scores.defined` is then False and `manifest["reason"]` says why.
+
+    Raises:
+        ScoreError: a kind is unknown.
+    """
+    found = {}
+    for kind in kinds:
+        family = _family(kind)
+        manifest = {
+            "call": "reference_heads",
+            "family": family.name,
+            "settings": json.loads(json.dumps(family.settings())),
+            "model": describe_model(model),
+        }
+        folder = _folder(cache, manifest)
+        scores = _cached(folder, manifest)
+        if scores is None:
+            scores = family.score(model, progress=progress)
+            scores.manifest = manifest | scores.manifest
+            if folder:
+                scores.save(folder)
+        found[family.name] = scores
+    return found
+
+
+def _family(kind: Kind) -> Family:
+    if not isinstance(kind, str):
+        return kind
+    if kind in Repeated.kinds:
+        return Repeated(kind)
+    if kind == Retrieval.name:
+        return Retrieval()
+    if kind == FunctionVector.name:
+        return FunctionVector()
+    raise ScoreError(f"reference_heads: kind {kind!r} is unknown; use one of {', '.join(KINDS)}, or a family object")
+
+
+def _folder(cache: bool | str | Path, manifest: dict[str, Any]) -> Path | None:
+    if cache is False:
+        return None
+    root = user_cache_path("dps_lens") / "families" if cache is True else Path(cache)
+    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    return root / f"{manifest['family']}-{key}"
+
+
+def _cached(folder: Path | None, manifest: dict[str, Any]) -> HeadScores | None:
+    if folder is None:
+        return None
+    try:
+        scores = HeadScores.load(folder)
+    except ScoreError:
+        return None
+    return scores if all(scores.manifest.get(key) == value for key, value in manifest.items()) else None

@@ -1,0 +1,101 @@
+"""Heads that are found by where they look in repeated random tokens: induction, previous and duplicate token."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dps_lens.errors import ScoreError
+from dps_lens.model import HookedModel
+from dps_lens.scores import HeadScores
+
+RepeatedKind: TypeAlias = Literal["induction", "previous_token", "duplicate_token"]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Attention to a set place, on `[BOS, r1 … rN, r1 … rN]` (Olsson et al. 2022, arXiv 2209.11895).
+
+    `induction`: from a repeated token to the token after its first occurrence. `duplicate_token`: from a
+    repeated token to its first occurrence. `previous_token`: from any token to the one before. The
+    score is the mean attention over the tokens that have such a place, 0 to 1.
+
+    Attributes:
+        name: the kind.
+        n_prompts: random prompts.
+        length: N, distinct random tokens.
+        seed: of the tokens.
+    """
+
+    kinds: ClassVar[tuple[RepeatedKind, ...]] = ("induction", "previous_token", "duplicate_token")
+
+    name: RepeatedKind = "induction"
+    n_prompts: int = 20
+    length: int = 50
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the scores, for a manifest."""
+        return {"n_prompts": self.n_prompts, "length": self.length, "seed": self.seed}
+
+    def score(self, model: HookedModel, *, progress: bool = True) -> HeadScores:
+        """Scores `[prompt layer head]`; a pass a prompt, quick enough to need no progress bar.
+
+        Raises:
+            ScoreError: the prompt does not fit the model's context.
+        """
+        if 2 * self.length + 1 > model.cfg.n_ctx:
+            raise ScoreError(f"{self.name}: {2 * self.length + 1} tokens do not fit the context of {model.cfg.n_ctx}")
+        prompts = [repeated_tokens(model, self.length, self.seed + index) for index in range(self.n_prompts)]
+        values = torch.stack([attention_to(model, tokens, _target(self.name, tokens)) for tokens in prompts])
+        ids = [f"seed {self.seed + index}" for index in range(self.n_prompts)]
+        return HeadScores(values, example_ids=ids, user_ids=ids)
+
+
+def repeated_tokens(model: HookedModel, length: int, seed: int) -> Int[Tensor, "1 pos"]:
+    """`[BOS, r1 … rN, r1 … rN]` of distinct ordinary tokens; without BOS where the tokenizer has none."""
+    special = set(model.tokenizer.all_special_ids)
+    usable = torch.tensor([token for token in range(len(model.tokenizer)) if token not in special])
+    generator = torch.Generator().manual_seed(seed)
+    drawn = usable[torch.randperm(len(usable), generator=generator)[:length]]
+    bos = model.tokenizer.bos_token_id
+    start = torch.tensor([bos] if bos is not None else [], dtype=torch.long)
+    return torch.cat([start, drawn, drawn])[None]
+
+
+@torch.inference_mode()
+def attention_to(
+    model: HookedModel, tokens: Int[Tensor, "1 pos"], target: Float[Tensor, "query key"]
+) -> Float[Tensor, "layer head"]:
+    """Mean attention to the marked keys, over the queries that have one.
+
+    Args:
+        model: a hooked model; its hooked attention runs.
+        tokens: one prompt.
+        target: 1 where attention counts, as the detection patterns of transformer-lens.
+
+    Raises:
+        ScoreError: no query has a marked key.
+    """
+    queries = int(target.any(-1).sum())
+    if not queries:
+        raise ScoreError("attention_to: the target marks no key")
+    found = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
+
+    def add(pattern: Tensor, hook: Any, layer: int) -> None:
+        found[layer] = (pattern[0].float().cpu() * target).sum((-1, -2)) / queries
+
+    hooks = [(f"blocks.{layer}.attn.hook_pattern", partial(add, layer=layer)) for layer in range(model.cfg.n_layers)]
+    device = next(model.parameters()).device
+    model.run_with_hooks(tokens.to(device), fwd_hooks=hooks, return_type="logits")
+    return found
+
+
+def _target(kind: RepeatedKind, tokens: Int[Tensor, "1 pos"]) -> Float[Tensor, "query key"]:
+    from transformer_lens import head_detector
+
+    make = getattr(head_detector, f"get_{kind}_head_detection_pattern")
+    return make(tokens).float()

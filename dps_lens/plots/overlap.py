@@ -1,0 +1,85 @@
+"""The matrix of overlaps between head sets, with chance and ceiling on its colour bar."""
+
+import numpy as np
+import plotly.graph_objects as go
+
+from dps_lens.analysis.overlap import Overlap
+from dps_lens.plots.theme import TEMPLATE
+
+_TICKS = (0.0, 1.0, 0.5, 0.25, 0.75)
+_APART = 0.05
+_BLANK = "#dddddd"
+
+
+def overlap(overlap: Overlap, *, order: bool = True, title: str | None = None) -> go.Figure:
+    """Jaccard overlap of every pair of sets, with the null interval and p on hover.
+
+    Args:
+        overlap: of `dps_lens.overlap`.
+        order: similar sets side by side, else in the order they were given.
+        title: by default what is compared.
+
+    Returns:
+        a figure with one heatmap trace in Cividis from 0 to 1, the diagonal blank. The colour bar states and marks
+        chance (mean 2.5% and 97.5% quantiles of the null over pairs) and, for users, the mean overlap of one user's
+        own halves.
+    """
+    k, exclude, half = (overlap.manifest.get(name) for name in ("k", "exclude", "half"))
+    picked = list(overlap.order) if order else list(range(len(overlap.names)))
+    names = [overlap.names[index] for index in picked]
+
+    def matrix(name: str) -> np.ndarray:
+        found = getattr(overlap, name).numpy()[np.ix_(picked, picked)]
+        return np.where(np.eye(len(picked), dtype=bool), np.nan, found)
+
+    low, high = (float(np.nanmean(matrix(name))) for name in ("null_low", "null_high"))
+    legend, marks = [f"chance {low:.2f} to {high:.2f}"], {high: "chance"}
+    found = overlap.specificity
+    if found is not None:
+        mean = found.set_index("measure")["mean"]
+        legend.append(f"halves of {half}: within a user {mean['within']:.2f},<br>between users {mean['between']:.2f}")
+        marks = {float(mean["within"]): "within"} | marks
+    figure = go.Figure(
+        go.Heatmap(
+            z=matrix("jaccard"),
+            x=names,
+            y=names,
+            customdata=np.stack([matrix(name) for name in ("null_low", "null_high", "null_mean", "p")], axis=-1),
+            zmin=0,
+            zmax=1,
+            colorscale="Cividis",
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            colorbar={"title": {"text": "<br>".join(["Jaccard", *legend])}, "thickness": 12, **_ticks(marks)},
+            hovertemplate=(
+                "<b>%{y}</b> and <b>%{x}</b><br>Jaccard %{z:.2f}<br>null %{customdata[2]:.2f} "
+                "(95% %{customdata[0]:.2f} to %{customdata[1]:.2f})<br>p = %{customdata[3]:.3g}<extra></extra>"
+            ),
+        )
+    )
+    # Names may be numbers, which plotly would place on a scale.
+    rows, columns = {"type": "category", "autorange": "reversed"}, {"type": "category"}
+    if exclude is not None:
+        rows |= {"title": f"top {k} without the other's top {100 * exclude:g}%"}
+        columns |= {"title": f"the other's top {k}"}
+    unit = overlap.manifest.get("unit", "sets")
+    what = f"the top {k} heads" if unit == "users" or exclude is not None else "head sets"
+    figure.update_layout(
+        template=TEMPLATE,
+        title=title or f"Overlap of {what}: {len(names)} {unit}",
+        height=max(320, 110 + 18 * len(names)),
+        plot_bgcolor=_BLANK,
+        xaxis=columns,
+        yaxis=rows,
+    )
+    return figure
+
+
+def _ticks(marks: dict[float, str]) -> dict[str, list]:
+    """Named marks, then round numbers where no other tick is near."""
+    ticks: dict[float, str] = {}
+    for value, text in [*marks.items(), *((tick, f"{tick:g}") for tick in _TICKS)]:
+        if all(abs(value - other) >= _APART for other in ticks):
+            ticks[value] = text
+    return {"tickvals": list(ticks), "ticktext": list(ticks.values())}
