@@ -1,7 +1,7 @@
 """HeadScores: a value per example, layer and head, with what it was measured on."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,6 +103,25 @@ class HeadScores:
         if not rows:
             raise ScoreError(f"user {user!r} is not in these scores; users are {', '.join(self.users[:8])}…")
         return rows
+
+    def without(self, users: Collection[str]) -> "HeadScores":
+        """The scores of everybody else.
+
+        Raises:
+            ScoreError: nobody is left.
+        """
+        rows = [index for index, owner in enumerate(self.user_ids) if owner not in users]
+        if not rows:
+            raise ScoreError(f"without: all of the {len(self.users)} users are left out")
+        return HeadScores(
+            self.values[rows],
+            example_ids=[self.example_ids[row] for row in rows],
+            user_ids=[self.user_ids[row] for row in rows],
+            components={name: component[rows] for name, component in self.components.items()},
+            nll={name: values[rows] for name, values in self.nll.items()},
+            exact=self.exact[rows],
+            manifest=self.manifest,
+        )
 
     def clusters(self, user: str | None = None, *, of: str | None = None) -> Float[Tensor, "cluster layer head"]:
         """The independent units that an interval resamples: user means, or one user's examples.

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Float64
-from scipy.stats import t as student
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dps_lens.analysis.intervals import interval, user_means
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.errors import ScoreError
 from dps_lens.families import random_heads
@@ -94,13 +94,6 @@ def _layers(heads: HeadSet) -> list[int]:
     return sorted(head.layer for head in heads)
 
 
-def interval(values: np.ndarray, level: float) -> dict[str, float]:
-    """Mean of user means with a Student's t interval; NaN bounds for a single user."""
-    mean, n = float(values.mean()), len(values)
-    half = float(student.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
 def check_held_out(call: str, scores: HeadScores, examples: Sequence[Example]) -> None:
     """Refuse examples that the scores were measured on.
 
@@ -114,12 +107,6 @@ def check_held_out(call: str, scores: HeadScores, examples: Sequence[Example]) -
             f"{call}: the heads were chosen on {len(shared)} of these examples, such as {shared[0].id!r} of user "
             f"{shared[0].user_id!r}; evaluate on other examples"
         )
-
-
-def user_means(values: Float64[Tensor, " example"], user_ids: Sequence[str]) -> np.ndarray:
-    """Mean of each user's examples, in order of appearance."""
-    owners = np.array(user_ids)
-    return np.array([values.numpy()[owners == user].mean() for user in dict.fromkeys(user_ids)])
 
 
 def ablation_cost(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from dps_lens.analysis.ablation import check_held_out, interval, user_means
+from dps_lens.analysis.ablation import check_held_out
+from dps_lens.analysis.intervals import interval, user_means
 from dps_lens.data import PromptConfig, User
 from dps_lens.errors import ScoreError
 from dps_lens.heads import HeadSet

@@ -13,7 +13,7 @@ from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 from torch import Tensor
 
-from dps_lens.analysis.ablation import interval
+from dps_lens.analysis.intervals import interval
 from dps_lens.analysis.reliability import BAND
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.heads import HeadSet

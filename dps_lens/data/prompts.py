@@ -137,9 +137,7 @@ def build_prompt(
     for piece in pieces:
         items.append(span(offsets, begin, begin + len(piece)))
         begin += len(piece) + 1
-    return Prompt(
-        torch.tensor(ids + answer), spans, text, condition, example.id, example.user_id, shown, tuple(items)
-    )
+    return Prompt(torch.tensor(ids + answer), spans, text, condition, example.id, example.user_id, shown, tuple(items))
 
 
 def chat_prompt(model: HookedModel, text: str) -> Prompt:

@@ -1,8 +1,10 @@
 """Figures: plotly, returned, never shown."""
 
+from dps_lens.plots.ablation import ablation
 from dps_lens.plots.heatmap import heatmap
+from dps_lens.plots.overlap import overlap
 from dps_lens.plots.report import verdict, write_report
 from dps_lens.plots.stability import stability_curve
 from dps_lens.plots.theme import TEMPLATE
 
-__all__ = ["TEMPLATE", "heatmap", "stability_curve", "verdict", "write_report"]
+__all__ = ["TEMPLATE", "ablation", "heatmap", "overlap", "stability_curve", "verdict", "write_report"]

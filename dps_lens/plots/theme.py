@@ -5,6 +5,12 @@ import plotly.graph_objects as go
 SIGNED = "RdBu"
 """Red below zero, blue above, as in TransformerLens and circuitsvis."""
 
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, those that are readable as lines first."""
+
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
+
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": "Helvetica, Arial, sans-serif", "size": 12, "color": "#222222"},

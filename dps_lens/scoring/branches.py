@@ -35,10 +35,15 @@ def token_losses(logits: Float[Tensor, "pos d_vocab"], targets: Int[Tensor, " po
     return logits.logsumexp(-1) - logits.gather(-1, targets.to(logits.device)[:, None])[:, 0]
 
 
+def row_losses(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float64[Tensor, "row pos"]:
+    """−log p of each response token in each row, nats."""
+    # Row by row: over a large vocabulary the temporaries of a whole batch would be fresh memory every time.
+    return torch.stack([token_losses(row, targets).cpu().double() for row in logits])
+
+
 def response_nll(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float64[Tensor, " row"]:
     """`−(1/T) Σ log p(y_t)` of each row, nats per token."""
-    # Row by row: over a large vocabulary the temporaries of a whole batch would be fresh memory every time.
-    return torch.stack([token_losses(row, targets).cpu().double().mean() for row in logits])
+    return row_losses(logits, targets).mean(-1)
 
 
 class Branches:
@@ -53,7 +58,8 @@ class Branches:
             allows.
 
     Attributes:
-        nll: of the unablated model, nats per token.
+        losses: `Float64[Tensor, "pos"]`, −log p of each response token under the unablated model.
+        nll: their mean, nats per token.
     """
 
     def __init__(
@@ -81,7 +87,8 @@ class Branches:
             if self.begin:
                 self.prompt_cache = runner.prefill(tokens[:, : self.begin])
             logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)
-        self.nll = float(response_nll(logits, self.targets))
+        self.losses = row_losses(logits, self.targets)[0]
+        self.nll = float(self.losses.mean())
         self.batch_size = self._rows_per_batch(batch_size)
         if not math.isfinite(self.nll):
             raise ScoreError(
@@ -123,21 +130,27 @@ class Branches:
             residual = self.runner.block(between, residual, self.tokens, prompt=self.prompt_cache)
         return residual
 
-    @torch.inference_mode()
     def ablated(
         self, masks: Bool[Tensor, "row layer head"], values: Tensor | None = None, where: Where | None = None
     ) -> Float64[Tensor, " row"]:
-        """NLL of the response with the heads of each row ablated, nats per token.
+        """NLL of the response with the heads of each row ablated, nats per token; arguments of `ablated_losses`."""
+        return self.ablated_losses(masks, values, where).mean(-1)
+
+    @torch.inference_mode()
+    def ablated_losses(
+        self, masks: Bool[Tensor, "row layer head"], values: Tensor | None = None, where: Where | None = None
+    ) -> Float64[Tensor, "row pos"]:
+        """−log p of each response token with the heads of each row ablated.
 
         Args:
-            masks: heads of each branch; a row without heads gives the clean NLL.
+            masks: heads of each branch; a row without heads gives the clean losses.
             values: as in `ablate`, for `mean` and `patch`.
             where: edit fewer positions than `positions` says.
         """
-        nll = torch.full((len(masks),), self.nll, dtype=torch.float64)
+        losses = self.losses.repeat(len(masks), 1)
         where = where or self.where
         if where(self.tokens.shape[1]) is None:
-            return nll
+            return losses
         used = masks.any(-1)
         first = torch.where(used.any(-1), used.int().argmax(-1), -1)
         order = [int(row) for row in first.argsort(stable=True) if first[row] >= 0]
@@ -146,7 +159,7 @@ class Branches:
             while order:
                 rows = order[: self.batch_size]
                 try:
-                    nll[rows] = self._run(masks[rows], first[rows].tolist(), values, where)
+                    losses[rows] = self._run(masks[rows], first[rows].tolist(), values, where)
                 except torch.OutOfMemoryError:
                     if len(rows) == 1:
                         raise
@@ -154,13 +167,13 @@ class Branches:
                     torch.cuda.empty_cache()
                     continue
                 order = order[len(rows) :]
-        return nll
+        return losses
 
     def _run(self, masks: Tensor, first: Sequence[int], values: Tensor | None, where: Where) -> Tensor:
         starts = {layer: self.residual(layer).expand(first.count(layer), -1, -1) for layer in dict.fromkeys(first)}
         with Edit(masks, self.ablation, where, values, growing=True).on(self.runner.model):
             logits = self.runner.resume(starts, self.tokens, prompt=self.prompt_cache, keep=len(self.targets))
-        return response_nll(logits, self.targets)
+        return row_losses(logits, self.targets)
 
 
 def single_heads(n_layers: int, n_heads: int) -> Bool[Tensor, "row layer head"]:

@@ -127,8 +127,7 @@ class Sweep:
 
     def donors(self, example: Example) -> list[User]:
         """Other users of the same task, the same for every run with this seed."""
-        others = [user for user in self.users if user.id != example.user_id]
-        return random.Random(f"{self.seed}|{example.id}").sample(others, min(self.n_donors, len(others)))
+        return donors_of(example, self.users, self.n_donors, self.seed)
 
     def conditions(self, example: Example) -> dict[str, list[Prompt]]:
         """The prompts whose heads are ablated, by component."""
@@ -246,7 +245,7 @@ class Sweep:
             "prompt": self.prompt.to_dict(),
             "model": describe_model(self.model),
             "examples": [example.id for example in self.examples],
-            "data": _digest(self.users, self.examples),
+            "data": data_digest(self.users, self.examples),
         }
 
     def collect(self, units: list[dict[str, Tensor]]) -> HeadScores:
@@ -295,8 +294,14 @@ def aligned_z(
     return z, lambda n_pos: chosen[None, :n_pos]
 
 
-def _digest(users: Sequence[User], examples: Sequence[Example]) -> str:
-    """A digest of every text that the scores depend on."""
+def donors_of(example: Example, users: Sequence[User], n: int, seed: int) -> list[User]:
+    """At most `n` other users whose profiles stand in for the example's own."""
+    others = [user for user in users if user.id != example.user_id]
+    return random.Random(f"{seed}|{example.id}").sample(others, min(n, len(others)))
+
+
+def data_digest(users: Sequence[User], examples: Sequence[Example]) -> str:
+    """A digest of every text that results depend on."""
     texts = [[u.id, [[d.id, d.date, dict(d.fields)] for d in u.history]] for u in users]
     asked = [[e.id, e.input, e.reference, [d.id for d in e.profile]] for e in examples]
     return hashlib.sha256(json.dumps([texts, asked], sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,169 @@
+"""Ablate or patch the top K heads of several families on held-out examples, beside random heads."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dps_lens.analysis.effects import SetEffects
+from dps_lens.analysis.rankings import Family, Select
+from dps_lens.analysis.set_sweep import Condition, SetSweep, neutral_prompt, shared_settings
+from dps_lens.data import Example, PromptConfig, User
+from dps_lens.errors import ScoreError
+from dps_lens.families import shipped_paragraphs
+from dps_lens.heads import HeadSet
+from dps_lens.intervene import Ablation, Positions
+from dps_lens.model import HookedModel
+from dps_lens.scoring.branches import BatchSize
+from dps_lens.scoring.sweep import Contrast, aligned_z, donors_of
+
+
+def ablation_curve(
+    model: HookedModel,
+    users: Sequence[User],
+    families: Mapping[str, Family],
+    *,
+    ks: Sequence[int] = (0, 1, 2, 5, 10, 20),
+    n_random: int = 50,
+    select: Select | Mapping[str, Select] = "global",
+    exclude: Mapping[str, HeadSet] | None = None,
+    ablation: Ablation | None = None,
+    positions: Positions | None = None,
+    max_examples: int | None = None,
+    prompt: PromptConfig | None = None,
+    ngram: int = 2,
+    neutral: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> SetEffects:
+    """Ablate the top K heads of every family on evaluation examples: with own profile, without, with another's.
+
+    Args:
+        model: a hooked model.
+        users: their evaluation examples are used.
+        families: name → scores of `score_heads` or `reference_heads`, a ranking (`HeadSet`), nested sets, or a
+            ranking for each user (`user id → HeadSet`). Families that are not defined (NaN) are left out.
+        ks: sizes of the sets.
+        n_random: random sets for each family, user and K, of the same layers and disjoint from the family's
+            set; spread over a user's examples, so that more examples cost no more draws.
+        select: `"global"` ranks by the mean over users, by users in other folds where the tested users are in the
+            scores; `"user"` ranks by each user's own discovery examples. One for all, or family → either.
+        exclude: family → heads that its ranking by scores may not hold, such as
+            `{"preference": refs["induction"].top_share(0.02)}` (Yin & Steinhardt 2025, arXiv 2502.14010).
+        ablation: `"zero"` or `"uniform"`; by default that of the scores.
+        positions: where; by default those of the scores.
+        max_examples: the newest so many evaluation examples of each user.
+        prompt: how prompts are built; by default as for the scores.
+        ngram: a response token counts as copied when it ends an n-gram of the response that the profile holds.
+        neutral: texts to measure fluency on; by default prose of the package.
+        seed: of folds, donors and random sets.
+        batch_size: branches a batch.
+        out: a run folder; a run that is started again there resumes.
+        force: drop what `out` holds.
+        progress: show a progress bar.
+
+    Raises:
+        ScoreError: scores were measured on one of these examples, or with other settings than asked for.
+        HeadError: a ranking is shorter than the largest K.
+    """
+    settings = shared_settings("ablation_curve", families, ablation=ablation, positions=positions, prompt=prompt)
+    if settings["ablation"] not in ("zero", "uniform"):
+        raise ScoreError(
+            f"ablation_curve: ablation {settings['ablation']!r} is not offered here; use 'zero' or 'uniform', or "
+            "patch_heads for 'patch'"
+        )
+    texts = tuple(neutral) if neutral is not None else shipped_paragraphs()
+    sets = SetSweep(
+        call="ablation_curve",
+        model=model,
+        users=list(users),
+        families=families,
+        ks=tuple(ks),
+        n_random=n_random,
+        select=select,
+        exclude=exclude,
+        max_examples=max_examples,
+        ngram=ngram,
+        seed=seed,
+        batch_size=batch_size,
+        **settings,
+    )
+
+    def conditions(number: int, example: Example) -> dict[str, Condition]:
+        donor = donors_of(example, sets.users, 1, seed)
+        found = {
+            "own": Condition("own", sets.branches(example, "own"), drawn=True),
+            "no_profile": Condition("no_profile", sets.branches(example, "none"), drawn=True),
+        }
+        if donor:
+            found["other_user"] = Condition("other_user", sets.branches(example, donor[0]))
+        if texts:
+            plain = neutral_prompt(model, texts[number % len(texts)])
+            found["neutral"] = Condition("neutral", sets.branches_of(plain))
+        return found
+
+    return sets.run(conditions, {"neutral": list(texts)}, out, force, progress)
+
+
+def patch_heads(
+    model: HookedModel,
+    users: Sequence[User],
+    families: Mapping[str, Family],
+    *,
+    ks: Sequence[int] = (1, 2, 5, 10, 20),
+    n_random: int = 20,
+    select: Select | Mapping[str, Select] = "global",
+    exclude: Mapping[str, HeadSet] | None = None,
+    positions: Positions | None = None,
+    max_examples: int | None = None,
+    prompt: PromptConfig | None = None,
+    patch_from: Contrast = "no_profile",
+    ngram: int = 2,
+    seed: int = 0,
+    batch_size: BatchSize = "auto",
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> SetEffects:
+    """Necessity and sufficiency of the top K heads: noising and denoising patches on evaluation examples.
+
+    Noising puts the z of the run without profile into the run with it; denoising the reverse. Arguments as
+    in `ablation_curve`.
+
+    Args:
+        patch_from: the other run: without profile, or with another user's.
+
+    Raises:
+        ScoreError: as `ablation_curve`.
+        PromptError: positions other than `"response"` and prompts of unequal length.
+    """
+    settings = shared_settings("patch_heads", families, ablation="patch", positions=positions, prompt=prompt)
+    sets = SetSweep(
+        call="patch_heads",
+        model=model,
+        users=list(users),
+        families=families,
+        ks=tuple(ks),
+        n_random=n_random,
+        select=select,
+        exclude=exclude,
+        max_examples=max_examples,
+        ngram=ngram,
+        seed=seed,
+        batch_size=batch_size,
+        **settings,
+    )
+
+    def conditions(number: int, example: Example) -> dict[str, Condition]:
+        own = sets.build(example, "own")
+        donor = donors_of(example, sets.users, 1, seed) if patch_from == "other_user" else []
+        other = sets.build(example, donor[0] if donor else "none")
+        suffix = " (other)" if donor else ""
+        found = {}
+        for name, full, base, source in (("noising", "own", own, other), ("denoising", patch_from, other, own)):
+            values, where = aligned_z(model, base, source, settings["positions"])
+            found[name + suffix] = Condition(full, sets.branches_of(base), drawn=True, values=values, where=where)
+        return found
+
+    return sets.run(conditions, {"patch_from": patch_from}, out, force, progress)

@@ -1,0 +1,63 @@
+"""Intervals over users, and over users and random draws at once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Float64
+from scipy.stats import t as student
+from torch import Tensor
+
+
+def user_means(values: Float64[Tensor, " example"], user_ids: Sequence[str]) -> np.ndarray:
+    """Mean of each user's examples, in order of appearance."""
+    owners = np.array(user_ids)
+    return np.array([values.numpy()[owners == user].mean() for user in dict.fromkeys(user_ids)])
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> dict[str, float]:
+    """Mean of user means with a Student's t interval; NaN bounds for a single user."""
+    mean, n = float(values.mean()), len(values)
+    half = float(student.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def ratio_interval(
+    numerator: Float[np.ndarray, " user"], denominator: Float[np.ndarray, " user"], level: float = 0.95
+) -> dict[str, float]:
+    """Ratio of two means over the same users, with Fieller's interval.
+
+    The interval holds every ratio ρ for which a t-test of `numerator − ρ · denominator` over users does not
+    reject. Where the denominator's own interval spans 0 it is unbounded, and mean and bounds are NaN.
+    """
+    n, nothing = len(numerator), {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
+    if n < 2:
+        return nothing
+    (a, b), covariance = (numerator.mean(), denominator.mean()), np.cov(numerator, denominator) / n
+    square = float(student.ppf(0.5 + level / 2, n - 1)) ** 2
+    # (a - r b)^2 = t^2 var(a - r b) is quadratic in r.
+    lead = b**2 - square * covariance[1, 1]
+    if lead <= 0:
+        return nothing
+    middle = a * b - square * covariance[0, 1]
+    root = np.sqrt(max(middle**2 - lead * (a**2 - square * covariance[0, 0]), 0.0))
+    return {"mean": float(a / b), "low": float((middle - root) / lead), "high": float((middle + root) / lead)}
+
+
+def crossed_interval(values: Float[np.ndarray, "draw user"], level: float = 0.95) -> dict[str, float]:
+    """Grand mean of draws × users, with an interval for new draws and new users.
+
+    The standard error adds the variance of draw means and of user means; both hold the residual, so that it
+    is a little wide. Degrees of freedom by Satterthwaite. NaN bounds for a single draw or user.
+    """
+    mean, (draws, users) = float(values.mean()), values.shape
+    if min(draws, users) < 2:
+        return {"mean": mean, "low": float("nan"), "high": float("nan")}
+    parts = np.array([values.mean(1).var(ddof=1) / draws, values.mean(0).var(ddof=1) / users])
+    freedom = parts.sum() ** 2 / (parts**2 / (np.array([draws, users]) - 1)).sum() if parts.any() else 1.0
+    half = float(student.ppf(0.5 + level / 2, freedom) * parts.sum() ** 0.5)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def add_one_p(observed: float, null: Float[np.ndarray, " draw"]) -> float:
+    """One-sided p-value: share of the null at least as large, counting the observation itself."""
+    return float((1 + (null >= observed - 1e-12).sum()) / (len(null) + 1))

@@ -1,0 +1,86 @@
+"""What families of heads take, for growing K, beside random heads."""
+
+import plotly.graph_objects as go
+
+from dps_lens.analysis.effects import FULL, SetEffects
+from dps_lens.errors import ScoreError
+from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
+
+_WORDS = {
+    "taken": "gain taken",
+    "kept": "gain kept",
+    "taken (other)": "gain over another's profile taken",
+    "kept (other)": "gain over another's profile kept",
+    "harm": "cost without profile",
+    "neutral": "cost on neutral text",
+    "necessity": "loss from noising",
+    "sufficiency": "recovered by denoising",
+}
+
+
+def ablation(effects: SetEffects, *, measure: str | None = None, title: str | None = None) -> go.Figure:
+    """One line a family with its interval over users, and the band that holds 95% of its random sets.
+
+    Args:
+        effects: of `ablation_curve` or `patch_heads`.
+        measure: one of `effects.measures`; the first by default.
+        title: of the figure.
+
+    Raises:
+        ScoreError: the effects do not hold the measure.
+    """
+    measure = measure or effects.measures[0]
+    if measure not in effects.measures:
+        raise ScoreError(f"plots.ablation: measure {measure!r} is not in these effects; use one of {effects.measures}")
+    frame = effects.to_frame()
+    figure = go.Figure()
+    styles = zip(effects.families, LINES, DASHES, MARKERS, strict=False)
+    for index, (family, colour, dash, marker) in enumerate(styles):
+        rows = frame[(frame["family"] == family) & (frame["measure"] == measure)].sort_values("k")
+        x = list(rows["k"])
+        if "control_low" in rows and rows["control_low"].notna().all():
+            low, high = rows["control_low"], rows["control_high"]
+            figure.add_scatter(
+                x=[*x, *x[::-1]],
+                y=[*high, *low[::-1]],
+                fill="toself",
+                fillcolor=_pale(colour),
+                line={"width": 0},
+                hoverinfo="skip",
+                legendgroup=family,
+                showlegend=False,
+                name=f"{family}: 95% of random sets",
+            )
+        figure.add_scatter(
+            x=[k + 0.12 * (index - len(effects.families) / 2) for k in x],
+            y=rows["mean"],
+            error_y={"array": rows["high"] - rows["mean"], "thickness": 1, "width": 2},
+            customdata=rows[["k", "low", "high"]],
+            mode="lines+markers",
+            line={"color": colour, "dash": dash, "width": 2},
+            marker={"symbol": marker, "size": 7},
+            legendgroup=family,
+            name=family,
+            hovertemplate="<b>" + family.replace("<", "&lt;") + "</b>, K = %{customdata[0]}<br>%{y:.3f} "
+            "(%{customdata[1]:.3f} to %{customdata[2]:.3f})<extra></extra>",
+        )
+    gain = frame[(frame["family"] == FULL) & (frame["measure"] == "gain")]
+    if measure in ("taken", "kept", "necessity", "sufficiency") and len(gain):
+        figure.add_hline(
+            y=float(gain["mean"].iloc[0]), line={"dash": "dot", "color": "#777777"}, annotation_text="gain"
+        )
+    figure.add_hline(y=0, line={"color": "#cccccc", "width": 1})
+    figure.update_layout(
+        template=TEMPLATE,
+        title=title or f"{_WORDS.get(measure, measure).capitalize()}; bands hold 95% of layer-matched random sets",
+        height=420,
+        legend={"orientation": "h", "y": -0.2},
+        xaxis={"title": "heads edited (K)", "tickvals": list(effects.ks)},
+        yaxis={"title": f"{_WORDS.get(measure, measure)}, nats per token"},
+    )
+    return figure
+
+
+def _pale(colour: str) -> str:
+    red, green, blue = (int(colour[index : index + 2], 16) for index in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.12)"
