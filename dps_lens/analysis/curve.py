@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dps_lens.analysis.effects import SetEffects
 from dps_lens.analysis.rankings import Family, Select
-from dps_lens.analysis.set_sweep import Condition, SetSweep, neutral_prompt, shared_settings
+from dps_lens.analysis.set_sweep import Condition, SetSweep, ablated, neutral_prompt, shared_settings
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.errors import ScoreError
 from dps_lens.families import shipped_paragraphs
@@ -93,14 +93,14 @@ def ablation_curve(
     def conditions(number: int, example: Example) -> dict[str, Condition]:
         donor = donors_of(example, sets.users, 1, seed)
         found = {
-            "own": Condition("own", sets.branches(example, "own"), drawn=True),
-            "no_profile": Condition("no_profile", sets.branches(example, "none"), drawn=True),
+            "own": ablated("own", sets.branches(example, "own"), drawn=True),
+            "no_profile": ablated("no_profile", sets.branches(example, "none"), drawn=True),
         }
         if donor:
-            found["other_user"] = Condition("other_user", sets.branches(example, donor[0]))
+            found["other_user"] = ablated("other_user", sets.branches(example, donor[0]))
         if texts:
             plain = neutral_prompt(model, texts[number % len(texts)])
-            found["neutral"] = Condition("neutral", sets.branches_of(plain))
+            found["neutral"] = ablated("neutral", sets.branches_of(plain))
         return found
 
     return sets.run(conditions, {"neutral": list(texts)}, out, force, progress)
@@ -163,7 +163,7 @@ def patch_heads(
         found = {}
         for name, full, base, source in (("noising", "own", own, other), ("denoising", patch_from, other, own)):
             values, where = aligned_z(model, base, source, settings["positions"])
-            found[name + suffix] = Condition(full, sets.branches_of(base), drawn=True, values=values, where=where)
+            found[name + suffix] = ablated(full, sets.branches_of(base), drawn=True, values=values, where=where)
         return found
 
     return sets.run(conditions, {"patch_from": patch_from}, out, force, progress)

@@ -50,6 +50,8 @@ MEASURES = {
     "neutral": Measure({"neutral": 1.0}, {}),
     "necessity": Measure({"noising": 1.0}, _GAIN),
     "sufficiency": Measure({"denoising": -1.0}, _GAIN),
+    "recovered": Measure({"vector": -1.0}, _GAIN),
+    "recovered (other)": Measure({"vector (other)": -1.0}, _GAIN),
     "necessity (other)": Measure({"noising (other)": 1.0}, _GAIN_OTHER),
     "sufficiency (other)": Measure({"denoising (other)": -1.0}, _GAIN_OTHER),
 }
@@ -95,7 +97,8 @@ class SetEffects:
         part that stays, `(other)` the same against another user's profile. `harm` is the cost without a
         profile, `neutral` the cost on text that has nothing to do with users. `necessity`: loss when the heads'
         z of a run without profile is patched in; `sufficiency`: what is recovered by patching the
-        profile run's z into a run without profile.
+        profile run's z into a run without profile. `recovered`: what adding the heads' mean output to a run without
+        profile recovers; `recovered (other)`, the mean output over another user's texts.
 
         Columns: `mean`, `low`, `high` (Student's t over users); `percent…` of the gain (Fieller over users, NaN
         where the gain's interval spans 0); `control` with `control_low` and `control_high`, between which

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.errors import ScoreError
 from dps_lens.families import random_heads
 from dps_lens.heads import HeadSet
-from dps_lens.intervene import Ablation, Positions, Where
+from dps_lens.intervene import Ablation, Positions
 from dps_lens.model import HookedModel, Runner, describe_model
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
@@ -36,16 +36,20 @@ class Condition:
     Attributes:
         full: the condition whose unedited NLL this is.
         branches: of its prompt.
+        edited: losses `[row pos]` of the response under sets of heads `[row layer head]`; None where only the
+            unedited NLL is wanted.
         drawn: random sets are measured, too.
-        values: as in `ablate`.
-        where: as in `Branches.ablated`.
     """
 
     full: str
     branches: Branches
+    edited: Callable[[Bool[Tensor, "row layer head"]], Float64[Tensor, "row pos"]] | None = None
     drawn: bool = False
-    values: Tensor | None = None
-    where: Where | None = None
+
+
+def ablated(full: str, branches: Branches, *, drawn: bool = False, **edit: Any) -> Condition:
+    """A condition in which heads are ablated, or patched by `values` and `where`."""
+    return Condition(full, branches, partial(branches.ablated_losses, **edit), drawn)
 
 
 @dataclass
@@ -134,10 +138,11 @@ class SetSweep:
             clean = condition.branches.losses
             # Neutral text is not the user's response and copies nothing.
             weights = torch.zeros_like(clean) if name == "neutral" else copied
-            masks = torch.cat([chosen, random]) if condition.drawn else chosen
-            losses = condition.branches.ablated_losses(masks, condition.values, condition.where)
-            change = _split(losses - clean, weights)
             found[f"full.{condition.full}"] = _split(clean[None], weights)[0]
+            if condition.edited is None:
+                continue
+            masks = torch.cat([chosen, random]) if condition.drawn else chosen
+            change = _split(condition.edited(masks) - clean, weights)
             found[f"chosen.{name}"] = change[: len(chosen)].reshape(*size, 2)
             if condition.drawn:
                 found[f"draws.{name}"] = change[len(chosen) :].reshape(*size, len(self.draws_of(number)), 2)

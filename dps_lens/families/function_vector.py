@@ -78,7 +78,7 @@ class FunctionVector:
         """Scores `[trial layer head]`, grouped by task; NaN with a reason where no task is learnt.
 
         Raises:
-            ScoreError: a task has too few pairs.
+            ScoreError: a task has too few pairs, or the prompts too few shots to shuffle.
         """
         values, ids, owners, accuracies, left_out = [], [], [], {}, []
         for task in tqdm(self.tasks, desc="in-context tasks", unit="task", disable=None if progress else True):
@@ -100,6 +100,8 @@ class FunctionVector:
 
     def prompt(self, model: HookedModel, task: Task, index: int, *, shuffled: bool = False) -> Prompt:
         """`Q: …\\nA: …` n_shots times and a last question; the response is the first token of its answer."""
+        if self.n_shots < 2:
+            raise ScoreError(f"function_vector: n_shots is {self.n_shots}; outputs are shuffled among at least 2")
         if len(task.pairs) <= self.n_shots:
             raise ScoreError(
                 f"function_vector: task {task.name!r} has {len(task.pairs)} pairs, {self.n_shots + 1} are needed"
@@ -145,7 +147,9 @@ def icl_prompt(model: HookedModel, text: str, answer: str) -> Prompt:
 
 
 def _first_token(tokenizer: PromptTokenizer, answer: str) -> int:
-    return int(tokenizer.inner(f" {answer}", add_special_tokens=False)["input_ids"][0])
+    # Behind the words that precede it: some tokenizers put a space of their own before a text's first word.
+    ids, offsets = tokenizer.encode(f"A: {answer}")
+    return next(token for token, offset in zip(ids, offsets, strict=True) if offset and offset[1] > len("A:"))
 
 
 def _displaced(outputs: Sequence[str], rng: random.Random) -> list[str]:

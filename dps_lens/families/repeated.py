@@ -45,7 +45,7 @@ class Repeated:
         """Scores `[prompt layer head]`; a pass a prompt, quick enough to need no progress bar.
 
         Raises:
-            ScoreError: the prompt does not fit the model's context.
+            ScoreError: the prompt does not fit the model's context, or the vocabulary is too small.
         """
         if 2 * self.length + 1 > model.cfg.n_ctx:
             raise ScoreError(f"{self.name}: {2 * self.length + 1} tokens do not fit the context of {model.cfg.n_ctx}")
@@ -56,9 +56,17 @@ class Repeated:
 
 
 def repeated_tokens(model: HookedModel, length: int, seed: int) -> Int[Tensor, "1 pos"]:
-    """`[BOS, r1 … rN, r1 … rN]` of distinct ordinary tokens; without BOS where the tokenizer has none."""
-    special = set(model.tokenizer.all_special_ids)
+    """`[BOS, r1 … rN, r1 … rN]` of distinct ordinary tokens; without BOS where the tokenizer has none.
+
+    Raises:
+        ScoreError: the vocabulary is too small.
+    """
+    # Reserved tokens, of which some tokenizers have hundreds, are not among `all_special_ids`.
+    reserved = {token for token, added in model.tokenizer.added_tokens_decoder.items() if added.special}
+    special = reserved | set(model.tokenizer.all_special_ids)
     usable = torch.tensor([token for token in range(len(model.tokenizer)) if token not in special])
+    if len(usable) < length:
+        raise ScoreError(f"repeated_tokens: {length} distinct tokens asked for, the tokenizer has {len(usable)}")
     generator = torch.Generator().manual_seed(seed)
     drawn = usable[torch.randperm(len(usable), generator=generator)[:length]]
     bos = model.tokenizer.bos_token_id
