@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dps_lens.families import Needle, Task
 
-N_HEADS = 4
+N_HEADS, D_HEAD = 4, 128
+UNIT = 16  # what one unit of two becomes in a norm over 512 dimensions
 SPECIAL = ["<unk>", "<s>", "</s>", "Q", "A", "Answer", "What", ":", ".", "?"]
 
 
@@ -35,18 +36,18 @@ class Circuit:
     Blocks 0 and 1 of the residual stream hold the word and the place.
     """
 
-    def __init__(self, words: list[str], d_head: int) -> None:
+    def __init__(self, words: list[str], *, n_places: int) -> None:
         self.words = [*SPECIAL, *words]
         self.ids = {word: index for index, word in enumerate(self.words)}
-        self.d_head = d_head
-        assert len(self.ids) == len(self.words) <= d_head
+        self.n_places = n_places
+        assert len(self.ids) == len(self.words) <= D_HEAD
         config = transformers.GPT2Config(
             vocab_size=len(self.words),
-            n_embd=N_HEADS * d_head,
+            n_embd=N_HEADS * D_HEAD,
             n_layer=2,
             n_head=N_HEADS,
             n_inner=4,
-            n_positions=d_head,
+            n_positions=n_places,
             tie_word_embeddings=False,
             bos_token_id=1,
             eos_token_id=2,
@@ -55,19 +56,19 @@ class Circuit:
         self.model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
         for name, parameter in self.model.named_parameters():
             parameter.fill_(float(".ln_" in name and name.endswith("weight")))
-        self.model.transformer.wte.weight[:, self.block(0)] = torch.eye(len(self.words), d_head)
-        self.model.transformer.wpe.weight[:, self.block(1)] = torch.eye(d_head)
+        self.model.transformer.wte.weight[:, self.block(0)] = torch.eye(len(self.words), D_HEAD)
+        self.model.transformer.wpe.weight[:, self.block(1)] = torch.eye(n_places, D_HEAD)
         # The other heads look about at random and write next to nothing.
         generator = torch.Generator().manual_seed(0)
         for layer in self.model.transformer.h:
-            for weight, scale in ((layer.attn.c_attn.weight, 0.02), (layer.attn.c_proj.weight, 0.002)):
+            for weight, scale in ((layer.attn.c_attn.weight, 0.02), (layer.attn.c_proj.weight, 0.0005)):
                 weight.copy_(scale * torch.randn(weight.shape, generator=generator))
 
     def block(self, number: int) -> slice:
-        return slice(number * self.d_head, (number + 1) * self.d_head)
+        return slice(number * D_HEAD, (number + 1) * D_HEAD)
 
     def head(self, layer: int, head: int) -> Weights:
-        attention, width, rows = self.model.transformer.h[layer].attn, N_HEADS * self.d_head, self.block(head)
+        attention, width, rows = self.model.transformer.h[layer].attn, N_HEADS * D_HEAD, self.block(head)
         query, key, value = (attention.c_attn.weight[:, part * width :][:, rows] for part in range(3))
         found = Weights(query, key, value, attention.c_proj.weight[rows], attention.c_attn.bias[rows])
         for weight in found:
@@ -76,10 +77,9 @@ class Circuit:
 
     def looks_back(self, weights: Weights, steps: int) -> None:
         """Let a head attend to the place `steps` before."""
-        places = torch.eye(self.d_head)
-        weights.query[self.block(1)] = places.roll(-steps, 1)
-        weights.query[self.block(1)][:steps] = 0
-        weights.key[self.block(1)] = places
+        places = torch.eye(self.n_places, D_HEAD)
+        weights.key[self.block(1)][: self.n_places] = places
+        weights.query[self.block(1)][steps : self.n_places] = places[:-steps]
 
     def save(self, folder: Path) -> Path:
         inner = Tokenizer(models.WordLevel(self.ids, unk_token="<unk>"))
@@ -125,20 +125,20 @@ def copying(folder: Path, *, partial: bool = False) -> Path:
     stems = [word for needle in NEEDLES for word in needle.stem.split()]
     verbs = [needle.question.split()[1] for needle in NEEDLES]
     answers = [word for needle in NEEDLES for word in needle.answer.split()]
-    circuit = Circuit([*stems, *verbs, *answers, *FILLER], d_head=128)
-    eye = torch.eye(circuit.d_head)
+    circuit = Circuit([*stems, *verbs, *answers, *FILLER], n_places=128)
+    eye = torch.eye(D_HEAD)
 
     previous = circuit.head(*PREVIOUS)
     circuit.looks_back(previous, 1)
     previous.value[circuit.block(0)] = eye
-    previous.out[:, circuit.block(2)] = eye / 16  # of a norm's output of 16 a unit, makes about one unit
+    previous.out[:, circuit.block(2)] = eye / UNIT
 
     duplicate = circuit.head(*DUPLICATE)
     duplicate.query[circuit.block(0)] = duplicate.key[circuit.block(0)] = eye
 
     induction = circuit.head(*INDUCTION)
     induction.query[circuit.block(0)] = induction.key[circuit.block(2)] = induction.value[circuit.block(0)] = eye
-    induction.out[:, circuit.block(3)] = eye / 4
+    induction.out[:, circuit.block(3)] = 4 * eye / UNIT
 
     if partial:
         some = circuit.head(*PARTIAL)
@@ -147,7 +147,7 @@ def copying(folder: Path, *, partial: bool = False) -> Path:
             verb = circuit.ids[needle.stem.split()[-1]]
             some.query[circuit.block(0)][verb, verb] = 1
 
-    circuit.model.lm_head.weight[:, circuit.block(3)] = torch.eye(len(circuit.words), circuit.d_head)
+    circuit.model.lm_head.weight[:, circuit.block(3)] = torch.eye(len(circuit.words), D_HEAD)
     return circuit.save(folder)
 
 
@@ -157,25 +157,45 @@ LANGUAGES = ("red", "green", "blue")
 
 
 def language(name: str) -> Task:
-    """Each input word's translation: word7 → red7."""
+    """Each input's translation: word7 → red7."""
     return Task(name, tuple((word, word.replace("word", name)) for word in INPUTS))
 
 
 def translating(folder: Path) -> Path:
     """Translates a word into one of three languages; which one, it learns from the examples of the prompt.
 
-    `MATCH`, at an output, attends to the input three places before where that is the same word in
-    another language (both its place and its word count for it), and else to BOS; from an input it writes a
-    flag into block 2. `TASK`, at the last token, attends to flagged outputs, else to BOS, and writes their
-    language into block 2: the function vector. `WORD` copies the word of the question, two places before
-    the last token, into block 3. The unembedding adds language and word. Where no example is right, no output is
-    flagged and the three translations of the word share the probability.
+    `MATCH`, at an output, attends three places back if the input there is the same word in another
+    language (place and word count one unit each, BOS one and a half), else to BOS; inputs write a flag to
+    block 2. `TASK`, at the last token, attends to flagged outputs, else to BOS, and writes their language to
+    block 2: the function vector. `WORD` copies the word in question, two places before the last token, to
+    block 3. The unembedding adds language and word. Where no example is right no output is flagged, and
+    the three translations of the word share the probability.
     """
     outputs = [output for name in LANGUAGES for _, output in language(name).pairs]
-    circuit = Circuit([*INPUTS, *outputs], d_head=64)
-    bos, flag, languages = circuit.ids["<s>"], 0, slice(1, 4)
+    circuit = Circuit([*INPUTS, *outputs], n_places=64)
+    bos, flag = circuit.ids["<s>"], circuit.block(2).start
     words = torch.tensor([circuit.ids[word] for word in INPUTS])
-    translations = [torch.tensor([circuit.ids[output] for _, output in language(name).pairs]) for name in LANGUAGES]
-    content = torch.eye(len(INPUTS), circuit.d_head)
+    content = torch.eye(D_HEAD)[64 : 64 + len(INPUTS)]  # above the places
+    match, word, task = (circuit.head(*head) for head in (MATCH, WORD, TASK))
 
+    circuit.looks_back(match, 3)
+    match.key[words] = content
+    match.key[bos, -1] = 1
+    match.query_bias[-1] = 1.5 * UNIT
+    match.value[words, 0] = 1 / UNIT
+    match.out[0, flag] = 1
+
+    circuit.looks_back(word, 2)
+    word.value[words] = content / UNIT
+    word.out[64 : 64 + len(INPUTS), circuit.block(3)] = 2 * torch.eye(len(INPUTS), D_HEAD)
+
+    task.query_bias[0] = UNIT
+    task.key[flag, 0], task.key[bos, 0] = 1, 0.5
+    for number, name in enumerate(LANGUAGES):
+        translations = torch.tensor([circuit.ids[output] for _, output in language(name).pairs])
+        match.query[translations] = content
+        task.value[translations, number] = 1 / UNIT
+        task.out[number, flag + 1 + number] = 2
+        circuit.model.lm_head.weight[translations, flag + 1 + number] = 1
+        circuit.model.lm_head.weight[translations, circuit.block(3)] = torch.eye(len(INPUTS), D_HEAD)
     return circuit.save(folder)

@@ -1,9 +1,11 @@
 """Validation of heads: held-out ablation and patching, overlap, reliability, significance, clusters of users."""
 
 from dps_lens.analysis.ablation import AblationCost, ablation_cost
+from dps_lens.analysis.attention import profile_attention
 from dps_lens.analysis.clusters import UserClusters, cluster_users
 from dps_lens.analysis.curve import ablation_curve, patch_heads
 from dps_lens.analysis.effects import SetEffects
+from dps_lens.analysis.generation import AblatedTexts, ablated_generation
 from dps_lens.analysis.held_out import held_out_effects, measure_noise
 from dps_lens.analysis.overlap import Overlap, overlap
 from dps_lens.analysis.reliability import split_half, stability
@@ -11,11 +13,13 @@ from dps_lens.analysis.significance import Significance, significant_heads
 from dps_lens.analysis.vectors import preference_vector, vector_recovery
 
 __all__ = [
+    "AblatedTexts",
     "AblationCost",
     "Overlap",
     "SetEffects",
     "Significance",
     "UserClusters",
+    "ablated_generation",
     "ablation_cost",
     "ablation_curve",
     "cluster_users",
@@ -24,6 +28,7 @@ __all__ = [
     "overlap",
     "patch_heads",
     "preference_vector",
+    "profile_attention",
     "significant_heads",
     "split_half",
     "stability",

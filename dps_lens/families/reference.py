@@ -53,7 +53,7 @@ def reference_heads(
             family with settings of your own: `Repeated("induction", n_prompts=50)`,
             `Retrieval(haystack=…, lengths=…)`, `FunctionVector(tasks=…)` from `dps_lens.families`.
         cache: keep scores in the user's cache folder, or in this folder, and read them from there for the same
-            model and settings; False computes anew.
+            model and settings; False computes anew. A model with hooks, as inside `ablate`, is always computed.
         progress: show progress bars.
 
     Returns:
@@ -72,7 +72,7 @@ def reference_heads(
             "settings": json.loads(json.dumps(family.settings())),
             "model": describe_model(model),
         }
-        folder = _folder(cache, manifest)
+        folder = None if _has_hooks(model) else _folder(cache, manifest)
         scores = _cached(folder, manifest)
         if scores is None:
             scores = family.score(model, progress=progress)
@@ -93,6 +93,11 @@ def _family(kind: Kind) -> Family:
     if kind == FunctionVector.name:
         return FunctionVector()
     raise ScoreError(f"reference_heads: kind {kind!r} is unknown; use one of {', '.join(KINDS)}, or a family object")
+
+
+def _has_hooks(model: HookedModel) -> bool:
+    """Whether something acts on the model that its description does not tell."""
+    return any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 def _folder(cache: bool | str | Path, manifest: dict[str, Any]) -> Path | None:

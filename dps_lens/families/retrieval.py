@@ -64,7 +64,8 @@ class Retrieval:
     rising order up to the first at which nothing is recalled.
 
     Attributes:
-        lengths: tokens of the prompt; those that do not fit the model's context are left out.
+        lengths: tokens of the prompt; those that do not fit the model's context are left out, and one that
+            fills it is shortened by the reply.
         depths: where the needle stands, 0 to 1.
         needles: by default those of the package.
         haystack: paragraphs of text; by default those of the package.
@@ -117,10 +118,11 @@ def _run(
     model: HookedModel, haystack: Sequence[str], needle: Needle, length: int, depth: float
 ) -> Float[Tensor, "layer head"] | None:
     """One needle: copy score of every head, or None where the needle was not recalled."""
-    ids, (start, stop) = needle_prompt(model, haystack, needle, length, depth)
-    runner = Runner.of(model)
+    cfg, runner = model.cfg, Runner.of(model)
+    steps = len(PromptTokenizer(model).answer(needle.answer, None)) + _EXTRA_STEPS
+    ids, (start, stop) = needle_prompt(model, haystack, needle, min(length, cfg.n_ctx - steps), depth)
     tokens = torch.tensor([ids], device=runner.device)
-    cfg, most = model.cfg, torch.zeros(model.cfg.n_layers, model.cfg.n_heads, dtype=torch.long)
+    most = torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.long)
 
     def note(pattern: Tensor, hook: Any, layer: int) -> None:
         most[layer] = pattern[0, :, -1].argmax(-1).cpu()
@@ -131,9 +133,7 @@ def _run(
     cache = runner.start_decoding(prompt, torch.tensor([0]))
     copied = torch.zeros(stop - start, cfg.n_layers, cfg.n_heads, dtype=torch.bool)
     token, mask, written = tokens[:, -1:], torch.ones_like(tokens), []
-    for _ in range(stop - start + _EXTRA_STEPS):
-        if mask.shape[1] > cfg.n_ctx:
-            break
+    for _ in range(steps):
         with model.hooks(fwd_hooks=hooks):
             token = runner.step(token, cache, mask).argmax(-1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)

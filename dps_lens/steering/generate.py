@@ -229,10 +229,13 @@ class _Steps:
         self.next = tokens[self.order, None]
 
     def _prefill(self) -> Any:
-        """Everything before the last prompt token: once, or once a branch where the branches differ there."""
+        """Everything before the last prompt token: once a prompt, or once a branch where branches differ there."""
         if self.positions == "response":
-            prompt = self.runner.prefill(self.tokens[:, :-1], self.mask[:, :-1])
-            return self.runner.start_decoding(prompt, self.order)
+            rows = torch.cat([self.tokens, self.mask], dim=1)
+            _, same = rows.unique(dim=0, return_inverse=True)
+            first = torch.stack([(same == index).nonzero()[0, 0] for index in range(int(same.max()) + 1)])
+            prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first, :-1])
+            return self.runner.start_decoding(prompt, same[self.order])
         where = self.profile[self.order.cpu()][:, :-1]
 
         def profile(n_pos: int) -> Selection:

@@ -1,0 +1,108 @@
+"""What heads look at from the response: the profile's documents, the task, the response itself."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dps_lens.data import Prompt, PromptConfig, User, build_prompt
+from dps_lens.heads import Head, HeadSet
+from dps_lens.model import HookedModel, Runner
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def profile_attention(
+    model: HookedModel,
+    users: Sequence[User],
+    heads: HeadSet,
+    *,
+    max_examples: int | None = None,
+    prompt: PromptConfig | None = None,
+    progress: bool = True,
+) -> "pandas.DataFrame":
+    """Where heads attend from the positions that write the response, on evaluation examples.
+
+    Args:
+        model: a hooked model; its hooked attention runs.
+        users: their evaluation examples are used.
+        heads: the heads to look at.
+        max_examples: the newest so many evaluation examples of each user.
+        prompt: how prompts are built.
+        progress: show a progress bar.
+
+    Returns:
+        one row an example, head and target: `user`, `example`, `head`, `target`, `document`, `tokens`,
+        `attention`. Targets are `item 1` … (with the id of the document, in the order of the prompt), `task`,
+        `response`, `first token` and `other` (headings, chat marks). Attention is the mean over queries and adds
+        up to 1 for every head and example.
+
+    Raises:
+        HeadError: a head lies outside the model.
+    """
+    import pandas as pd
+
+    heads.mask(model.cfg)
+    examples = [e for user in users for e in (user.examples[-max_examples:] if max_examples else user.examples)]
+    rows = []
+    for example in tqdm(examples, desc="attention", unit="example", disable=None if progress else True):
+        built = build_prompt(model, example, config=prompt)
+        targets = _targets(built)
+        for head, attention in _from_response(model, built, heads).items():
+            for name, (document, positions) in targets.items():
+                rows.append(
+                    {
+                        "user": example.user_id,
+                        "example": example.id,
+                        "head": str(head),
+                        "target": name,
+                        "document": document,
+                        "tokens": int(positions.sum()),
+                        "attention": float(attention[positions].sum()),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+@torch.inference_mode()
+def _from_response(model: HookedModel, prompt: Prompt, heads: HeadSet) -> dict[Head, Float[Tensor, " pos"]]:
+    """Attention to every position, the mean over the queries whose logits give the response."""
+    start, stop = prompt.spans["response"]
+    found: dict[Head, Tensor] = {}
+
+    def keep(pattern: Tensor, hook: Any, layer: int) -> None:
+        for head in heads:
+            if head.layer == layer:
+                found[head] = pattern[0, head.head, start - 1 : stop - 1].float().mean(0).cpu()
+
+    layers = sorted({head.layer for head in heads})
+    hooks = [(f"blocks.{layer}.attn.hook_pattern", partial(keep, layer=layer)) for layer in layers]
+    runner = Runner.of(model)
+    with model.hooks(fwd_hooks=hooks):
+        runner.logits(prompt.tokens[None].to(runner.device), keep=1)
+    return {head: found[head] for head in heads}
+
+
+def _targets(prompt: Prompt) -> dict[str, tuple[str, Tensor]]:
+    """Positions by what stands there; every position belongs to one target."""
+    free = torch.ones(len(prompt.tokens), dtype=torch.bool)
+    found: dict[str, tuple[str, Tensor]] = {}
+
+    def claim(name: str, document: str, start: int, stop: int) -> None:
+        inside = torch.zeros_like(free)
+        inside[start:stop] = True
+        found[name] = (document, inside & free)
+        free[start:stop] = False
+
+    claim("first token", "", 0, 1)
+    for number, (document, (start, stop)) in enumerate(zip(prompt.shown, prompt.items, strict=True), start=1):
+        claim(f"item {number}", document, start, stop)
+    for name in ("task", "response"):
+        claim(name, "", *prompt.spans[name])
+    found["other"] = ("", free.clone())
+    return found
