@@ -138,6 +138,10 @@ def patch_heads(
         ScoreError: as `ablation_curve`.
         PromptError: positions other than `"response"` and prompts of unequal length.
     """
+    if patch_from not in ("no_profile", "other_user"):
+        raise ScoreError(f"patch_heads: patch_from {patch_from!r} is unknown; use 'no_profile' or 'other_user'")
+    if patch_from == "other_user" and len(users) < 2:
+        raise ScoreError("patch_heads: 'other_user' needs at least two users")
     settings = shared_settings("patch_heads", families, ablation="patch", positions=positions, prompt=prompt)
     sets = SetSweep(
         call="patch_heads",

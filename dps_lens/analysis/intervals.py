@@ -46,14 +46,21 @@ def ratio_interval(
 def crossed_interval(values: Float[np.ndarray, "draw user"], level: float = 0.95) -> dict[str, float]:
     """Grand mean of draws × users, with an interval for new draws and new users.
 
-    The standard error adds the variance of draw means and of user means; both hold the residual, so that it
-    is a little wide. Degrees of freedom by Satterthwaite. NaN bounds for a single draw or user.
+    The squared standard error adds the variance of draw means and of user means. Both hold the residual, so
+    that it is subtracted once, unless less than the larger of the two would be left: where residuals are all
+    there is, the interval is a little wide (97%). Degrees of freedom by Satterthwaite. NaN bounds for a
+    single draw or user.
     """
     mean, (draws, users) = float(values.mean()), values.shape
     if min(draws, users) < 2:
         return {"mean": mean, "low": float("nan"), "high": float("nan")}
-    parts = np.array([values.mean(1).var(ddof=1) / draws, values.mean(0).var(ddof=1) / users])
-    freedom = parts.sum() ** 2 / (parts**2 / (np.array([draws, users]) - 1)).sum() if parts.any() else 1.0
+    of_draw, of_user = values.mean(1), values.mean(0)
+    freedoms = np.array([draws - 1, users - 1, (draws - 1) * (users - 1)])
+    residual = ((values - of_draw[:, None] - of_user + mean) ** 2).sum() / freedoms[2]
+    parts = np.array([of_draw.var(ddof=1) / draws, of_user.var(ddof=1) / users, -residual / values.size])
+    if parts.sum() < parts.max():
+        parts *= np.arange(len(parts)) == parts.argmax()
+    freedom = parts.sum() ** 2 / (parts**2 / freedoms).sum() if parts.any() else 1.0
     half = float(student.ppf(0.5 + level / 2, freedom) * parts.sum() ** 0.5)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 

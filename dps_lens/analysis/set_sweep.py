@@ -75,6 +75,8 @@ class SetSweep:
     def __post_init__(self) -> None:
         if self.n_random < 0 or self.ngram < 1:
             raise ScoreError(f"{self.call}: n_random is not negative and ngram at least 1")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ScoreError(f"{self.call}: max_examples {self.max_examples} leaves nothing to measure")
         for user in self.users:
             if not user.examples:
                 raise ScoreError(f"{self.call}: user {user.id!r} has no evaluation example; leave the user out")
@@ -188,6 +190,8 @@ class SetSweep:
     ) -> SetEffects:
         """Measure every example; finished ones are read from `out`."""
         manifest = self.fingerprint() | dict(more)
+        if out is not None and force:
+            (Path(out) / "effects.json").unlink(missing_ok=True)  # else old effects load when this run is cut short
         folder = RunFolder(out, manifest, force=force) if out is not None else None
         units = []
         bar = tqdm(self.examples, desc="editing heads", unit="example", disable=None if progress else True)
@@ -211,7 +215,7 @@ class SetSweep:
             return {name[len(prefix) :]: [u[name] for u in units] for name in units[0] if name.startswith(prefix)}
 
         draws = {}
-        for name, rows in group("draws.").items():
+        for name, rows in group("draws.").items() if self.n_random else ():
             dealt = [dict(zip(self.draws_of(number), row.unbind(2), strict=True)) for number, row in enumerate(rows)]
             draws[name] = stack_draws(dealt, user_ids, self.n_random)
         return SetEffects(
@@ -221,7 +225,7 @@ class SetSweep:
             tuple(example.id for example in self.examples),
             {name: torch.stack(rows) for name, rows in group("full.").items()},
             {name: torch.stack(rows) for name, rows in group("chosen.").items()},
-            draws if self.n_random else {},
+            draws,
             manifest,
         )
 

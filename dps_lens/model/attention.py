@@ -48,7 +48,7 @@ def native_attention(model: HookedModel) -> Iterator[None]:
             # The bridge forwards plain attribute assignment to the wrapped module.
             object.__setattr__(attn, "forward", partial(_call, inner))
             undo.callback(object.__delattr__, attn, "forward")
-        for config in _configs(model):
+        for config in attention_configs(model):
             if getattr(config, "attn_logit_softcapping", None) is None:
                 undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
                 config._attn_implementation = "sdpa"
@@ -59,7 +59,7 @@ def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
-def _configs(model: HookedModel) -> list[Any]:
+def attention_configs(model: HookedModel) -> list[Any]:
     """The distinct config objects that the attention modules and the mask builder read."""
     hf_model = model.original_model
     if not getattr(hf_model, "_supports_sdpa", False):

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.model.attention import HookedModel, is_bridge
+from dps_lens.model.shared import shared_attention, shared_cache
 
 Residuals = dict[int, Any]
 """Residual stream entering a layer: layer → `Float[Tensor, "row pos d_model"]`."""
@@ -142,6 +143,15 @@ class BridgeRunner(Runner):
         logits = self.model(tokens, return_type="logits", **kwargs)
         return logits if keep is None else logits[:, -keep:]
 
+    @contextmanager
+    def _after(self, prompt: PromptCache | None) -> Iterator[dict[str, Any]]:
+        """Arguments of a forward pass whose tokens come after a shared prompt."""
+        if prompt is None:
+            yield {"use_cache": False}
+            return
+        with shared_attention(self.model) as apart:
+            yield {"use_cache": True, "past_key_values": shared_cache(prompt.layers, apart=apart)}
+
     def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
         from transformers import DynamicCache
 
@@ -157,11 +167,8 @@ class BridgeRunner(Runner):
         keep: int | None = None,
         record: Residuals | None = None,
     ) -> Float[Tensor, "row kept d_vocab"]:
-        past = _shared_cache(prompt) if prompt else None
-        if record is None:
-            return self._forward(tokens, keep=keep, past_key_values=past, use_cache=past is not None)
-        with self.model.hooks(fwd_hooks=recorders(record)):
-            return self._forward(tokens, keep=keep, past_key_values=past, use_cache=past is not None)
+        with self._after(prompt) as past, self.model.hooks(fwd_hooks=recorders(record or {})):
+            return self._forward(tokens, keep=keep, **past)
 
     def resume(
         self,
@@ -171,9 +178,8 @@ class BridgeRunner(Runner):
         prompt: PromptCache | None = None,
         keep: int | None = None,
     ) -> Float[Tensor, "row kept d_vocab"]:
-        past = _shared_cache(prompt) if prompt else None
-        with _entering(self.model.blocks, starts):
-            return self._forward(tokens, keep=keep, past_key_values=past, use_cache=past is not None)
+        with self._after(prompt) as past, _entering(self.model.blocks, starts):
+            return self._forward(tokens, keep=keep, **past)
 
     def block(
         self,
@@ -183,10 +189,9 @@ class BridgeRunner(Runner):
         *,
         prompt: PromptCache | None = None,
     ) -> Float[Tensor, "row pos d_model"]:
-        past = _shared_cache(prompt) if prompt else None
         try:
-            with _entering(self.model.blocks, {layer: residual}, stop=layer):
-                self._forward(tokens, keep=1, past_key_values=past, use_cache=past is not None)
+            with self._after(prompt) as past, _entering(self.model.blocks, {layer: residual}, stop=layer):
+                self._forward(tokens, keep=1, **past)
         except _StoppedError as stopped:
             return stopped.residual
         raise AssertionError(f"block {layer} did not run")
@@ -253,26 +258,3 @@ def _entering(blocks: Any, starts: Mapping[int, Tensor], stop: int | None = None
     finally:
         for block in changed:
             vars(block).pop("forward", None)
-
-
-def _shared_cache(prompt: PromptCache) -> Any:
-    """A Hugging Face cache that puts one prompt before the rows of any batch and stores nothing."""
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    class SharedLayer(DynamicLayer):
-        keys: Any
-        values: Any
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            rows = key_states.shape[0]
-            key = self.keys.expand(rows, -1, -1, -1)
-            value = self.values.expand(rows, -1, -1, -1)
-            return torch.cat([key, key_states], -2), torch.cat([value, value_states], -2)
-
-    layers: list[Any] = []
-    for key, value in prompt.layers:
-        layer = SharedLayer()
-        layer.lazy_initialization(key, value)
-        layer.keys, layer.values = key, value
-        layers.append(layer)
-    return Cache(layers=layers)

@@ -1,5 +1,7 @@
 """What families of heads take, for growing K, beside random heads."""
 
+from itertools import cycle
+
 import plotly.graph_objects as go
 
 from dps_lens.analysis.effects import FULL, SetEffects
@@ -34,7 +36,7 @@ def ablation(effects: SetEffects, *, measure: str | None = None, title: str | No
         raise ScoreError(f"plots.ablation: measure {measure!r} is not in these effects; use one of {effects.measures}")
     frame = effects.to_frame()
     figure = go.Figure()
-    styles = zip(effects.families, LINES, DASHES, MARKERS, strict=False)
+    styles = zip(effects.families, cycle(LINES), cycle(DASHES), cycle(MARKERS), strict=False)
     for index, (family, colour, dash, marker) in enumerate(styles):
         rows = frame[(frame["family"] == family) & (frame["measure"] == measure)].sort_values("k")
         x = list(rows["k"])

@@ -1,0 +1,117 @@
+"""One prompt's keys and values for all rows of a batch, without a copy for each row.
+
+Inside native attention, queries of all rows meet the prompt's keys in one matrix product, and their own
+row's new keys in another; one softmax joins both. The kernels of torch would need the prompt's keys
+and values once a row and, under grouped queries, once a query head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dps_lens.model.attention import HookedModel, attention_configs, runs_native
+
+_NAME = "dps_lens_shared"
+_UNSUPPORTED = ("softcap", "position_bias", "s_aux")
+
+
+@contextmanager
+def shared_attention(model: HookedModel) -> Iterator[bool]:
+    """Attend to a shared prompt in place; yields False where the model's own kernels have to run instead.
+
+    Those are models that do not go through the attention functions of Hugging Face, and the hooked attention.
+    """
+    configs = [config for config in attention_configs(model) if config._attn_implementation == "sdpa"]
+    if not (configs and runs_native(model) and getattr(model.original_model, "_supports_attention_backend", False)):
+        yield False
+        return
+    _register()
+    for config in configs:
+        config._attn_implementation = _NAME
+    try:
+        yield True
+    finally:
+        for config in configs:
+            config._attn_implementation = "sdpa"
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+
+def shared_cache(layers: list[tuple[Tensor, Tensor]], *, apart: bool) -> Any:
+    """A Hugging Face cache that puts one prompt before the rows of any batch and stores nothing.
+
+    Args:
+        layers: keys and values of one row.
+        apart: inside `shared_attention`: hand the prompt over beside the new keys instead of before them.
+    """
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class SharedLayer(DynamicLayer):
+        keys: Any
+        values: Any
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if apart:
+                key_states.shared_prompt = (self.keys, self.values)  # type: ignore[attr-defined]
+                return key_states, value_states
+            return _joined(self.keys, key_states), _joined(self.values, value_states)
+
+    found: list[Any] = []
+    for key, value in layers:
+        layer = SharedLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+        found.append(layer)
+    return Cache(layers=found)
+
+
+def _joined(prompt: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([prompt.expand(new.shape[0], -1, -1, -1), new], -2)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `query` `[row head pos d_head]` to the shared prompt and to its row's `key`, `value`."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # Without it the keys were changed between cache and attention, and the prompt would be lost.
+    old_key, old_value = key.shared_prompt  # type: ignore[attr-defined]
+    if any(kwargs.get(name) is not None for name in _UNSUPPORTED):
+        key, value = _joined(old_key, key), _joined(old_value, value)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    rows, n_heads, n_new, d_head = query.shape
+    n_kv, n_old = key.shape[1], old_key.shape[-2]
+    per_kv = n_heads // n_kv * n_new
+    query = (query * (d_head**-0.5 if scaling is None else scaling)).reshape(rows, n_kv, per_kv, d_head)
+    together = query.transpose(0, 1).reshape(n_kv, rows * per_kv, d_head)
+    to_old = (together @ old_key[0].transpose(-1, -2)).reshape(n_kv, rows, per_kv, n_old).transpose(0, 1)
+    scores = torch.cat([to_old, query @ key.transpose(-1, -2)], -1).reshape(rows, n_heads, n_new, n_old + n_new)
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).reshape(rows, n_kv, per_kv, n_old + n_new)
+    of_old, of_new = weights.split([n_old, n_new], -1)
+    together = of_old.transpose(0, 1).reshape(n_kv, rows * per_kv, n_old) @ old_value[0]
+    out = together.reshape(n_kv, rows, per_kv, d_head).transpose(0, 1) + of_new @ value
+    return out.reshape(rows, n_heads, n_new, d_head).transpose(1, 2).contiguous(), None
