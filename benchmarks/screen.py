@@ -59,7 +59,9 @@ def main():
     exact = dps.score_heads(model, users, out=folder, **options)
     estimated = dps.score_heads(model, users, method="attribution", **options)
     print(f"{len(exact.values)} examples of {len(users)} users, positions {arguments.positions}, {arguments.contrast}")
-    print(f"attribution alone: recall of the top {TOP} {recall(exact.values, estimated.values):.2f}")
+    print(f"attribution alone: recall of the top {TOP} {dps.screening_recall(estimated, exact, k=TOP):.2f}")
+    screened = dps.score_heads(model, users, method="screened", **options)
+    print(f"method='screened', its defaults: {dps.screening_recall(screened, exact, k=TOP):.3f}")
     print("exact layers  confirmed  cost   recall (per example)  recall (mean over examples)")
     mean = exact.values.mean(0, keepdim=True)
     for exact_layers in (0, 1, 2, 3):

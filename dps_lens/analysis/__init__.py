@@ -9,6 +9,7 @@ from dps_lens.analysis.generation import AblatedTexts, ablated_generation
 from dps_lens.analysis.held_out import held_out_effects, measure_noise
 from dps_lens.analysis.overlap import Overlap, overlap
 from dps_lens.analysis.reliability import split_half, stability
+from dps_lens.analysis.screening import screening_recall
 from dps_lens.analysis.significance import Significance, significant_heads
 from dps_lens.analysis.vectors import preference_vector, vector_recovery
 
@@ -29,6 +30,7 @@ __all__ = [
     "patch_heads",
     "preference_vector",
     "profile_attention",
+    "screening_recall",
     "significant_heads",
     "split_half",
     "stability",

@@ -1,0 +1,3 @@
+from dps_lens.cli import main
+
+main()

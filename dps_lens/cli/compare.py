@@ -1,0 +1,77 @@
+"""`dps-lens compare`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dps_lens.cli.app import app
+from dps_lens.cli.checks import check_same_model, words
+from dps_lens.cli.options import Device, Dtype, Kinds, Model, Run
+from dps_lens.cli.tables import print_overlap
+
+if TYPE_CHECKING:
+    from dps_lens.scores import HeadScores
+
+
+@app.command()
+def compare(
+    run: Run,
+    kinds: Kinds = "induction,retrieval,function_vector",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the figures; RUN/compare by default.")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Heads of each family.")] = 10,
+    n_null: Annotated[int, typer.Option(min=1, help="Layer-matched random sets for each pair.")] = 1000,
+    exclude: Annotated[
+        float | None,
+        typer.Option(help="Drop this share of B's heads from A before A is compared with B, such as 0.02."),
+    ] = None,
+    seed: int = 0,
+    model: Model = "smollm2-135m",
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Overlap of a run's heads with induction, retrieval and function-vector heads, and between its users."""
+    import dps_lens as dps
+
+    scores = dps.HeadScores.load(run)
+    loaded = dps.load_model(model, device=device, dtype=dtype)
+    check_same_model("compare", scores, loaded)
+    families: dict[str, HeadScores] = {"preference": scores, **dps.reference_heads(loaded, words(kinds))}
+    for name, family in families.items():
+        if not family.defined:
+            typer.echo(f"left out: {name}: {family.manifest['reason']}", err=True)
+    folder = out or run / "compare"
+    folder.mkdir(parents=True, exist_ok=True)
+    between = dps.overlap(
+        {name: family for name, family in families.items() if family.defined},
+        k=k,
+        n_null=n_null,
+        exclude=exclude,
+        seed=seed,
+    )
+    print_overlap(between, f"Top {k} heads of each family")
+    between.plot().write_html(folder / "families.html", include_plotlyjs=True)
+    between.to_frame().to_csv(folder / "families.csv", index=False)
+    if len(scores.users) > 1:
+        users = dps.overlap(scores, k=k, n_null=n_null, seed=seed)
+        users.plot().write_html(folder / "users.html", include_plotlyjs=True)
+        users.to_frame().to_csv(folder / "users.csv", index=False)
+        typer.echo(_between_users(users.specificity, users.user_specific))
+    typer.echo(f"figures and tables are in {folder}")
+
+
+def _between_users(specificity: "object | None", user_specific: bool | None) -> str:
+    import pandas as pd
+
+    if not isinstance(specificity, pd.DataFrame):
+        return "Between users: too few examples a user to say how far one user's own halves agree."
+    rows = {row["measure"]: row for row in specificity.to_dict("records")}
+    found = rows["difference"]
+    numbers = (
+        f"halves of one user share {rows['within']['mean']:.2f} (Jaccard), of two users {rows['between']['mean']:.2f}; "
+        f"difference {found['mean']:.2f}, interval {found['low']:.2f} to {found['high']:.2f}"
+    )
+    claim = {True: "heads are user-specific", False: "no sign of user-specific heads", None: "too few users to tell"}
+    return f"Between users: {claim[user_specific]} ({numbers})."

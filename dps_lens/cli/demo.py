@@ -1,0 +1,92 @@
+"""`dps-lens demo`."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dps_lens.cli.app import app
+from dps_lens.cli.checks import with_discovery
+from dps_lens.cli.options import Device, Dtype, Model, Outputs, Users
+from dps_lens.cli.tables import print_cost, print_top
+
+if TYPE_CHECKING:
+    from dps_lens.analysis import AblationCost
+    from dps_lens.data import User
+
+
+@app.command()
+def demo(
+    users: Users = "probe",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the report and the scores go.")] = Path("runs/demo"),
+    model: Model = "smollm2-135m",
+    outputs: Outputs = None,
+    max_users: Annotated[int, typer.Option(min=1, help="Use the first so many users.")] = 12,
+    examples: Annotated[int, typer.Option(min=1, help="Discovery examples a user.")] = 2,
+    held_out: Annotated[int, typer.Option(min=1, help="Evaluation examples a user.")] = 2,
+    k: Annotated[int, typer.Option(min=1, help="Heads to test and to steer with.")] = 10,
+    n_random: Annotated[int, typer.Option(min=1, help="Layer-matched random sets to compare with.")] = 20,
+    gamma: Annotated[float, typer.Option(help="Steering strength.")] = 1.0,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    force: Annotated[bool, typer.Option(help="Drop what the folder holds.")] = False,
+) -> None:
+    """Find heads, test them on held-out examples, steer with them, and write report.html."""
+    import dps_lens as dps
+    from dps_lens.errors import HeadError
+
+    started = time.monotonic()
+    loaded = with_discovery(dps.load_users(users, outputs=outputs, max_users=max_users))
+    loaded_model = dps.load_model(model, device=device, dtype=dtype)
+    total = loaded_model.cfg.n_layers * loaded_model.cfg.n_heads
+    if 2 * k > total:
+        raise HeadError(f"demo: {k} heads and as many random ones are more than the model's {total}; use a smaller --k")
+    _print_estimate(loaded_model, loaded, examples, held_out, n_random)
+    scores = dps.score_heads(loaded_model, loaded, max_examples=examples, out=out, force=force)
+    cost = dps.ablation_cost(loaded_model, loaded, scores, k=k, n_random=n_random, max_examples=held_out)
+    texts = _steered_texts(loaded_model, loaded, cost, gamma)
+    report = dps.plots.write_report(
+        out / "report.html", scores, cost, texts, steering=f"DPS, γ = {gamma:g}, with the top {k} heads"
+    )
+    print_top(scores, k)
+    print_cost(cost)
+    typer.echo(f"report: {report}  ({time.monotonic() - started:.0f} s)")
+
+
+def _print_estimate(model: Any, users: "list[User]", examples: int, held_out: int, n_random: int) -> None:
+    """Time a sample of branches, equally from every layer, and say how long the whole will take."""
+    from dps_lens.data import build_prompt
+    from dps_lens.model import Runner
+    from dps_lens.scoring import Branches, single_heads
+
+    n_heads = model.cfg.n_heads
+    prompt = build_prompt(model, users[0].discovery_examples()[-1])
+    sample = single_heads(model.cfg.n_layers, n_heads)[::n_heads]
+    for _ in range(2):  # the first round warms up
+        begun = time.monotonic()
+        branches = Branches(Runner.of(model), prompt)
+        middle = time.monotonic()
+        branches.ablated(sample)
+    clean, sweep = middle - begun, (time.monotonic() - middle) * n_heads
+    per_set = 2 * sweep / (model.cfg.n_layers * n_heads)  # a set may start at the first layer, a head starts halfway
+    seconds = 2 * len(users) * (examples * (clean + sweep) + held_out * (clean + per_set * (n_random + 1)))
+    size = f"{len(users)} users, {model.cfg.n_layers} layers × {n_heads} heads"
+    typer.echo(f"{size}: about {max(seconds / 60, 0.1):.1f} minutes", err=True)
+
+
+def _steered_texts(model: Any, users: "list[User]", cost: "AblationCost", gamma: float) -> list[dict[str, str]]:
+    """The newest example of up to six users, spread over all of them, plain and steered."""
+    import dps_lens as dps
+
+    chosen = [user.examples[-1] for user in users[:: max(1, len(users) // 6)][:6]]
+    prompts = [dps.build_prompt(model, example) for example in chosen]
+    tokens = chosen[0].task.max_new_tokens
+    plain, steered = (
+        dps.generate(model, prompts, heads=cost.heads, gamma=strength, max_new_tokens=tokens).texts
+        for strength in (0.0, gamma)
+    )
+    return [
+        {"user": example.user_id, "reference": example.reference, "plain": before, "steered": after}
+        for example, before, after in zip(chosen, plain, steered, strict=True)
+    ]

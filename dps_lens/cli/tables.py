@@ -1,0 +1,82 @@
+"""Tables on the terminal."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dps_lens.analysis import AblationCost, Overlap, SetEffects
+    from dps_lens.scores import HeadScores
+
+
+def print_top(scores: "HeadScores", k: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Top {k} heads (nats per token, 95% interval over {len(scores.users)} users)")
+    for column in ("head", "score", "interval", *scores.components):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    for row in scores.to_frame().head(k).to_dict("records"):
+        parts = [f"{row[name]:.4f}" for name in scores.components]
+        table.add_row(row["name"], f"{row['mean']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}", *parts)
+    Console().print(table)
+
+
+def print_cost(cost: "AblationCost") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dps_lens.plots import verdict
+
+    table = Table(title="Ablated on held-out examples (nats per token, 95% interval over users)")
+    for column in ("ablated", "measure", "mean", "interval"):
+        table.add_column(column, justify="left" if column in ("ablated", "measure") else "right")
+    for row in cost.to_frame().to_dict("records"):
+        table.add_row(row["ablated"], row["measure"], f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(verdict(cost))
+
+
+def print_overlap(overlap: "Overlap", title: str) -> None:
+    """One row a pair: overlap, what chance gives, rank correlation."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in ("pair", "Jaccard", "chance (95%)", "p", "rank correlation"):
+        table.add_column(column, justify="left" if column == "pair" else "right")
+    for row in overlap.to_frame().to_dict("records"):
+        table.add_row(
+            f"{row['a']}, {row['b']}",
+            f"{row['jaccard']:.2f}",
+            f"{row['null_low']:.2f} to {row['null_high']:.2f}",
+            f"{row['p']:.3f}",
+            f"{row['spearman']:.2f}",
+        )
+    Console().print(table)
+
+
+def print_effects(effects: "SetEffects") -> None:
+    """One row a family and K: the first measure and the harm, beside the random sets."""
+    from rich.console import Console
+    from rich.table import Table
+
+    frame = effects.to_frame()
+    console = Console()
+    for row in frame[frame["family"] == "full model"].to_dict("records"):
+        console.print(f"{row['measure']}: {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) nats per token")
+    shown = [name for name in ("taken", "harm", "necessity", "sufficiency") if name in effects.measures]
+    for measure in shown:
+        table = Table(title=f"{measure}, nats per token, 95% intervals over users")
+        for column in ("family", "K", "mean", "interval", "random sets (95%)", "difference", "interval ", "p"):
+            table.add_column(column, justify="left" if column == "family" else "right")
+        for row in frame[(frame["measure"] == measure) & (frame["family"] != "full model")].to_dict("records"):
+            cells = [row["family"], str(row["k"]), f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+            if "control" in row:
+                cells += [
+                    f"{row['control_low']:.3f} to {row['control_high']:.3f}",
+                    f"{row['difference']:.3f}",
+                    f"{row['difference_low']:.3f} to {row['difference_high']:.3f}",
+                    f"{row['p']:.3f}",
+                ]
+            table.add_row(*cells)
+        console.print(table)

@@ -1,0 +1,247 @@
+"""Do Preference Heads carry the profile, and induction, retrieval, function-vector and random heads not?
+
+    python -m experiments.families --govblog DATA/govblog/lamp4_questions.json --acl DATA/acl/longlamp_abstract.jsonl
+
+Heads are chosen on older documents and tested on the newest. Every step is a run folder under `--out` and
+resumes; `--out/results.md` holds the tables. Response positions, zero ablation.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import dps_lens as dps
+from dps_lens.analysis.intervals import interval
+from experiments.output_slices import score_slices
+
+K = 10
+KS = (1, 5, 10, 20)
+PROMPT = dps.PromptConfig(response_tokens=48)
+DISCOVERY = {"govblog": 4, "acl": 1}
+HELD_OUT = {"govblog": 4, "acl": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--govblog", required=True, help="LaMP-4 questions, outputs beside them")
+    parser.add_argument("--acl", required=True, help="LongLaMP abstracts")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--out", type=Path, default=Path("runs/families"))
+    parser.add_argument("--only", default="", help="comma-separated steps; all by default")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    model = dps.load_model(arguments.model)
+    experiment = Experiment(model, {"govblog": arguments.govblog, "acl": arguments.acl}, arguments.out)
+    steps = arguments.only.split(",") if arguments.only else list(STEPS)
+    for step in steps:
+        print(f"== {step}", file=sys.stderr, flush=True)
+        (arguments.out / "tables").mkdir(parents=True, exist_ok=True)
+        for name, table in STEPS[step](experiment).items():
+            table.to_csv(arguments.out / "tables" / f"{name}.csv", index=False)
+    write_results(arguments.out)
+
+
+class Experiment:
+    """Model, users and chosen heads; everything is measured when it is first asked for."""
+
+    def __init__(self, model: Any, sources: Mapping[str, str], out: Path) -> None:
+        self.model, self.out = model, out
+        loaded = {name: dps.load_users(source) for name, source in sources.items()}
+        self.users = {name: [user for user in users if user.discovery_examples()] for name, users in loaded.items()}
+        self._kept: dict[str, Any] = {}
+
+    def keep(self, name: str, make: Any) -> Any:
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def scores(self, corpus: str) -> dps.HeadScores:
+        return self.keep(
+            corpus,
+            lambda: dps.score_heads(
+                self.model,
+                self.users[corpus],
+                max_examples=DISCOVERY[corpus],
+                prompt=PROMPT,
+                out=self.out / corpus,
+            ),
+        )
+
+    def refs(self) -> dict[str, dps.HeadScores]:
+        return self.keep("refs", lambda: dps.reference_heads(self.model))
+
+    def heads(self, corpus: str) -> dict[str, dps.HeadSet]:
+        """Each user's tested heads, chosen by users in other folds."""
+        saved = dps.SetEffects.load(self.out / "main").manifest["sets"]["preference"]
+        return {user: dps.HeadSet.parse(sets[KS.index(K)]) for user, sets in saved.items()}
+
+
+def agreement(e: Experiment) -> dict[str, pd.DataFrame]:
+    """Do families and users share heads?"""
+    families = {"preference (govblog)": e.scores("govblog"), "preference (acl)": e.scores("acl"), **e.refs()}
+    between = dps.overlap({name: scores for name, scores in families.items() if scores.defined}, k=K)
+    users = dps.overlap(e.scores("govblog"), k=K)
+    between.plot().write_html(e.out / "overlap_families.html")
+    users.plot().write_html(e.out / "overlap_users.html")
+    specificity = users.specificity.assign(user_specific=users.user_specific, examples_in_a_half=users.manifest["half"])
+    tops = pd.DataFrame(
+        [
+            {"family": name, "top 10": str(scores.top(K)) if scores.defined else scores.manifest["reason"]}
+            for name, scores in families.items()
+        ]
+    )
+    return {"overlap_families": between.to_frame(), "overlap_users": specificity, "top_heads": tops}
+
+
+def main_curve(e: Experiment) -> dict[str, pd.DataFrame]:
+    """The claim: families × K × condition on held-out headlines."""
+    preference, refs = e.scores("govblog"), e.refs()
+    effects = dps.ablation_curve(
+        e.model,
+        e.users["govblog"],
+        {"preference": preference, "preference, not induction": preference, **refs},
+        exclude={"preference, not induction": refs["induction"].top_share(0.02)},
+        ks=KS,
+        n_random=50,
+        max_examples=HELD_OUT["govblog"],
+        out=e.out / "main",
+    )
+    effects.plot().write_html(e.out / "main_taken.html")
+    parts = [effects.to_frame(part=part).assign(part=part) for part in ("all", "copied", "rest")]
+    return {"main": pd.concat(parts, ignore_index=True)}
+
+
+def variants(e: Experiment) -> dict[str, pd.DataFrame]:
+    """At K = 10: each user's own heads, a cluster's, the other corpus' heads, and output slices."""
+    users, preference = e.users["govblog"], e.scores("govblog")
+    clusters = dps.cluster_users(users, 4)
+    slices = score_slices(e.model, users, prompt=PROMPT, max_examples=1, out=e.out / "slices")
+    effects = dps.ablation_curve(
+        e.model,
+        users,
+        {
+            "global heads": preference,
+            "own heads": preference,
+            "cluster's heads": clusters.heads(preference, K),
+            "heads of acl authors": e.scores("acl").top(K),
+            "output slices": slices,
+        },
+        select={"own heads": "user"},
+        ks=(K,),
+        n_random=50,
+        max_examples=HELD_OUT["govblog"],
+        out=e.out / "variants",
+    )
+    return {"variants": effects.to_frame()}
+
+
+def across(e: Experiment) -> dict[str, pd.DataFrame]:
+    """The other way round: heads of govblog tested on acl abstracts."""
+    effects = dps.ablation_curve(
+        e.model,
+        e.users["acl"],
+        {
+            "preference (acl)": e.scores("acl"),
+            "preference (govblog)": e.scores("govblog").top(K),
+            **{name: scores.top(K) for name, scores in e.refs().items() if scores.defined},
+        },
+        ks=(K,),
+        n_random=50,
+        max_examples=HELD_OUT["acl"],
+        out=e.out / "across",
+    )
+    return {"across": effects.to_frame()}
+
+
+def patching(e: Experiment) -> dict[str, pd.DataFrame]:
+    """Necessity, sufficiency, and preference vectors."""
+    families = {"preference": e.scores("govblog"), **e.refs()}
+    options = {"ks": (K, 40), "n_random": 20, "max_examples": 2}
+    patched = dps.patch_heads(e.model, e.users["govblog"], families, out=e.out / "patching", **options)
+    vectors = dps.vector_recovery(e.model, e.users["govblog"], families, out=e.out / "vectors", **options)
+    return {"patching": patched.to_frame(), "vectors": vectors.to_frame()}
+
+
+def where(e: Experiment) -> dict[str, pd.DataFrame]:
+    """The same heads ablated where they read, where they write, everywhere; one example a user, 3 random sets."""
+    families = {"preference": e.heads("govblog")}
+    families |= {name: scores.top(K) for name, scores in e.refs().items() if scores.defined}  # type: ignore[misc]
+    found = []
+    for positions in ("response", "profile", "all"):
+        effects = dps.ablation_curve(
+            e.model,
+            e.users["govblog"],
+            families,
+            ks=(K,),
+            n_random=3,
+            positions=positions,  # type: ignore[arg-type]
+            prompt=PROMPT,
+            max_examples=1,
+            neutral=(),
+            out=e.out / f"where_{positions}",
+        )
+        found.append(effects.to_frame().assign(positions=positions))
+    return {"where": pd.concat(found, ignore_index=True), "attention": attention(e)}
+
+
+def attention(e: Experiment) -> pd.DataFrame:
+    """Share of attention that ten heads of each family pay to the profile from the response."""
+    rows = []
+    families = {"preference": e.scores("govblog").top(K)}
+    families |= {name: scores.top(K) for name, scores in e.refs().items() if scores.defined}
+    for name, heads in families.items():
+        frame = dps.profile_attention(e.model, e.users["govblog"], heads, max_examples=1, prompt=PROMPT)
+        frame["target"] = frame["target"].str.replace(r"item \d+", "profile", regex=True)
+        by_user = frame.groupby(["user", "head", "target"])["attention"].sum().groupby(["user", "target"]).mean()
+        for target, values in by_user.groupby("target"):
+            rows.append({"family": name, "target": target, **interval(values.to_numpy())})
+    return pd.DataFrame(rows)
+
+
+def writing(e: Experiment) -> dict[str, pd.DataFrame]:
+    """ROUGE-L of headlines written without the heads."""
+    texts = dps.ablated_generation(
+        e.model,
+        e.users["govblog"],
+        {"preference": e.scores("govblog"), **e.refs()},
+        k=K,
+        n_random=3,
+        max_examples=1,
+        max_new_tokens=24,
+        out=e.out / "writing",
+    )
+    return {"writing": texts.to_frame()}
+
+
+STEPS = {
+    "agreement": agreement,
+    "main": main_curve,
+    "variants": variants,
+    "across": across,
+    "patching": patching,
+    "where": where,
+    "writing": writing,
+}
+
+
+def write_results(out: Path) -> None:
+    """All tables as Markdown."""
+    parts = []
+    for file in sorted((out / "tables").glob("*.csv")):
+        parts.append(f"## {file.stem}\n\n{_markdown(pd.read_csv(file))}\n")
+    (out / "results.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    shown = frame.map(lambda value: f"{value:.3f}" if isinstance(value, float) else str(value))
+    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join("" if cell == "nan" else str(cell) for cell in line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
