@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sweep import make_prompt
 
 import dps_lens as dps
 from dps_lens.model import Runner
@@ -30,8 +31,6 @@ def status(field):
 
 def peak_of(model, length):
     """Bytes beyond what was resident before."""
-    from sweep import make_prompt
-
     prompt = make_prompt(model, length - RESPONSE, RESPONSE)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")

@@ -18,11 +18,9 @@ def screening_recall(screened: HeadScores, exact: HeadScores, *, k: int = 20) ->
     if not bool(exact.exact.all()):
         raise ScoreError("screening_recall: the second scores hold estimates; pass exact scores")
     for key in ("contrast", "ablation", "positions", "prompt", "discovery", "seed"):
-        if screened.manifest.get(key) != exact.manifest.get(key):
-            raise ScoreError(
-                f"screening_recall: {key} is {screened.manifest.get(key)!r} and {exact.manifest.get(key)!r}; score both "
-                "with the same settings"
-            )
+        one, two = screened.manifest.get(key), exact.manifest.get(key)
+        if one != two:
+            raise ScoreError(f"screening_recall: {key} is {one!r} and {two!r}; score both with the same settings")
     rows = {name: row for row, name in enumerate(zip(exact.user_ids, exact.example_ids, strict=True))}
     found = []
     for row, name in enumerate(zip(screened.user_ids, screened.example_ids, strict=True)):
