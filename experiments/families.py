@@ -24,6 +24,7 @@ KS = (1, 5, 10, 20)
 PROMPT = dps.PromptConfig(response_tokens=48)
 DISCOVERY = {"govblog": 4, "acl": 1}
 HELD_OUT = {"govblog": 4, "acl": 1}
+MAX_USERS = {"govblog": None, "acl": 16}
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ class Experiment:
 
     def __init__(self, model: Any, sources: Mapping[str, str], out: Path) -> None:
         self.model, self.out = model, out
-        loaded = {name: dps.load_users(source) for name, source in sources.items()}
+        loaded = {name: dps.load_users(source, max_users=MAX_USERS[name]) for name, source in sources.items()}
         self.users = {name: [user for user in users if user.discovery_examples()] for name, users in loaded.items()}
         self._kept: dict[str, Any] = {}
 

@@ -31,7 +31,7 @@ def scored(tmp_path_factory, model):
 def test_help_answers_at_once_and_names_every_command():
     done = run("--help")
     assert done.returncode == 0
-    for command in ("score", "steer", "demo"):
+    for command in ("score", "steer", "demo", "compare", "ablate"):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
     loaded = subprocess.run(
@@ -160,3 +160,45 @@ def test_heads_of_another_model_are_refused(scored, tiny_folders):
     done = run("steer", "hello", "--run", out, "--model", tiny_folders["qwen2"])
     assert done.returncode == 2
     assert "give its --model" in done.stderr
+
+
+KINDS = ("--kinds", "induction,previous_token")
+
+
+def test_compare_prints_overlaps_and_writes_figures(scored, model):
+    out, _ = scored
+    done = run("compare", "--run", out, "--model", model, "--k", 3, *KINDS)
+    assert done.returncode == 0, done.stderr
+    assert "preference, induction" in done.stdout
+    assert "Between users: too few examples" in done.stdout
+    for name in ("families.html", "families.csv", "users.html", "users.csv"):
+        assert (out / "compare" / name).is_file()
+    wrong = run("compare", "--run", out, "--model", model, "--kinds", "telepathy")
+    assert wrong.returncode == 2
+    assert "kind 'telepathy' is unknown" in wrong.stderr
+
+
+@pytest.mark.parametrize("patch", [False, True])
+def test_ablate_measures_families_and_resumes(scored, model, tmp_path, patch):
+    out, _ = scored
+    command = ["ablate", "--run", out, "--out", tmp_path / "a", "--model", model, "--max-users", 3, *KINDS]
+    command += ["--held-out", 1, "--ks", "1,2", "--n-random", 3, *(["--patch"] if patch else [])]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert ("necessity" if patch else "taken") in done.stdout
+    effects = dps.SetEffects.load(tmp_path / "a")
+    assert effects.families == ("preference", "induction", "previous_token")
+    assert effects.ks == (1, 2)
+    assert (tmp_path / "a" / "effects.csv").is_file()
+    first = (tmp_path / "a" / "effects.safetensors").read_bytes()
+    assert run(*command).returncode == 0
+    assert (tmp_path / "a" / "effects.safetensors").read_bytes() == first
+    other = run(*command, "--seed", 7)
+    assert other.returncode == 2
+    assert "made with other settings" in other.stderr
+
+
+def test_ablate_refuses_what_is_no_list(scored, model, tmp_path):
+    done = run("ablate", "--run", scored[0], "--out", tmp_path, "--model", model, "--ks", "1;2", *KINDS)
+    assert done.returncode == 2
+    assert "write 1,5,10" in done.stderr

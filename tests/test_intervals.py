@@ -47,7 +47,7 @@ def test_intervals_cover_a_planted_effect(kind, n_users):
 
 @pytest.mark.parametrize("kind", ["interval", "ratio_interval", "crossed_interval"])
 def test_intervals_of_skewed_users_are_a_little_short(kind):
-    """The bound is looser on purpose: with 19 exponential users Student's t covers about 92%."""
+    """The bound is looser on purpose: with exponential users Student's t covers 91% at 19, 90% at 12."""
     assert 0.90 <= coverage(replicates(kind, 19, "exponential"), 0.3) <= 0.97
 
 
@@ -121,7 +121,7 @@ def test_ratio_interval_is_nan_exactly_where_the_denominator_spans_zero():
 @pytest.mark.parametrize("ties", [False, True])
 def test_null_p_values_are_not_too_small(n_draws, ties):
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(8000, n_draws + 1))
+    values = rng.normal(size=(20000, n_draws + 1))
     if ties:
         values = values.round()
     p = np.array([add_one_p(float(row[0]), row[1:]) for row in values])

@@ -65,6 +65,44 @@ def test_passes_agree_with_one_whole_pass(tiny):
             assert torch.allclose(step, whole[:, position].expand(2, -1), atol=1e-4)
 
 
+def shared_calls(monkeypatch):
+    """Counts attention over a shared prompt in place."""
+    from transformers import AttentionInterface
+
+    from dps_lens.model import shared
+
+    shared._register()
+    calls, attend = [], AttentionInterface._global_mapping[shared._NAME]
+
+    def counted(module, *args, **kwargs):
+        calls.append(module)
+        return attend(module, *args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, shared._NAME, counted)
+    return calls
+
+
+@torch.inference_mode()
+def test_rows_attend_to_a_shared_prompt_in_place(tiny, monkeypatch):
+    calls, runner, model = shared_calls(monkeypatch), Runner.of(tiny.hooked), tiny.hooked
+    rows = torch.stack([torch.arange(7, 14), torch.arange(90, 97), torch.arange(200, 207)])
+    # Longer than the sliding windows of the test models.
+    prompt_tokens = torch.arange(5, 45)[None]
+    with native_attention(model):
+        prompt = runner.prefill(prompt_tokens)
+        got = runner.logits(rows, prompt=prompt)
+        one = runner.logits(rows[:, :1], prompt=prompt)
+    capped = getattr(tiny.plain.config, "attn_logit_softcapping", None) is not None
+    assert len(calls) == (0 if capped else 2 * model.cfg.n_layers)
+    assert model.original_model.config._attn_implementation == "eager"
+    whole = tiny.plain(input_ids=torch.cat([prompt_tokens.expand(3, -1), rows], 1)).logits[:, 40:]
+    assert torch.allclose(got, whole, atol=1e-4)
+    assert torch.allclose(one, whole[:, :1], atol=1e-4)
+    n_calls = len(calls)
+    runner.logits(rows, prompt=prompt)  # the hooked attention computes its own
+    assert len(calls) == n_calls
+
+
 @torch.inference_mode()
 def test_left_padded_rows_equal_single_rows(tiny):
     runner = Runner.of(tiny.hooked)

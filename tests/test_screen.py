@@ -116,3 +116,23 @@ def test_screening_of_uniform_and_bad_settings(llama, probe, short):
     )
     assert patched.exact.any()
     assert not patched.exact.all()
+
+
+def test_recall_of_screening_is_kept_with_the_scores(llama, probe, short, tmp_path):
+    options = {"max_examples": 1, "prompt": short, "progress": False}
+    exact = dps.score_heads(llama.hooked, probe[:3], **options)
+    screened = dps.score_heads(llama.hooked, probe[:2], method="screened", exact_layers=1, confirm=0.1, **options)
+    tops = [values.flatten(1).topk(4).indices.tolist() for values in (screened.values, exact.values[:2])]
+    expected = sum(len({*a} & {*b}) / 4 for a, b in zip(*tops, strict=True)) / 2
+    assert dps.screening_recall(screened, exact, k=4) == pytest.approx(expected)
+    screened.save(tmp_path)
+    kept = dps.HeadScores.load(tmp_path).manifest["recall"]
+    assert kept == {"k": 4, "recall": pytest.approx(expected), "n_examples": 2}
+    assert dps.screening_recall(exact, exact, k=4) == 1.0
+    with pytest.raises(ScoreError, match="hold estimates"):
+        dps.screening_recall(exact, screened, k=4)
+    with pytest.raises(ScoreError, match="is not in the exact scores"):
+        dps.screening_recall(exact, dps.score_heads(llama.hooked, probe[:2], **options), k=4)
+    elsewhere = dps.score_heads(llama.hooked, probe[:3], positions="all", **options)
+    with pytest.raises(ScoreError, match="positions is"):
+        dps.screening_recall(elsewhere, exact, k=4)
