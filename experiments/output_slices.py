@@ -48,7 +48,7 @@ class SliceBranches(Branches):
 
 
 def score_slices(
-    model: HookedModel, users: Sequence[User], *, prompt: dps.PromptConfig, max_examples: int, out: Path
+    model: HookedModel, users: Sequence[User], *, prompt: dps.PromptConfig, max_examples: int, out: Path | None
 ) -> HeadScores:
     """The profile-specific score of every output slice, response positions; resumable."""
     sweep = Sweep(
@@ -70,17 +70,18 @@ def score_slices(
         batch_size="auto",
     )
     fingerprint = sweep.fingerprint() | {"call": "score_slices"}
-    folder = RunFolder(out, fingerprint)
+    folder = RunFolder(out, fingerprint) if out else None
     every, values = single_heads(model.cfg.n_layers, model.cfg.n_heads), []
     for example in sweep.examples:
-        unit = folder.get(example.id)
+        unit = folder.get(example.id) if folder else None
         if unit is None:
             change = []
             for profile in ("own", "none"):
                 branches = SliceBranches(sweep.runner, sweep.build(example, profile))
                 change.append(branches.ablated(every) - branches.nll)
             unit = {"value": (change[0] - change[1]).float().reshape(model.cfg.n_layers, model.cfg.n_heads)}
-            folder.put(example.id, unit)
+            if folder:
+                folder.put(example.id, unit)
         values.append(unit["value"])
     scores = HeadScores(
         torch.stack(values),
@@ -88,5 +89,6 @@ def score_slices(
         user_ids=[example.user_id for example in sweep.examples],
         manifest=fingerprint | {"family": "output slices"},
     )
-    scores.save(out)
+    if out:
+        scores.save(out)
     return scores

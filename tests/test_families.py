@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_hf_model, make_tokenizer, no_hooks_left
+from oracles import two_pass_greedy
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformer_lens.head_detector import detect_head
 
@@ -27,6 +28,7 @@ from dps_lens.families import (
     reference_heads,
     shipped_paragraphs,
 )
+from dps_lens.families import retrieval as retrieval_module
 from dps_lens.families.function_vector import shipped_tasks
 from dps_lens.families.repeated import attention_to, repeated_tokens
 from dps_lens.families.retrieval import MIN_RECALLED, needle_prompt, shipped_needles
@@ -206,6 +208,26 @@ def test_model_that_recalls_nothing_gives_no_scores(llama, tmp_path):
         assert not scores.defined
         with pytest.raises(ScoreError, match=r"top: retrieval are not defined: 0 needles were recalled \(\{'200'"):
             scores.top(1)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_the_needle_is_asked_for_by_greedy_decoding(tinies, architecture, monkeypatch):
+    tiny, needle, texts = tinies(architecture), shipped_needles()[0], []
+    model, tokenizer = tiny.hooked, tiny.hooked.tokenizer
+    monkeypatch.setattr(retrieval_module, "_recall", lambda answer, text: texts.append(text) or 0.0)
+    Retrieval(lengths=(200,), depths=(0.3,), needles=(needle,)).score(model, progress=False)
+    ids, (start, stop) = needle_prompt(model, shipped_paragraphs(), needle, 200, 0.3)
+
+    @torch.no_grad()
+    def logits(tokens):
+        return tiny.plain(input_ids=tokens[None]).logits[0, -1]
+
+    ends = {tokenizer.eos_token_id}
+    expected, gap = two_pass_greedy(logits, None, torch.tensor(ids), 0.0, stop - start + 4, ends)
+    assert gap > 1e-4, "the reference itself is undecided here; use another needle"
+    (text,) = texts
+    assert len(set(expected)) > 3
+    assert text.startswith(tokenizer.decode(expected, skip_special_tokens=True))
 
 
 @pytest.mark.parametrize("chat", [False, True])
