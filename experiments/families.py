@@ -231,7 +231,7 @@ STEPS = {
 
 
 def write_results(out: Path) -> None:
-    """All tables as Markdown."""
+    """All tables as Markdown: a mean with its interval in one cell."""
     parts = []
     for file in sorted((out / "tables").glob("*.csv")):
         parts.append(f"## {file.stem}\n\n{_markdown(pd.read_csv(file))}\n")
@@ -239,9 +239,27 @@ def write_results(out: Path) -> None:
 
 
 def _markdown(frame: pd.DataFrame) -> str:
-    shown = frame.map(lambda value: f"{value:.3f}" if isinstance(value, float) else str(value))
-    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join("" if cell == "nan" else str(cell) for cell in line) + " |" for line in lines)
+    cells = {}
+    for column in frame:
+        if column.endswith(("low", "high")) and column not in ("null_low", "null_high"):
+            continue
+        bounds = ("low", "high") if column == "mean" else (f"{column}_low", f"{column}_high")
+        digits = 0 if column == "percent" else 3
+        cells[column] = [_cell(row, column, bounds, digits) for row in frame.to_dict("records")]
+    kept = [column for column, values in cells.items() if any(values)]
+    lines = [kept, ["---"] * len(kept), *zip(*(cells[column] for column in kept), strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(row: Mapping[str, Any], column: str, bounds: tuple[str, str], digits: int) -> str:
+    value = row[column]
+    if not isinstance(value, float):
+        return str(value)
+    if value != value:
+        return ""
+    low, high = (row.get(bound, float("nan")) for bound in bounds)
+    shown = f"{value:.{digits}f}"
+    return shown if low != low else f"{shown} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -212,22 +212,23 @@ def test_model_that_recalls_nothing_gives_no_scores(llama, tmp_path):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_the_needle_is_asked_for_by_greedy_decoding(tinies, architecture, monkeypatch):
-    tiny, needle, texts = tinies(architecture), shipped_needles()[0], []
+    tiny, needles, texts = tinies(architecture), shipped_needles()[:3], []
     model, tokenizer = tiny.hooked, tiny.hooked.tokenizer
     monkeypatch.setattr(retrieval_module, "_recall", lambda answer, text: texts.append(text) or 0.0)
-    Retrieval(lengths=(200,), depths=(0.3,), needles=(needle,)).score(model, progress=False)
-    ids, (start, stop) = needle_prompt(model, shipped_paragraphs(), needle, 200, 0.3)
+    Retrieval(lengths=(200,), depths=(0.3,), needles=needles).score(model, progress=False)
 
     @torch.no_grad()
     def logits(tokens):
         return tiny.plain(input_ids=tokens[None]).logits[0, -1]
 
-    ends = {tokenizer.eos_token_id}
-    expected, gap = two_pass_greedy(logits, None, torch.tensor(ids), 0.0, stop - start + 4, ends)
-    assert gap > 1e-4, "the reference itself is undecided here; use another needle"
-    (text,) = texts
-    assert len(set(expected)) > 3
-    assert text.startswith(tokenizer.decode(expected, skip_special_tokens=True))
+    ends, seen = {tokenizer.eos_token_id}, set()
+    for needle, text in zip(needles, texts, strict=True):
+        ids, (start, stop) = needle_prompt(model, shipped_paragraphs(), needle, 200, 0.3)
+        expected, gap = two_pass_greedy(logits, None, torch.tensor(ids), 0.0, stop - start + 4, ends)
+        assert gap > 1e-4, "the reference itself is undecided here; use another needle"
+        assert text.startswith(tokenizer.decode(expected, skip_special_tokens=True))
+        seen |= set(expected)
+    assert len(seen) > 3
 
 
 @pytest.mark.parametrize("chat", [False, True])

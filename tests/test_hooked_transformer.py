@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import ablated_nll, nll, uniform_z
+from oracles import ablated_nll, attention_modules, nll, output_projection, uniform_z, z_of
 
 import dps_lens as dps
 from dps_lens.data import build_prompt
@@ -69,6 +69,43 @@ def test_ablation_cost_and_controls(old, probe, short):
         old.hooked, probe[:3], HeadSet.parse("L0H1,L2H3"), n_random=2, prompt=short, progress=False
     )
     assert len(cost.to_frame()) == 11
+
+
+def test_reference_families(old):
+    from dps_lens.families import FunctionVector, Repeated, Retrieval, Task
+    from dps_lens.families.repeated import repeated_tokens
+
+    model, kind = old.hooked, Repeated("previous_token", n_prompts=1, length=8)
+    got = kind.score(model).mean()
+    old.plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        patterns = old.plain(input_ids=repeated_tokens(model, 8, 0), output_attentions=True).attentions
+    old.plain.set_attn_implementation("sdpa")
+    expected = torch.stack([pattern[0].diagonal(-1, 1, 2).mean(-1) for pattern in patterns])
+    assert torch.allclose(got.float(), expected, atol=1e-5)
+    paragraphs = ("The river rises in spring. It falls again in late summer. Nobody minds.",) * 30
+    needle = Retrieval().needles[0]
+    assert not Retrieval(lengths=(300,), depths=(0.5,), needles=(needle,), haystack=paragraphs).score(model).defined
+    task = Task("pairs", tuple((f"w{index}", f"v{index}") for index in range(8)))
+    family = FunctionVector((task,), n_shots=3, n_trials=2)
+    mean, _ = family.task_mean(model, task)
+    assert family.effect(model, task, 0, mean).abs().max() > 0
+
+
+def test_curves_vectors_and_attention(old, probe, short):
+    options = {"ks": (2,), "n_random": 2, "max_examples": 1, "prompt": short, "progress": False}
+    heads, users = HeadSet.parse("L0H1,L2H3"), probe[:3]
+    for measure in (dps.ablation_curve, dps.patch_heads, dps.vector_recovery):
+        frame = measure(old.hooked, users, {"chosen": heads}, **options).to_frame()
+        assert frame[frame["family"] == "chosen"]["mean"].abs().max() > 1e-4
+    vector = dps.preference_vector(old.hooked, users[0], HeadSet.parse("L1H2"), max_examples=1, prompt=short)
+    prompt = build_prompt(old.hooked, users[0].discovery_examples()[-1], config=short)
+    start, stop = prompt.spans["response"]
+    z = z_of(old.plain, prompt, 1)[start - 1 : stop - 1, 16:24].mean(0)
+    weight = output_projection(attention_modules(old.plain)[1]).weight[:, 16:24]
+    assert torch.allclose(vector, (weight @ z).detach(), atol=1e-4)
+    attention = dps.profile_attention(old.hooked, users[:1], heads, max_examples=1, prompt=short, progress=False)
+    assert attention.groupby("head")["attention"].sum().tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
 @pytest.mark.real
