@@ -7,6 +7,7 @@ resumes; `--out/results.md` holds the tables. Response positions, zero ablation.
 """
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -255,11 +256,11 @@ def _cell(row: Mapping[str, Any], column: str, bounds: tuple[str, str], digits: 
     value = row[column]
     if not isinstance(value, float):
         return str(value)
-    if value != value:
+    if math.isnan(value):
         return ""
     low, high = (row.get(bound, float("nan")) for bound in bounds)
     shown = f"{value:.{digits}f}"
-    return shown if low != low else f"{shown} ({low:.{digits}f} to {high:.{digits}f})"
+    return shown if math.isnan(low) else f"{shown} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 if __name__ == "__main__":

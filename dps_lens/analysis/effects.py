@@ -191,7 +191,7 @@ class SetEffects:
             meta = json.loads(manifest.read_text(encoding="utf-8"))
             families, ks, users, examples = (tuple(meta[n]) for n in ("families", "ks", "user_ids", "example_ids"))
             settings = meta["manifest"]
-        except (json.JSONDecodeError, KeyError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ScoreError(f"{manifest} is not a manifest of effects ({error})") from error
         tensors = read_tensors(tensors_file)
         groups: dict[str, dict[str, Tensor]] = {"full": {}, "chosen": {}, "draws": {}}

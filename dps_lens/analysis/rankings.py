@@ -36,7 +36,8 @@ def rankings(
         families: what is compared.
         users: who is tested.
         ks: sizes of the sets.
-        select: `"user"` ranks by a user's own discovery examples. `"global"` ranks by all users; where the scores
+        select: `"user"` ranks by a user's own discovery examples; reference families have none and keep their one
+            ranking. `"global"` ranks by all users; where the scores
             hold the tested users, by those in other folds, so that nobody is tested with heads that the
             same person chose. One for all families or one a family.
         exclude: family → heads that its ranking by scores may not hold.
@@ -50,6 +51,11 @@ def rankings(
         raise ScoreError(f"{call}: give at least one family, one user and one k that is not negative")
     if strangers := {*(exclude or {}), *(() if isinstance(select, str) else select)} - {*families}:
         raise ScoreError(f"{call}: {sorted(strangers)[0]!r} in exclude or select is not among the families")
+    for name in exclude or {}:
+        if not isinstance(families[name], HeadScores):
+            raise ScoreError(
+                f"{call}: exclude needs scores for family {name!r}; leave the heads out of its sets yourself"
+            )
     found: Rankings = {}
     undefined = {}
     for name, family in families.items():
@@ -87,7 +93,7 @@ def _of_family(
     most = max(ks)
     if isinstance(family, HeadScores):
         tested = {user.id for user in users}
-        if select == "user":
+        if select == "user" and tested & set(family.users):
             ranked = {user.id: family.top(most, user.id, exclude=exclude, label=name) for user in users}
         elif tested & set(family.users):
             ranked = {}

@@ -17,6 +17,8 @@ _WORDS = {
     "neutral": "cost on neutral text",
     "necessity": "loss from noising",
     "sufficiency": "recovered by denoising",
+    "recovered": "recovered by the heads' vector",
+    "recovered (other)": "recovered by another user's vector",
 }
 
 
@@ -67,7 +69,7 @@ def ablation(effects: SetEffects, *, measure: str | None = None, title: str | No
             "(%{customdata[1]:.3f} to %{customdata[2]:.3f})<extra></extra>",
         )
     gain = frame[(frame["family"] == FULL) & (frame["measure"] == "gain")]
-    if measure in ("taken", "kept", "necessity", "sufficiency") and len(gain):
+    if measure in ("taken", "kept", "necessity", "sufficiency", "recovered") and len(gain):
         figure.add_hline(
             y=float(gain["mean"].iloc[0]), line={"dash": "dot", "color": "#777777"}, annotation_text="gain"
         )
