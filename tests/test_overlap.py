@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.stats import hypergeom, kstest
 
-from dps_lens.analysis.overlap import _agreement, _compare, _null, overlap
+from dps_lens.analysis.chance import compare_sets, null_shared, top_agreement
+from dps_lens.analysis.overlap import overlap
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots.overlap import overlap as plot
@@ -66,7 +67,7 @@ B = HeadSet.parse("L0H1,L0H4,L1H2,L2H1,L2H2,L2H3,L5H3,L5H0")
 @pytest.mark.parametrize("dropped", [[], [Head(0, 4), Head(2, 2), Head(3, 3), Head(5, 4)]])
 def test_null_agrees_with_random_layer_matched_sets(dropped):
     n = 8000
-    fast = _null(mask(A), mask(B), mask(dropped), n, np.random.default_rng(0))
+    fast = null_shared(mask(A), mask(B), mask(dropped), n, np.random.default_rng(0))
     draw = random.Random(1)
     allowed = [head for head in ALL if head not in dropped]
     slow = np.array([len(matched(draw, A, allowed) & set(B)) for _ in range(n)])
@@ -90,7 +91,7 @@ def exact_variance(pmf):
 def test_null_with_both_sets_random_is_the_same():
     draw = random.Random(2)
     both = [len(matched(draw, A, ALL) & matched(draw, B, ALL)) for _ in range(5000)]
-    one = _null(mask(A), mask(B), mask([]), 5000, np.random.default_rng(0))
+    one = null_shared(mask(A), mask(B), mask([]), 5000, np.random.default_rng(0))
     assert np.mean(both) == pytest.approx(one.mean(), abs=0.06)
     assert list(np.quantile(both, [0.025, 0.975])) == list(np.quantile(one, [0.025, 0.975]))
 
@@ -116,10 +117,10 @@ def test_measures_of_a_pair_by_hand():
     assert found.ceiling is found.specificity is found.user_specific is None
 
 
-def test_p_is_super_uniform_and_mid_p_uniform_under_the_null():
+def test_p_is_super_uniform_and_mid_p_uniform_under_thenull_shared():
     draw, rng = random.Random(4), np.random.default_rng(4)
     fixed, nothing = mask(B), mask([])
-    found = np.array([_compare(mask(matched(draw, A, ALL)), fixed, nothing, 99, rng)[4:] for _ in range(4000)])
+    found = np.array([compare_sets(mask(matched(draw, A, ALL)), fixed, nothing, 99, rng)[4:] for _ in range(4000)])
     p, mid_p = found.T
     for level in (0.01, 0.05, 0.1, 0.25, 0.5):
         assert (p <= level).mean() <= level + 3 * (level * (1 - level) / len(p)) ** 0.5
@@ -189,7 +190,7 @@ def test_exclusion_agrees_with_brute_force():
 @pytest.mark.parametrize("share", [None, 0.1])
 def test_agreement_of_halves_equals_head_sets(share):
     one, two = noise_maps(3).double(), (noise_maps(3) + noise_maps(3, seed=1)).double()
-    got = _agreement(one.flatten(1).numpy(), two.flatten(1).numpy(), 6, 0 if share is None else 3)
+    got = top_agreement(one.flatten(1).numpy(), two.flatten(1).numpy(), 6, 0 if share is None else 3)
     for a, b in ((a, b) for a in range(3) for b in range(3)):
         first, second = scores_of(one[a][None]), scores_of(two[b][None])
         exclude = second.top_share(share) if share else None

@@ -13,8 +13,8 @@ from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 from torch import Tensor
 
+from dps_lens.analysis.chance import MEASURES, ceiling_of, compare_sets
 from dps_lens.analysis.intervals import interval
-from dps_lens.analysis.reliability import BAND
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.heads import HeadSet
 from dps_lens.scores import HeadScores
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects
 
 MIN_USERS = 3
-_MEASURES = ("jaccard", "null_mean", "null_low", "null_high", "p", "mid_p")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Overlap:
         directed = self.manifest.get("exclude") is not None
         n = len(self.names)
         pairs = [(a, b) for a in range(n) for b in range(n) if a < b or (directed and a != b)]
-        measures = (*_MEASURES, "spearman")
+        measures = (*MEASURES, "spearman")
         return pd.DataFrame(
             [
                 {
@@ -153,20 +152,20 @@ def overlap(
     dropped = _dropped(entries, scored, k, exclude)
     masks = {name: _mask(name, heads, shape) for name, heads in tops.items()}
     nothing = torch.zeros(shape, dtype=torch.bool)
-    found = np.full((len(_MEASURES), len(names), len(names)), np.nan)
+    found = np.full((len(MEASURES), len(names), len(names)), np.nan)
     found[0][np.diag_indices(len(names))] = 1.0
     for row, a in enumerate(names):
         for column, b in enumerate(names):
             rng = np.random.default_rng([seed, row, column])
             if exclude is not None and row != column:
                 chosen = _mask(a, scored[a].top(k, exclude=dropped[b]), shape)
-                found[:, row, column] = _compare(chosen, masks[b], _mask(b, dropped[b], shape), n_null, rng)
+                found[:, row, column] = compare_sets(chosen, masks[b], _mask(b, dropped[b], shape), n_null, rng)
             elif row < column:
-                found[:, row, column] = found[:, column, row] = _compare(masks[a], masks[b], nothing, n_null, rng)
+                found[:, row, column] = found[:, column, row] = compare_sets(masks[a], masks[b], nothing, n_null, rng)
     tree = linkage(squareform(1 - (found[0] + found[0].T) / 2, checks=False), method="average", optimal_ordering=True)
     jaccard, null_mean, null_low, null_high, p, mid_p = torch.from_numpy(found)
     n_dropped = max((len(heads) for heads in dropped.values()), default=0)
-    ceiling, half = _ceiling(sets, k, n_dropped, n_splits, seed) if isinstance(sets, HeadScores) else (None, None)
+    ceiling, half = ceiling_of(sets, k, n_dropped, n_splits, seed) if isinstance(sets, HeadScores) else (None, None)
     return Overlap(
         names,
         tops,
@@ -240,44 +239,6 @@ def _dropped(
     return dropped
 
 
-def _compare(
-    chosen: Bool[Tensor, "layer head"],
-    other: Bool[Tensor, "layer head"],
-    dropped: Bool[Tensor, "layer head"],
-    n_null: int,
-    rng: np.random.Generator,
-) -> tuple[float, ...]:
-    """The measures of one pair, in the order of `_MEASURES`."""
-    shared, null = int((chosen & other).sum()), _null(chosen, other, dropped, n_null, rng)
-    jaccard, *jaccards = _jaccard(np.array([shared, *null]), int(chosen.sum() + other.sum()))
-    low, high = np.quantile(jaccards, BAND)
-    more, equal = (null > shared).sum(), (null == shared).sum()
-    p = (1 + more + equal) / (n_null + 1)
-    mid_p = (more + rng.random() * (1 + equal)) / (n_null + 1)
-    return jaccard, float(np.mean(jaccards)), low, high, p, mid_p
-
-
-def _null(
-    chosen: Bool[Tensor, "layer head"],
-    other: Bool[Tensor, "layer head"],
-    dropped: Bool[Tensor, "layer head"],
-    n: int,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Heads shared with `other` by random sets that have the layers of `chosen` and avoid `dropped`.
-
-    Within a layer this number is hypergeometric, whichever of the two sets is random.
-    """
-    drawn, good, bad = (mask.sum(1).numpy() for mask in (chosen, other & ~dropped, ~other & ~dropped))
-    layers = (drawn > 0) & (good > 0)
-    return rng.hypergeometric(good[layers], bad[layers], drawn[layers], size=(n, int(layers.sum()))).sum(1)
-
-
-def _jaccard(shared: np.ndarray, total: int) -> np.ndarray:
-    """From the number of shared heads and the sum of both sizes; two empty sets are alike."""
-    return shared / (total - shared) if total else np.ones(shared.shape)
-
-
 def _spearman(names: tuple[str, ...], scored: Mapping[str, HeadScores]) -> Float64[Tensor, "set set"]:
     found = np.full((len(names), len(names)), np.nan)
     if scored:
@@ -286,38 +247,3 @@ def _spearman(names: tuple[str, ...], scored: Mapping[str, HeadScores]) -> Float
         with np.errstate(divide="ignore", invalid="ignore"):  # a constant map correlates with nothing: NaN
             found[np.ix_(where, where)] = np.corrcoef(ranks)
     return torch.from_numpy(found)
-
-
-def _ceiling(
-    scores: HeadScores, k: int, n_dropped: int, n_splits: int, seed: int
-) -> tuple["pandas.DataFrame | None", int | None]:
-    """Overlap of random halves within and between users, and the examples in each half."""
-    import pandas as pd
-
-    rows = {user: scores.rows(user) for user in scores.users if len(scores.rows(user)) >= 2}
-    if len(rows) < 2:
-        return None, None
-    # Fewer examples make noisier tops, so every half of every user has the same number.
-    half = min(len(own) for own in rows.values()) // 2
-    values = scores.values.double().flatten(1).numpy()
-    found = np.zeros((len(rows), len(rows)))
-    for split in range(n_splits):
-        rng = np.random.default_rng([seed, split])
-        orders = [rng.permutation(own) for own in rows.values()]
-        one = np.stack([values[order[:half]].mean(0) for order in orders])
-        two = np.stack([values[order[half : 2 * half]].mean(0) for order in orders])
-        found += _agreement(one, two, k, n_dropped) / n_splits
-    within = found.diagonal()
-    between = (found.sum(1) - within) / (len(rows) - 1)
-    columns = {"user": list(rows), "within": within, "between": between, "difference": within - between}
-    return pd.DataFrame(columns), half
-
-
-def _agreement(one: np.ndarray, two: np.ndarray, k: int, n_dropped: int) -> np.ndarray:
-    """Jaccard overlap of each row's top `k` in `one`, without the best `n_dropped` of `two`, and each in `two`."""
-    ranked = np.argsort(-one, axis=1, kind="stable")[:, : k + n_dropped]
-    place = np.argsort(np.argsort(-two, axis=1, kind="stable"), axis=1)
-    places = place[:, ranked].swapaxes(0, 1)  # (row of one, row of two, rank in one)
-    free = places >= n_dropped
-    kept = free & (free.cumsum(-1) <= k)
-    return _jaccard((kept & (places < k)).sum(-1), 2 * k)
