@@ -295,6 +295,9 @@ def test_own_rankings_use_the_own_scores_alone(probe):
     assert found["all"] == rankings("test", {"all": scores}, probe, (1, 3))[0]["all"]
     with pytest.raises(ScoreError, match="is not in these scores"):
         rankings("test", {"p": scores_of(probe[1:])}, probe, (1,), "user")
+    strangers = scores_of(probe[:3])
+    found, _ = rankings("test", {"own": scores_of(probe[3:]), "reference": strangers}, probe[3:], (2,), "user")
+    assert {heads.heads for (heads,) in found["reference"].values()} == {strangers.top(2).heads}
 
 
 def test_rankings_of_head_sets(probe):
@@ -342,6 +345,7 @@ def test_arguments_of_rankings_are_checked(probe, unchecked):
         ((family, probe, (1,), "best"), "select 'best' is unknown"),
         ((family, probe, (1,), {"q": "user"}), "'q' in exclude or select"),
         ((family, probe, (1,), "global", {"q": HEADS}), "'q' in exclude or select"),
+        (({"p": HEADS}, probe, (1,), "global", {"p": HEADS}), "exclude needs scores for family 'p'"),
     ):
         with pytest.raises(ScoreError, match=match):
             rankings("test", *arguments)
