@@ -441,6 +441,12 @@ def test_unknown_kind_names_the_kinds(llama):
     assert KINDS == ("induction", "previous_token", "duplicate_token", "retrieval", "function_vector")
 
 
+def test_a_family_is_scored_once_in_a_call(llama):
+    kinds = (Repeated("induction", n_prompts=1, length=8), Repeated("induction", n_prompts=2, length=8))
+    with pytest.raises(ScoreError, match="two families are called 'induction'"):
+        reference_heads(llama.hooked, kinds, cache=False)
+
+
 def test_families_of_a_known_model(copying, translating, tmp_path):
     found = reference_heads(copying, ("induction", "previous_token", retrieval()), cache=tmp_path, progress=False)
     assert list(found) == ["induction", "previous_token", "retrieval"]

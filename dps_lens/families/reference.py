@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from platformdirs import user_cache_path
 
+import dps_lens
 from dps_lens.errors import ScoreError
 from dps_lens.families.function_vector import FunctionVector
 from dps_lens.families.repeated import Repeated
@@ -61,7 +62,7 @@ def reference_heads(
         accuracy at chance) is NaN; `scores.defined` is then False and `manifest["reason"]` says why.
 
     Raises:
-        ScoreError: a kind is unknown.
+        ScoreError: a kind is unknown, or given twice.
     """
     found = {}
     for kind in kinds:
@@ -71,7 +72,11 @@ def reference_heads(
             "family": family.name,
             "settings": json.loads(json.dumps(family.settings())),
             "model": describe_model(model),
+            "tokenizer": _digest([len(model.tokenizer), getattr(model.tokenizer, "chat_template", None)]),
+            "version": dps_lens.__version__,
         }
+        if family.name in found:
+            raise ScoreError(f"reference_heads: two families are called {family.name!r}; score them in two calls")
         folder = None if _has_hooks(model) else _folder(cache, manifest)
         scores = _cached(folder, manifest)
         if scores is None:
@@ -104,8 +109,11 @@ def _folder(cache: bool | str | Path, manifest: dict[str, Any]) -> Path | None:
     if cache is False:
         return None
     root = user_cache_path("dps_lens") / "families" if cache is True else Path(cache)
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-    return root / f"{manifest['family']}-{key}"
+    return root / f"{manifest['family']}-{_digest(manifest)}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _cached(folder: Path | None, manifest: dict[str, Any]) -> HeadScores | None:
