@@ -153,7 +153,7 @@ def across(e: Experiment) -> dict[str, pd.DataFrame]:
             **{name: scores.top(K) for name, scores in e.refs().items() if scores.defined},
         },
         ks=(K,),
-        n_random=50,
+        n_random=20,
         max_examples=HELD_OUT["acl"],
         out=e.out / "across",
     )
