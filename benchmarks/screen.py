@@ -1,9 +1,10 @@
 """How much of the exact top 20 screening finds, and at what share of the exact cost.
 
-    python benchmarks/screen.py --users dev_questions.json --positions all --examples 8
+    python benchmarks/screen.py --users dev_questions.json --positions all --max-users 8
 
-Exact scores are computed once and kept in `--out`. Cost is counted in block passes: a head of layer l
-costs the layers from l up; attribution costs 3 passes through all layers.
+Exact scores are computed once and kept in `--out`, or read from a finished run by `--exact`. Cost is
+counted in block passes: a head of layer l costs the layers from l up; attribution costs 3 passes through
+all layers.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 import dps_lens as dps
+from dps_lens.analysis.held_out import settings_of
 
 TOP = 20
 
@@ -44,21 +46,25 @@ def main():
     parser.add_argument("--users", default="probe")
     parser.add_argument("--positions", choices=["response", "all"], default="response")
     parser.add_argument("--contrast", choices=["no_profile", "none"], default="no_profile")
-    parser.add_argument("--examples", type=int, default=8, help="one of each user")
+    parser.add_argument("--max-users", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("runs/screen"))
+    parser.add_argument("--exact", type=Path, help="a run of exact scores, whose settings are taken")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     model = dps.load_model()
-    users = dps.load_users(arguments.users, max_users=arguments.examples)
-    options = {
-        "max_examples": -(-arguments.examples // len(users)),
-        "positions": arguments.positions,
-        "contrast": None if arguments.contrast == "none" else arguments.contrast,
-    }
-    folder = arguments.out / f"{Path(arguments.users).stem}-{arguments.positions}-{arguments.contrast}"
-    exact = dps.score_heads(model, users, out=folder, **options)
+    users = [user for user in dps.load_users(arguments.users) if user.discovery_examples()][: arguments.max_users]
+    if arguments.exact:
+        exact = dps.HeadScores.load(arguments.exact)
+        options = settings_of(exact)
+    else:
+        contrast = None if arguments.contrast == "none" else arguments.contrast
+        options = {"max_examples": 1, "positions": arguments.positions, "contrast": contrast}
+        folder = arguments.out / f"{Path(arguments.users).stem}-{arguments.positions}-{arguments.contrast}"
+        exact = dps.score_heads(model, users, out=folder, **options)
+    exact = exact.without({*exact.users} - {user.id for user in users})
     estimated = dps.score_heads(model, users, method="attribution", **options)
-    print(f"{len(exact.values)} examples of {len(users)} users, positions {arguments.positions}, {arguments.contrast}")
+    about = f"positions {exact.manifest['positions']}, contrast {exact.manifest['contrast']}"
+    print(f"{len(exact.values)} examples of {len(users)} users, {about}")
     print(f"attribution alone: recall of the top {TOP} {dps.screening_recall(estimated, exact, k=TOP):.2f}")
     screened = dps.score_heads(model, users, method="screened", **options)
     print(f"method='screened', its defaults: {dps.screening_recall(screened, exact, k=TOP):.3f}")
