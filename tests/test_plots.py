@@ -39,6 +39,19 @@ def test_heatmap_holds_the_scores(scores):
     assert scores.plot().data[0].type == "heatmap"
 
 
+def test_heatmap_of_a_reference_family_names_it_and_its_unit(scores):
+    family = dps.HeadScores(
+        scores.values,
+        example_ids=scores.example_ids,
+        user_ids=scores.example_ids,
+        manifest={"family": "function_vector", "unit": "change of probability"},
+    )
+    figure = heatmap(family)
+    assert figure.layout.title.text == f"Function vector: mean of {len(scores.values)} prompts"
+    assert figure.data[0].colorbar.title.text.startswith("change of probability")
+    assert "change of probability" in figure.data[0].hovertemplate
+
+
 def test_template_is_not_made_global(scores):
     import plotly.io
 

@@ -59,6 +59,7 @@ class FunctionVector:
     """
 
     name: ClassVar[str] = "function_vector"
+    unit: ClassVar[str] = "change of probability"
 
     tasks: tuple[Task, ...] = field(default_factory=shipped_tasks)
     n_shots: int = 10

@@ -26,6 +26,11 @@ class Family(Protocol):
         """The key of its scores."""
         ...
 
+    @property
+    def unit(self) -> str:
+        """What a score counts."""
+        ...
+
     def settings(self) -> dict[str, Any]:
         """What decides the scores."""
         ...
@@ -84,6 +89,7 @@ def reference_heads(
             scores.manifest = manifest | scores.manifest
             if folder:
                 scores.save(folder)
+        scores.manifest["unit"] = family.unit
         found[family.name] = scores
     return found
 

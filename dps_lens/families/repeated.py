@@ -30,6 +30,7 @@ class Repeated:
         seed: of the tokens.
     """
 
+    unit: ClassVar[str] = "mean attention"
     kinds: ClassVar[tuple[RepeatedKind, ...]] = ("induction", "previous_token", "duplicate_token")
 
     name: RepeatedKind = "induction"

@@ -72,6 +72,7 @@ class Retrieval:
     """
 
     name: ClassVar[str] = "retrieval"
+    unit: ClassVar[str] = "share of the answer copied"
 
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)

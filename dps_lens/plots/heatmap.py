@@ -35,6 +35,7 @@ def heatmap(
     low, high = (bound.numpy() for bound in scores.ci(0.95, user, of=component))
     rank = np.empty(mean.size, dtype=int)
     rank[np.argsort(-mean.ravel(), kind="stable")] = np.arange(1, mean.size + 1)
+    unit = scores.manifest.get("unit", "nats per token")
     limit = float(np.quantile(np.abs(mean), _QUANTILE)) or 1e-9
     layers, n_heads = mean.shape
     names = [[str(Head(layer, head)) for head in range(n_heads)] for layer in range(layers)]
@@ -52,9 +53,10 @@ def heatmap(
             colorscale=SIGNED,
             xgap=1,
             ygap=1,
-            colorbar={"title": {"text": f"nats/token<br>(ends at ±{limit:.2g})"}, "thickness": 12},
+            colorbar={"title": {"text": f"{unit}<br>(ends at ±{limit:.2g})"}, "thickness": 12},
             hovertemplate=(
-                "<b>%{text}</b><br>%{z:.4f} nats/token<br>95% interval %{customdata[0]:.4f} to %{customdata[1]:.4f}"
+                f"<b>%{{text}}</b><br>%{{z:.4f}} {unit}"
+                "<br>95% interval %{customdata[0]:.4f} to %{customdata[1]:.4f}"
                 "<br>rank %{customdata[2]} of " + str(mean.size) + "<extra></extra>"
             ),
         )
@@ -79,6 +81,10 @@ def heatmap(
 
 
 def _title(scores: HeadScores, user: str | None, component: str | None) -> str:
+    if "family" in scores.manifest:
+        return (
+            f"{str(scores.manifest['family']).replace('_', ' ').capitalize()}: mean of {len(scores.user_ids)} prompts"
+        )
     contrast = scores.manifest.get("contrast")
     names = {
         "no_profile": "PCS, own profile − no profile",
