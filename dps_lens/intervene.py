@@ -129,6 +129,40 @@ class Edit:
         return torch.where(chosen & visible, scores.new_zeros(()), scores)
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Multiplies z of every head by a factor, one map a row: 0 ablates, above 1 amplifies, 1 changes nothing.
+
+    Attributes:
+        factors: `Float[Tensor, "row layer head"]`.
+        where: which positions are edited.
+    """
+
+    factors: Float[Tensor, "row layer head"]
+    where: Where = everywhere
+
+    @contextmanager
+    def on(self, model: HookedModel) -> Iterator[None]:
+        """Apply to every pass inside; hooks sit only on layers with a factor other than 1."""
+        layers = (self.factors != 1).any(dim=0).any(dim=-1).nonzero().flatten().tolist()
+        hooks = []
+        for layer in layers:
+            factors = self.factors[:, layer, None, :, None]
+            hooks.append((f"blocks.{layer}.attn.hook_z", partial(self._z, factors)))
+        with model.hooks(fwd_hooks=hooks):
+            yield
+
+    def _z(self, factors: Tensor, z: Tensor, hook: Any) -> Tensor:
+        where = self.where(z.shape[1])
+        factors = factors.to(z)
+        if isinstance(where, slice) and where == slice(None):
+            return z * factors
+        if where is None:
+            return z
+        chosen = _as_mask(where, z.shape[1], z.device)[:, :, None, None]
+        return torch.where(chosen, z * factors, z)
+
+
 def _call_with_layer(edit: Callable[[int, Tensor], Tensor | None], layer: int, tensor: Tensor, hook: Any) -> Any:
     return edit(layer, tensor)
 

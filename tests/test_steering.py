@@ -230,7 +230,7 @@ def test_bad_requests_are_named(llama, prompts_of, unchecked):
         ({"heads": SETS[:2]}, "3 prompts and 2 head sets"),
         ({"heads": SETS, "gamma": [1.0]}, "1 values of gamma"),
         ({"heads": SETS, "gamma": -1.5}, "below -1"),
-        ({"heads": SETS, "rule": "cat"}, "unknown"),
+        ({"heads": SETS, "rule": "cat"}, "rule 'cat' is unknown"),
         ({"heads": SETS, "ablation": "mean"}, "not offered"),
         ({"heads": SETS, "do_sample": True, "temperature": 0.0}, "not positive"),
         ({"heads": SETS, "top_p": 1.2}, "top_p"),

@@ -125,6 +125,11 @@ class HookedRunner(Runner):
         layers = [(key[rows], value[rows]) for key, value in prompt.layers]
         return self._cache(layers, torch.ones(len(rows), 0, dtype=torch.int, device=self.device))
 
+    def select(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
+        for entry in cache.entries:
+            entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
+        cache.previous_attention_mask = cache.previous_attention_mask[rows]
+
     def step(
         self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]
     ) -> Float[Tensor, "row d_vocab"]:

@@ -118,6 +118,10 @@ class Runner(ABC):
         """A growing cache that holds row `rows[i]` of `prompt` as its row i."""
 
     @abstractmethod
+    def select(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
+        """Keep these rows of a growing cache, in place."""
+
+    @abstractmethod
     def step(
         self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]
     ) -> Float[Tensor, "row d_vocab"]:
@@ -203,6 +207,9 @@ class BridgeRunner(Runner):
         for index, (key, value) in enumerate(prompt.layers):
             cache.update(key[rows.to(key.device)], value[rows.to(value.device)], index)
         return cache
+
+    def select(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
+        cache.batch_select_indices(rows)
 
     def step(
         self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]

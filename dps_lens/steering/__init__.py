@@ -1,5 +1,6 @@
-"""Decoding with contrast."""
+"""Decoding that contrasts the model with itself."""
 
-from dps_lens.steering.generate import Generation, generate
+from dps_lens.steering.generate import generate
+from dps_lens.steering.generation import Generation
 
 __all__ = ["Generation", "generate"]

@@ -1,67 +1,25 @@
-"""Differential Preference Steering: decode by contrasting the model with itself without some heads."""
+"""Generate with Differential Preference Steering, or a rule to compare it with, for many users at once."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from dps_lens.data import Prompt
 from dps_lens.errors import PromptError, SteeringError
-from dps_lens.heads import HeadSet
-from dps_lens.intervene import Ablation, Edit, Positions, Selection, attention_for, everywhere, row_masks
-from dps_lens.model import HookedModel, Runner
+from dps_lens.heads import Head, HeadSet
+from dps_lens.intervene import Ablation, Positions
+from dps_lens.model import HookedModel
+from dps_lens.steering.decoder import Branch, Decoder, Kind
+from dps_lens.steering.generation import Generation, Steps
+from dps_lens.steering.rules import Rule, capped, early_contrast, entropy, find_rule, plausible
 from dps_lens.steering.sampling import Sampler
 
-if TYPE_CHECKING:
-    import pandas
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What `generate` wrote, one entry a prompt.
-
-    Attributes:
-        texts: the new text.
-        tokens: the new token ids, the end-of-turn token included where there is one.
-        logprobs: log-probability of each new token under the steered distribution (before temperature).
-        shifts: the same minus its log-probability under the full model: what steering did to it.
-        settings: how it was made.
-    """
-
-    texts: list[str]
-    tokens: list[Int[Tensor, " _"]]
-    logprobs: list[Float[Tensor, " _"]]
-    shifts: list[Float[Tensor, " _"]]
-    settings: dict[str, Any]
-    _delta_logits: list[Float[Tensor, "_ d_vocab"]] | None = None
-
-    @property
-    def delta_logits(self) -> list[Float[Tensor, "_ d_vocab"]]:
-        """Steered minus full logits at every step.
-
-        Raises:
-            SteeringError: they were not kept.
-        """
-        if self._delta_logits is None:
-            raise SteeringError("delta_logits were not kept; call generate(…, keep_delta_logits=True)")
-        return self._delta_logits
-
-    def to_frame(self) -> "pandas.DataFrame":
-        """One row a prompt: text, length, mean log-probability and mean shift."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            {
-                "text": self.texts,
-                "tokens": [len(tokens) for tokens in self.tokens],
-                "logprob": [float(values.mean()) for values in self.logprobs],
-                "shift": [float(values.mean()) for values in self.shifts],
-            }
-        )
+Heads: TypeAlias = HeadSet | Mapping[Head, float]
+"""A set of heads, or heads with weights from 0 (untouched) to 1 (all of the edit)."""
 
 
 @torch.inference_mode()
@@ -69,9 +27,15 @@ def generate(
     model: HookedModel,
     prompts: "Prompt | str | Sequence[Prompt | str]",
     *,
-    heads: HeadSet | Sequence[HeadSet],
+    heads: "Heads | Sequence[Heads] | None" = None,
     gamma: float | Sequence[float] = 1.0,
-    rule: Literal["dps"] = "dps",
+    rule: str = "dps",
+    without: "Prompt | str | Sequence[Prompt | str] | None" = None,
+    alpha: float | Sequence[float] = 0.5,
+    max_gamma: float | None = None,
+    plausibility: float | None = None,
+    max_shift: float | None = None,
+    early_layers: Sequence[int] | None = None,
     ablation: Ablation = "zero",
     positions: Positions = "response",
     max_new_tokens: int = 64,
@@ -84,22 +48,37 @@ def generate(
     keep_delta_logits: bool = False,
     progress: bool = False,
 ) -> Generation:
-    """Generate with DPS: `logits = (1 + γ) · full − γ · masked` (arXiv 2604.22345).
+    """Generate by contrasting the model with itself.
 
-    Both branches see the same prompt and run as rows of one batch with a KV cache. Combining logits
-    or log-probabilities gives the same distribution: they differ by a constant a row.
+    | rule | logits | source |
+    |---|---|---|
+    | `dps` | `(1 + γ) · full − γ · masked` | arXiv 2604.22345 |
+    | `dps-entropy` | the same, γ the entropy of the full distribution in nats | its published code |
+    | `decore` | the same with the heads' attention spread evenly; for retrieval heads | arXiv 2410.18860 |
+    | `cad`, `cos` | `(1 + α) · full − α · without`, the prompt without its profile | arXiv 2305.14739, 2405.01768 |
+    | `dola` | `log p − log p_early`, of the farthest early layer; tokens under 0.1 · max p are out | arXiv 2309.03883 |
+    | `amplify` | of the model whose heads' z is multiplied by 1 + γ; no second branch | |
+    | `dps+cad` | `full + γ (full − masked) + α (full − without)`; any rule of heads with `cad` | |
+
+    All branches run as rows of one batch with a KV cache; a row that ends leaves it.
 
     Args:
         model: a hooked model.
         prompts: of `build_prompt`, or texts that are given to the model as they are. Prompts may differ
             in length; a reference answer in them is not shown to the model.
-        heads: one set for all prompts, or one a prompt.
-        gamma: strength, one for all prompts or one a prompt, at least −1. 0 is the model's own decoding and
-            costs nothing extra; −1 is the masked model.
-        rule: `"dps"`.
+        heads: one set for all prompts, or one a prompt; heads with weights (`{Head(3, 1): 0.5}`) are edited in part.
+        gamma: strength of the heads, one for all prompts or one a prompt, at least −1. 0 is the model's own
+            decoding and costs nothing extra; −1 is the masked model, in one branch.
+        rule: see above.
+        without: for `cad` and `cos`, each prompt without its profile: `build_prompt(…, profile="none")`.
+        alpha: strength of the prompt, one for all or one a prompt, at least 0.
+        max_gamma: cap of an entropy γ.
+        plausibility: rule out tokens with p under this share of the largest p of the full model.
+        max_shift: cap on KL(steered ‖ full) at every step, nats; steering is drawn back as far as needed.
+        early_layers: for `dola`, the layers to choose from; every second one of the lower half by default.
         ablation: `"zero"` or `"uniform"`, what the masked branch does to the heads.
-        positions: `"response"` (from the last prompt token on; both branches share the prompt's pass),
-            `"all"` or `"profile"`.
+        positions: `"response"` (from the last prompt token on; branches share the prompt's pass), `"all"` or
+            `"profile"`.
         max_new_tokens: stop after so many.
         do_sample: sample instead of greedy decoding.
         temperature: of sampling.
@@ -114,141 +93,219 @@ def generate(
         SteeringError: arguments do not fit together.
         PromptError: a prompt and its new tokens do not fit the context.
     """
-    batch = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
-    strengths = _per_row("gamma", gamma, len(batch))
-    sets = [heads] * len(batch) if isinstance(heads, HeadSet) else list(heads)
-    if rule != "dps":
-        raise SteeringError(f"generate: rule {rule!r} is unknown; use 'dps'")
-    if not batch or len(sets) != len(batch):
-        raise SteeringError(f"generate: {len(batch)} prompts and {len(sets)} head sets; give one set for each prompt")
-    if ablation not in ("zero", "uniform"):
-        raise SteeringError(f"generate: ablation {ablation!r} is not offered here; use 'zero' or 'uniform'")
-    if max_new_tokens < 1:
-        raise SteeringError(f"generate: max_new_tokens {max_new_tokens} asks for no token")
-    if min(strengths) < -1:
-        raise SteeringError(f"generate: gamma {min(strengths)} is below -1, the masked model")
+    found = find_rule(rule)
+    ablation = "uniform" if found.uniform else ablation
+    batch = _as_list(prompts)
+    gammas = _per_row("gamma", gamma, len(batch)) if found.needs_heads else [0.0] * len(batch)
+    alphas = _per_row("alpha", alpha, len(batch)) if found.prompt else [0.0] * len(batch)
+    _check(found, rule, ablation, max_new_tokens, gammas, alphas, plausibility, max_shift)
     sampler = Sampler(do_sample, temperature, top_k, top_p)
     generators = [torch.Generator().manual_seed(int(value)) for value in _per_row("seed", seed, len(batch))]
-    steps = _Steps(model, batch, sets, torch.tensor(strengths), ablation, positions, max_new_tokens)
+    sets = _sets(heads, len(batch), found)
+    branches = _branches(model, batch, _others(without, batch, found), sets, gammas, alphas, found, ablation, positions)
+    _check_length(model, branches, max_new_tokens)
+    early = _early_layers(model, early_layers) if found.early else []
     ends = _end_tokens(model) if stop_at_eos else set()
-    chosen, logprobs, shifts, deltas = [], [], [], []
-    running = torch.ones(len(batch), dtype=torch.bool)
-    for full, steered in tqdm(steps, total=max_new_tokens, desc="generating", disable=None if progress else True):
-        token = sampler(steered, generators)
-        logprob = _logprob(steered, token)
-        chosen.append(token.cpu())
-        logprobs.append(logprob.cpu())
-        shifts.append((logprob - _logprob(full, token)).cpu())
-        if keep_delta_logits:
-            deltas.append((steered - full).cpu())
-        running &= torch.tensor([int(value) not in ends for value in token])
-        if not bool(running.any()):
-            break
-        steps.push(token)
-    lengths = [_length(row, ends) for row in torch.stack(chosen, dim=1).tolist()]
-
-    def by_row(columns: list[Tensor]) -> list[Tensor]:
-        return [torch.stack([column[row] for column in columns])[:n] for row, n in enumerate(lengths)]
-
-    tokens = by_row(chosen)
-    return Generation(
-        [model.tokenizer.decode(row, skip_special_tokens=True) for row in tokens],
-        tokens,
-        by_row(logprobs),
-        by_row(shifts),
-        {
-            "rule": rule,
-            "gamma": strengths,
-            "heads": [str(head_set) for head_set in sets],
-            "ablation": ablation,
-            "positions": positions,
-            "seed": seed,
-        },
-        by_row(deltas) if keep_delta_logits else None,
-    )
+    steps = Steps(len(batch), keep_delta_logits)
+    running, token = list(range(len(batch))), None
+    bar = tqdm(total=max_new_tokens, desc="generating", disable=None if progress else True)
+    with bar, Decoder(model, branches, ablation=ablation, positions=positions) as decoder:
+        for _ in range(max_new_tokens):
+            logits, seen = decoder.step(token, early)
+            full, steered = _combine(logits, decoder.branches, running, found, gammas, alphas, max_gamma)
+            if found.early:
+                steered = early_contrast(full, seen)
+            if plausibility is not None:
+                steered = plausible(steered, torch.where(full.isnan(), steered, full), plausibility)
+            if max_shift is not None:
+                steered = capped(steered, full, max_shift)
+            chosen = sampler(steered, [generators[row] for row in running])
+            steps.add(running, chosen, full, steered)
+            bar.update()
+            going = [int(value) not in ends for value in chosen]
+            if not any(going):
+                break
+            if not all(going):
+                left = {row for row, goes in zip(running, going, strict=True) if goes}
+                decoder.keep(torch.tensor([branch.request in left for branch in decoder.branches]))
+                chosen = chosen[torch.tensor(going, device=chosen.device)]
+                running = [row for row in running if row in left]
+            order = torch.tensor([running.index(branch.request) for branch in decoder.branches], device=chosen.device)
+            token = chosen[order]
+    settings: dict[str, Any] = {"rule": rule, "gamma": gammas, "alpha": alphas, "heads": [_names(one) for one in sets]}
+    settings |= {"ablation": ablation, "positions": positions, "plausibility": plausibility, "max_shift": max_shift}
+    return steps.generation(model.tokenizer, settings | {"max_gamma": max_gamma, "seed": seed})
 
 
-class _Steps:
-    """Iterates over `(full, steered)` logits; `push` hands in the tokens chosen from them."""
+def _combine(
+    logits: Float[Tensor, "branch d_vocab"],
+    branches: Sequence[Branch],
+    running: Sequence[int],
+    rule: Rule,
+    gammas: Sequence[float],
+    alphas: Sequence[float],
+    max_gamma: float | None,
+) -> tuple[Float[Tensor, "row d_vocab"], Float[Tensor, "row d_vocab"]]:
+    """Full and steered logits of every running request; full is NaN where the full model did not run."""
+    place = {(branch.request, branch.kind): index for index, branch in enumerate(branches)}
 
-    def __init__(
-        self,
-        model: HookedModel,
-        batch: Sequence[Prompt | str],
-        sets: Sequence[HeadSet],
-        strengths: Float[Tensor, " row"],
-        ablation: Ablation,
-        positions: Positions,
-        max_new_tokens: int,
-    ) -> None:
-        self.model, self.runner, self.ablation, self.positions = model, Runner.of(model), ablation, positions
-        self.max_new_tokens = max_new_tokens
-        self.strengths = strengths.to(self.runner.device)
-        self.branched = (self.strengths != 0).nonzero().flatten()
-        rows = [_ids(model, prompt) for prompt in batch]
-        longest = max(len(row) for row in rows)
-        if longest + max_new_tokens > model.cfg.n_ctx:
-            raise PromptError(
-                f"generate: {longest} prompt tokens and {max_new_tokens} new ones do not fit the context of "
-                f"{model.cfg.n_ctx}; lower max_new_tokens or shorten the prompt"
-            )
-        pad = model.tokenizer.pad_token_id or 0
-        self.tokens = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=pad) for row in rows])
-        self.mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
-        self.profile = torch.stack(
-            [_profile(prompt, longest, len(row)) for prompt, row in zip(batch, rows, strict=True)]
-        )
-        if positions == "profile" and not bool(self.profile[self.branched.cpu()].any(-1).all()):
+    def of(kind: Kind) -> Float[Tensor, "row d_vocab"]:
+        rows = torch.tensor([place.get((row, kind), -1) for row in running], device=logits.device)
+        return torch.where(rows[:, None] >= 0, logits[rows], torch.nan)
+
+    def each(values: Sequence[float]) -> Float[Tensor, "row 1"]:
+        return torch.tensor([float(values[row]) for row in running], device=logits.device)[:, None]
+
+    full, edited = of("full"), of("edited")
+    # Where the full model does not run, the edited one is what is steered.
+    base = torch.where(full.isnan(), edited, full)
+    steered = base
+    if rule.heads:
+        strength = each(gammas)
+        if rule.adaptive:
+            free = entropy(base)[:, None]
+            strength = free if max_gamma is None else free.clamp(max=max_gamma)
+        steered = steered + torch.where(edited.isnan(), 0.0, strength * (base - edited))
+    if rule.prompt:
+        other = of("without")
+        steered = steered + torch.where(other.isnan(), 0.0, each(alphas) * (base - other))
+    return full, steered
+
+
+def _branches(
+    model: HookedModel,
+    batch: Sequence[Prompt | str],
+    others: Sequence[Prompt | str],
+    sets: Sequence[Heads],
+    gammas: Sequence[float],
+    alphas: Sequence[float],
+    rule: Rule,
+    ablation: Ablation,
+    positions: Positions,
+) -> list[Branch]:
+    """Rows of the batch: the full model, then what it is contrasted with, for the requests that need it."""
+    untouched = torch.ones(model.cfg.n_layers, model.cfg.n_heads)
+    found: dict[Kind, list[Branch]] = {"full": [], "edited": [], "without": []}
+    for row, (prompt, other, heads) in enumerate(zip(batch, others, sets, strict=True)):
+        tokens, profile = _ids(model, prompt), _profile(prompt)
+        alone = rule.amplify or (rule.heads and not rule.adaptive and not rule.prompt and gammas[row] == -1)
+        edits = rule.needs_heads and gammas[row] != 0
+        if edits and positions == "profile" and profile[0] == profile[1]:
             raise SteeringError("generate: positions='profile' needs prompts that show a profile")
-        self.tokens, self.mask = self.tokens.to(self.runner.device), self.mask.to(self.runner.device)
-        everyone = torch.arange(len(batch), device=self.runner.device)
-        self.order = torch.cat([everyone, self.branched])
-        masks = row_masks(list(sets), model.cfg).to(self.runner.device)
-        # Rows of the full branch carry empty masks.
-        self.masks = torch.cat([torch.zeros_like(masks), masks[self.branched]])
-
-    def __iter__(self) -> Any:
-        n_full = len(self.tokens)
-        with attention_for(self.model, self.ablation):
-            cache = self._prefill()
-            self.next = self.tokens[self.order][:, -1:]
-            mask = self.mask[self.order]
-            edit = Edit(self.masks, self.ablation, everywhere if self.positions != "profile" else _nowhere)
-            for step in range(self.max_new_tokens):
-                if step:
-                    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-                with edit.on(self.model):
-                    logits = self.runner.step(self.next, cache, mask).float()
-                full = logits[:n_full]
-                steered = full.clone()
-                strength = self.strengths[self.branched, None]
-                steered[self.branched] = (1 + strength) * full[self.branched] - strength * logits[n_full:]
-                yield full, steered
-
-    def push(self, tokens: Int[Tensor, " row"]) -> None:
-        self.next = tokens[self.order, None]
-
-    def _prefill(self) -> Any:
-        """Everything before the last prompt token: once a prompt, or once a branch where branches differ there."""
-        if self.positions == "response":
-            rows = torch.cat([self.tokens, self.mask], dim=1)
-            _, same = rows.unique(dim=0, return_inverse=True)
-            first = torch.stack([(same == index).nonzero()[0, 0] for index in range(int(same.max()) + 1)])
-            prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first, :-1])
-            return self.runner.start_decoding(prompt, same[self.order])
-        where = self.profile[self.order.cpu()][:, :-1]
-
-        def profile(n_pos: int) -> Selection:
-            return where
-
-        edit = Edit(self.masks, self.ablation, profile if self.positions == "profile" else everywhere)
-        with edit.on(self.model):
-            prompt = self.runner.prefill(self.tokens[self.order][:, :-1], self.mask[self.order][:, :-1])
-        return self.runner.start_decoding(prompt, torch.arange(len(self.order), device=self.order.device))
+        if not (alone and edits):
+            found["full"].append(Branch(row, "full", tokens, profile, untouched))
+        if edits:
+            factors = _factors(model, heads, gammas[row] if rule.amplify else -1.0, ablation)
+            found["edited"].append(Branch(row, "edited", tokens, profile, factors))
+        if rule.prompt and alphas[row]:
+            ids = _ids(model, other)
+            if ids.tolist() == tokens.tolist():
+                raise SteeringError(
+                    f"generate: prompt {row} and its without= are the same; the contrast would be nothing"
+                )
+            found["without"].append(Branch(row, "without", ids, _profile(other), untouched))
+    return [branch for kind in found.values() for branch in kind]
 
 
-def _nowhere(n_pos: int) -> Selection:
-    return None
+def _factors(model: HookedModel, heads: Heads, change: float, ablation: Ablation) -> Float[Tensor, "layer head"]:
+    """What z of each head is multiplied by: 1 + weight · change."""
+    weights = {head: 1.0 for head in heads} if isinstance(heads, HeadSet) else dict(heads)
+    HeadSet(weights).mask(model.cfg)
+    if any(not 0 <= weight <= 1 for weight in weights.values()):
+        raise SteeringError("generate: weights of heads lie between 0 (untouched) and 1")
+    if ablation == "uniform" and any(weight not in (0, 1) for weight in weights.values()):
+        raise SteeringError("generate: ablation 'uniform' edits a head as a whole; use weights 0 and 1, or 'zero'")
+    factors = torch.ones(model.cfg.n_layers, model.cfg.n_heads)
+    for head, weight in weights.items():
+        factors[head] = 1 + weight * change
+    return factors
+
+
+def _sets(heads: "Heads | Sequence[Heads] | None", rows: int, rule: Rule) -> list[Heads]:
+    if not rule.needs_heads:
+        return [HeadSet()] * rows
+    if heads is None:
+        raise SteeringError("generate: this rule needs heads=, such as scores.top(10)")
+    sets: list[Any] = [heads] * rows if isinstance(heads, (HeadSet, Mapping)) else list(heads)
+    if len(sets) != rows:
+        raise SteeringError(f"generate: {rows} prompts and {len(sets)} head sets; give one set for each prompt")
+    return sets
+
+
+def _others(without: Any, batch: Sequence[Prompt | str], rule: Rule) -> Sequence[Prompt | str]:
+    if not rule.prompt:
+        return batch
+    if without is None:
+        raise SteeringError("generate: this rule needs without=, each prompt without its profile (profile='none')")
+    others = _as_list(without)
+    if len(others) != len(batch):
+        raise SteeringError(f"generate: {len(batch)} prompts and {len(others)} in without=; give one for each prompt")
+    return others
+
+
+def _check(
+    rule: Rule,
+    name: str,
+    ablation: Ablation,
+    max_new_tokens: int,
+    gammas: Sequence[float],
+    alphas: Sequence[float],
+    plausibility: float | None,
+    max_shift: float | None,
+) -> None:
+    if ablation not in ("zero", "uniform"):
+        raise SteeringError(f"generate: ablation {ablation!r} is not offered here; use 'zero' or 'uniform'")
+    if rule.amplify and ablation != "zero":
+        raise SteeringError(f"generate: rule {name!r} scales z; it takes no ablation but the default")
+    if max_new_tokens < 1:
+        raise SteeringError(f"generate: max_new_tokens {max_new_tokens} asks for no token")
+    if min(gammas) < -1:
+        raise SteeringError(f"generate: gamma {min(gammas)} is below -1, the masked model")
+    if min(alphas) < 0:
+        raise SteeringError(f"generate: alpha {min(alphas)} is below 0")
+    if plausibility is not None and not 0 < plausibility <= 1:
+        raise SteeringError(f"generate: plausibility {plausibility} is a share above 0, at most 1")
+    if max_shift is not None:
+        if max_shift <= 0:
+            raise SteeringError(f"generate: max_shift {max_shift} leaves nothing to steer; it is a KL above 0, in nats")
+        if rule.amplify or rule.early or -1 in gammas or plausibility is not None:
+            raise SteeringError(
+                "generate: max_shift draws back to the full model; it goes with contrasts of heads or prompts, without "
+                "plausibility, and not with gamma -1"
+            )
+
+
+def _check_length(model: HookedModel, branches: Sequence[Branch], max_new_tokens: int) -> None:
+    longest = max(len(branch.tokens) for branch in branches)
+    if longest + max_new_tokens > model.cfg.n_ctx:
+        raise PromptError(
+            f"generate: {longest} prompt tokens and {max_new_tokens} new ones do not fit the context of "
+            f"{model.cfg.n_ctx}; lower max_new_tokens or shorten the prompt"
+        )
+
+
+def _early_layers(model: HookedModel, layers: Sequence[int] | None) -> list[int]:
+    n_layers = model.cfg.n_layers
+    if layers is None:
+        return list(range(2, n_layers // 2 + 1, 2)) or [max(1, n_layers // 2)]
+    if not layers or not all(0 < layer < n_layers for layer in layers):
+        raise SteeringError(f"generate: early_layers {list(layers)} are not layers between 1 and {n_layers - 1}")
+    return list(layers)
+
+
+def _as_list(prompts: Any) -> list[Prompt | str]:
+    found = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
+    if not found:
+        raise SteeringError("generate: no prompts were given")
+    return found
+
+
+def _names(heads: Heads) -> str:
+    return str(heads) if isinstance(heads, HeadSet) else ",".join(f"{Head(*h)}:{w:g}" for h, w in heads.items())
+
+
+def _profile(prompt: Prompt | str) -> tuple[int, int]:
+    return prompt.spans["profile"] if isinstance(prompt, Prompt) else (0, 0)
 
 
 def _ids(model: HookedModel, prompt: Prompt | str) -> Int[Tensor, " pos"]:
@@ -265,14 +322,6 @@ def _ids(model: HookedModel, prompt: Prompt | str) -> Int[Tensor, " pos"]:
     return ids
 
 
-def _profile(prompt: Prompt | str, longest: int, length: int) -> Bool[Tensor, " pos"]:
-    inside = torch.zeros(longest, dtype=torch.bool)
-    if isinstance(prompt, Prompt):
-        start, stop = prompt.spans["profile"]
-        inside[longest - length + start : longest - length + stop] = True
-    return inside
-
-
 def _per_row(name: str, value: Any, rows: int) -> list[Any]:
     values = list(value) if isinstance(value, Sequence) else [value] * rows
     if len(values) != rows:
@@ -280,17 +329,8 @@ def _per_row(name: str, value: Any, rows: int) -> list[Any]:
     return values
 
 
-def _logprob(logits: Float[Tensor, "row d_vocab"], token: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    return logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-
-
 def _end_tokens(model: HookedModel) -> set[int]:
     config = getattr(getattr(model, "original_model", None), "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     found = set(ends) if isinstance(ends, (list, tuple)) else {ends}
     return {int(token) for token in (*found, model.tokenizer.eos_token_id) if token is not None}
-
-
-def _length(row: list[int], ends: set[int]) -> int:
-    """Tokens of a row up to its first end token, that token included."""
-    return next((index + 1 for index, token in enumerate(row) if token in ends), len(row))

@@ -1,0 +1,145 @@
+"""Branches decoded as rows of one batch, each with its own prompt and its own heads scaled."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dps_lens.intervene import Ablation, Edit, Positions, Scale, Selection, attention_for, everywhere
+from dps_lens.model import HookedModel, Residuals, Runner
+from dps_lens.model.runner import recorders
+
+Kind: TypeAlias = Literal["full", "edited", "without"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One row of the batch.
+
+    Attributes:
+        request: the prompt that it belongs to.
+        kind: the full model, the model with edited heads, or the prompt without its profile.
+        tokens: ids that it starts from.
+        profile: where the profile stands in them, `(start, stop)`.
+        factors: `Float[Tensor, "layer head"]`, what z of each head is multiplied by; 1 changes nothing.
+    """
+
+    request: int
+    kind: Kind
+    tokens: Int[Tensor, " pos"]
+    profile: tuple[int, int]
+    factors: Float[Tensor, "layer head"]
+
+
+class Decoder:
+    """Decodes branches step by step; a context manager, inside which the heads are edited.
+
+    With `positions="response"` equal prompts are run once, whatever their branches. Rows are left-padded.
+
+    Attributes:
+        branches: rows that still run.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        branches: Sequence[Branch],
+        *,
+        ablation: Ablation = "zero",
+        positions: Positions = "response",
+    ) -> None:
+        self.model, self.runner = model, Runner.of(model)
+        self.ablation, self.positions = ablation, positions
+        self.branches = list(branches)
+        device = self.runner.device
+        longest = max(len(branch.tokens) for branch in branches)
+        pad = model.tokenizer.pad_token_id or 0
+        gaps = [longest - len(branch.tokens) for branch in branches]
+        padded = [
+            torch.nn.functional.pad(branch.tokens, (gap, 0), value=pad)
+            for branch, gap in zip(branches, gaps, strict=True)
+        ]
+        self.tokens = torch.stack(padded).to(device)
+        self.mask = torch.stack([(torch.arange(longest) >= gap).long() for gap in gaps]).to(device)
+        self.factors = torch.stack([branch.factors for branch in branches]).to(device)
+        self._profile = torch.zeros(len(branches), longest - 1, dtype=torch.bool)
+        for row, (branch, gap) in enumerate(zip(branches, gaps, strict=True)):
+            self._profile[row, gap + branch.profile[0] : gap + branch.profile[1]] = True
+        self._stack, self._hooks = ExitStack(), ExitStack()
+
+    def __enter__(self) -> "Decoder":
+        self._stack.enter_context(attention_for(self.model, self.ablation))
+        try:
+            self.cache = self._prefill()
+            self._install()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.close()
+        self._stack.close()
+
+    def _install(self) -> None:
+        """Hooks for the rows that run; on the layers only where a head of some row is edited."""
+        self._hooks.close()
+        if self.positions != "profile":
+            self._hooks.enter_context(self._edit(everywhere).on(self.model))
+
+    def _edit(self, where: "Scale | Edit | object") -> Scale | Edit:
+        if self.ablation == "uniform":
+            return Edit(self.factors == 0, "uniform", where)  # type: ignore[arg-type]
+        return Scale(self.factors, where)  # type: ignore[arg-type]
+
+    def _prefill(self) -> object:
+        """Everything before the last prompt token: once a prompt, or once a branch where branches differ there."""
+        if self.positions == "response":
+            rows = torch.cat([self.tokens, self.mask], dim=1)
+            _, same = rows.unique(dim=0, return_inverse=True)
+            first = torch.stack([(same == index).nonzero()[0, 0] for index in range(int(same.max()) + 1)])
+            prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first, :-1])
+            return self.runner.start_decoding(prompt, same)
+
+        def profile(n_pos: int) -> Selection:
+            return self._profile
+
+        with self._edit(profile if self.positions == "profile" else everywhere).on(self.model):
+            prompt = self.runner.prefill(self.tokens[:, :-1], self.mask[:, :-1])
+        return self.runner.start_decoding(prompt, torch.arange(len(self.tokens), device=self.tokens.device))
+
+    def step(
+        self, tokens: Int[Tensor, " row"] | None = None, early: Sequence[int] = ()
+    ) -> tuple[Float[Tensor, "row d_vocab"], Float[Tensor, "layer row d_vocab"]]:
+        """Logits after one more token a row, and those read off early layers.
+
+        Args:
+            tokens: the tokens; None runs the last token of the prompts.
+            early: layers whose entering residual stream goes straight to the final norm and unembedding.
+        """
+        if tokens is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        column = self.tokens[:, -1:] if tokens is None else tokens[:, None]
+        seen: Residuals = dict.fromkeys(early)
+        with self.model.hooks(fwd_hooks=recorders(seen)) if early else nullcontext():
+            logits = self.runner.step(column, self.cache, self.mask).float()
+        if not early:
+            return logits, logits.new_empty(0, *logits.shape)
+        stacked = torch.cat([seen[layer] for layer in early])
+        read = self.runner.resume({self.runner.cfg.n_layers: stacked}, column[:1])
+        return logits, read.float().reshape(len(early), *logits.shape)
+
+    def keep(self, rows: Bool[Tensor, " row"]) -> None:
+        """Let the other rows leave the batch."""
+        index = rows.nonzero().flatten().to(self.mask.device)
+        self.branches = [branch for branch, stays in zip(self.branches, rows.tolist(), strict=True) if stays]
+        self.mask, self.factors = self.mask[index], self.factors[index]
+        self.runner.select(self.cache, index)
+        self._install()
