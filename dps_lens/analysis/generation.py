@@ -119,7 +119,7 @@ def ablated_generation(
         key = f"{example.user_id}|{example.id}"
         unit = folder.get(key) if folder else None
         if unit is None:
-            written = generate(
+            written: Any = generate(
                 model,
                 [sets.build(example, "own")] * len(heads),
                 heads=heads,

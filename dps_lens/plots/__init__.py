@@ -6,5 +6,6 @@ from dps_lens.plots.overlap import overlap
 from dps_lens.plots.report import verdict, write_report
 from dps_lens.plots.stability import stability_curve
 from dps_lens.plots.theme import TEMPLATE
+from dps_lens.plots.token_shift import token_shift
 
-__all__ = ["TEMPLATE", "ablation", "heatmap", "overlap", "stability_curve", "verdict", "write_report"]
+__all__ = ["TEMPLATE", "ablation", "heatmap", "overlap", "stability_curve", "token_shift", "verdict", "write_report"]

@@ -1,6 +1,6 @@
 """Generate with Differential Preference Steering, or a rule to compare it with, for many users at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +14,7 @@ from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Ablation, Positions
 from dps_lens.model import HookedModel
 from dps_lens.steering.decoder import Branch, Decoder, Kind
-from dps_lens.steering.generation import Generation, Steps
+from dps_lens.steering.generation import Generation, Steps, TextStream
 from dps_lens.steering.rules import Rule, capped, early_contrast, entropy, find_rule, plausible
 from dps_lens.steering.sampling import Sampler
 
@@ -22,7 +22,6 @@ Heads: TypeAlias = HeadSet | Mapping[Head, float]
 """A set of heads, or heads with weights from 0 (untouched) to 1 (all of the edit)."""
 
 
-@torch.inference_mode()
 def generate(
     model: HookedModel,
     prompts: "Prompt | str | Sequence[Prompt | str]",
@@ -46,8 +45,10 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop_at_eos: bool = True,
     keep_delta_logits: bool = False,
+    keep_alternatives: int = 0,
+    stream: bool = False,
     progress: bool = False,
-) -> Generation:
+) -> Generation | TextStream:
     """Generate by contrasting the model with itself.
 
     | rule | logits | source |
@@ -87,6 +88,8 @@ def generate(
         seed: of sampling, one for all prompts or one a prompt.
         stop_at_eos: end a row at the model's end-of-text or end-of-turn token.
         keep_delta_logits: keep steered minus full logits of every step.
+        keep_alternatives: keep so many tokens that gained, and that lost, most probability at every step.
+        stream: return an iterator of `(row, new text)` as it is written; its `.generation` is the whole.
         progress: show a progress bar.
 
     Raises:
@@ -106,22 +109,58 @@ def generate(
     _check_length(model, branches, max_new_tokens)
     early = _early_layers(model, early_layers) if found.early else []
     ends = _end_tokens(model) if stop_at_eos else set()
-    steps = Steps(len(batch), keep_delta_logits)
-    running, token = list(range(len(batch))), None
+    settings: dict[str, Any] = {"rule": rule, "gamma": gammas, "alpha": alphas, "heads": [_names(one) for one in sets]}
+    settings |= {"ablation": ablation, "positions": positions, "plausibility": plausibility, "max_shift": max_shift}
+    steps = Steps(
+        model.tokenizer,
+        len(batch),
+        keep_delta_logits,
+        keep_alternatives,
+        settings | {"max_gamma": max_gamma, "seed": seed},
+    )
+
+    def combine(logits: Tensor, seen: Tensor, left: Sequence[Branch], running: Sequence[int]) -> tuple[Tensor, Tensor]:
+        full, steered = _combine(logits, left, running, found, gammas, alphas, max_gamma)
+        if found.early:
+            steered = early_contrast(full, seen)
+        if plausibility is not None:
+            steered = plausible(steered, torch.where(full.isnan(), steered, full), plausibility)
+        return full, steered if max_shift is None else capped(steered, full, max_shift)
+
+    def choose(steered: Tensor, running: Sequence[int]) -> Tensor:
+        return sampler(steered, [generators[row] for row in running])
+
+    decoder = Decoder(model, branches, ablation=ablation, positions=positions)
+    written = _decode(decoder, combine, choose, steps, max_new_tokens, early, ends, progress)
+    if stream:
+        return TextStream(written, steps)
+    for _ in written:
+        pass
+    return steps.generation()
+
+
+@torch.inference_mode()
+def _decode(
+    decoder: Decoder,
+    combine: Callable[..., tuple[Tensor, Tensor]],
+    choose: Callable[[Tensor, Sequence[int]], Tensor],
+    steps: Steps,
+    max_new_tokens: int,
+    early: Sequence[int],
+    ends: set[int],
+    progress: bool,
+) -> Iterator[list[int]]:
+    """Step by step; yields the requests that got a token, which is in `steps`."""
+    running, token = list(range(steps.rows)), None
     bar = tqdm(total=max_new_tokens, desc="generating", disable=None if progress else True)
-    with bar, Decoder(model, branches, ablation=ablation, positions=positions) as decoder:
+    with bar, decoder:
         for _ in range(max_new_tokens):
             logits, seen = decoder.step(token, early)
-            full, steered = _combine(logits, decoder.branches, running, found, gammas, alphas, max_gamma)
-            if found.early:
-                steered = early_contrast(full, seen)
-            if plausibility is not None:
-                steered = plausible(steered, torch.where(full.isnan(), steered, full), plausibility)
-            if max_shift is not None:
-                steered = capped(steered, full, max_shift)
-            chosen = sampler(steered, [generators[row] for row in running])
+            full, steered = combine(logits, seen, decoder.branches, running)
+            chosen = choose(steered, running)
             steps.add(running, chosen, full, steered)
             bar.update()
+            yield running
             going = [int(value) not in ends for value in chosen]
             if not any(going):
                 break
@@ -132,9 +171,6 @@ def generate(
                 running = [row for row in running if row in left]
             order = torch.tensor([running.index(branch.request) for branch in decoder.branches], device=chosen.device)
             token = chosen[order]
-    settings: dict[str, Any] = {"rule": rule, "gamma": gammas, "alpha": alphas, "heads": [_names(one) for one in sets]}
-    settings |= {"ablation": ablation, "positions": positions, "plausibility": plausibility, "max_shift": max_shift}
-    return steps.generation(model.tokenizer, settings | {"max_gamma": max_gamma, "seed": seed})
 
 
 def _combine(

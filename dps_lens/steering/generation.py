@@ -1,6 +1,6 @@
 """What `generate` returns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from dps_lens.steering.rules import divergence
 
 if TYPE_CHECKING:
     import pandas
+    import plotly.graph_objects
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Generation:
         shifts: the same minus its log-probability under the full model: what steering did to it. NaN where the
             full model did not run (γ = −1, `amplify`).
         kl: KL(steered ‖ full) at each step, nats: how hard the steering was; NaN as `shifts`.
+        pieces: the text of each new token.
         settings: how it was made.
+        alternatives: for each step, tokens by what steering did to their probability, most gained first, most lost
+            last: `(piece, p steered − p full)`; empty unless kept.
     """
 
     texts: list[str]
@@ -34,7 +38,9 @@ class Generation:
     logprobs: list[Float[Tensor, " _"]]
     shifts: list[Float[Tensor, " _"]]
     kl: list[Float[Tensor, " _"]]
+    pieces: list[list[str]]
     settings: dict[str, Any]
+    alternatives: list[list[list[tuple[str, float]]]] = field(default_factory=list)
     _delta_logits: list[Float[Tensor, "_ d_vocab"]] | None = None
 
     @property
@@ -47,6 +53,12 @@ class Generation:
         if self._delta_logits is None:
             raise SteeringError("delta_logits were not kept; call generate(…, keep_delta_logits=True)")
         return self._delta_logits
+
+    def plot(self, row: int = 0) -> "plotly.graph_objects.Figure":
+        """`dps_lens.plots.token_shift` of one prompt."""
+        from dps_lens.plots import token_shift
+
+        return token_shift(self, row=row)
 
     def to_frame(self) -> "pandas.DataFrame":
         """One row a prompt: text, length, mean log-probability, mean shift and mean KL a step."""
@@ -67,8 +79,11 @@ class Generation:
 class Steps:
     """Collects what a decoding loop chooses, row by row."""
 
+    tokenizer: Any
     rows: int
-    keep_delta_logits: bool = False
+    keep_delta_logits: bool
+    keep_alternatives: int
+    settings: dict[str, Any]
     columns: dict[str, list[list[Tensor]]] = field(default_factory=dict)
 
     def add(
@@ -88,17 +103,81 @@ class Steps:
         }
         if self.keep_delta_logits:
             step["deltas"] = steered - full
+        if self.keep_alternatives:
+            change = steered.softmax(-1) - full.softmax(-1)
+            up, down = change.topk(self.keep_alternatives), (-change).topk(self.keep_alternatives)
+            step["moved"] = torch.cat([up.indices, down.indices.flip(-1)], dim=-1)
+            step["moves"] = torch.cat([up.values, -down.values.flip(-1)], dim=-1)
         for name, values in step.items():
             column = self.columns.setdefault(name, [[] for _ in range(self.rows)])
             for row, value in zip(running, values.cpu(), strict=True):
                 column[row].append(value)
 
-    def generation(self, tokenizer: Any, settings: dict[str, Any]) -> Generation:
+    def text(self, row: int) -> str:
+        """What a row has written so far."""
+        return self.tokenizer.decode(torch.stack(self.columns["tokens"][row]), skip_special_tokens=True)
+
+    def generation(self) -> Generation:
         """Everything that was chosen."""
         found = {name: [torch.stack(values) for values in column] for name, column in self.columns.items()}
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in found["tokens"]]
-        tokens, logprobs, shifts, kl = (found[name] for name in ("tokens", "logprobs", "shifts", "kl"))
-        return Generation(texts, tokens, logprobs, shifts, kl, settings, found.get("deltas"))
+        alternatives = [
+            [
+                [(self.tokenizer.decode([token]), change) for token, change in zip(*step, strict=True)]
+                for step in zip(ids.tolist(), changes.tolist(), strict=True)
+            ]
+            for ids, changes in zip(found.get("moved", []), found.get("moves", []), strict=True)
+        ]
+        return Generation(
+            texts=[self.text(row) for row in range(self.rows)],
+            tokens=found["tokens"],
+            logprobs=found["logprobs"],
+            shifts=found["shifts"],
+            kl=found["kl"],
+            pieces=[[self.tokenizer.decode([token]) for token in row.tolist()] for row in found["tokens"]],
+            settings=self.settings,
+            alternatives=alternatives,
+            _delta_logits=found.get("deltas"),
+        )
+
+
+class TextStream:
+    """Iterates over `(row, new text)` while the text is written; an end of the loop ends the generation.
+
+    A character that is still incomplete waits for its next token.
+    """
+
+    def __init__(self, written: Iterator[list[int]], steps: Steps) -> None:
+        self._steps, self._done = steps, False
+        self._pieces = self._run(written)
+
+    def _run(self, written: Iterator[list[int]]) -> Iterator[tuple[int, str]]:
+        shown = [""] * self._steps.rows
+        for running in written:
+            for row in running:
+                text = self._steps.text(row)
+                if text.endswith("\ufffd"):
+                    continue
+                if len(text) > len(shown[row]):
+                    yield row, text[len(shown[row]) :]
+                    shown[row] = text
+        for row in range(self._steps.rows):
+            if rest := self._steps.text(row)[len(shown[row]) :]:
+                yield row, rest
+        self._done = True
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return self._pieces
+
+    @property
+    def generation(self) -> Generation:
+        """The whole, once the text is written.
+
+        Raises:
+            SteeringError: the stream has not ended.
+        """
+        if not self._done:
+            raise SteeringError("the stream has not ended; iterate over it first")
+        return self._steps.generation()
 
 
 def _logprob(logits: Float[Tensor, "row d_vocab"], token: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
