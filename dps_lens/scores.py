@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -113,6 +114,13 @@ class HeadScores:
         rows = [index for index, owner in enumerate(self.user_ids) if owner not in users]
         if not rows:
             raise ScoreError(f"without: all of the {len(self.users)} users are left out")
+        return self._take(rows)
+
+    def newest(self, n: int) -> "HeadScores":
+        """The last `n` examples of each user."""
+        return self._take([row for user in self.users for row in self.rows(user)[-n:]])
+
+    def _take(self, rows: Sequence[int]) -> "HeadScores":
         return HeadScores(
             self.values[rows],
             example_ids=[self.example_ids[row] for row in rows],
@@ -186,8 +194,8 @@ class HeadScores:
             if baseline is None:
                 raise ScoreError("top: max_cost needs scores with a contrast")
             allowed = self.mean(user, of=baseline) <= max_cost
-        for head in exclude or ():
-            allowed[head] = False
+        if exclude is not None:
+            allowed &= ~exclude.mask(SimpleNamespace(n_layers=mean.shape[0], n_heads=mean.shape[1]))
         candidates = [Head(int(layer), int(head)) for layer, head in allowed.nonzero().tolist()]
         if k > len(candidates) or k < 0:
             raise HeadError(f"top: asked for {k} of {len(candidates)} heads")

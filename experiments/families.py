@@ -2,8 +2,11 @@
 
     python -m experiments.families --govblog DATA/govblog/lamp4_questions.json --acl DATA/acl/longlamp_abstract.jsonl
 
-Heads are chosen on older documents and tested on the newest. Every step is a run folder under `--out` and
-resumes; `--out/results.md` holds the tables. Response positions, zero ablation.
+Heads are chosen on older documents (4 a blogger, 1 an author of abstracts) and tested on the newest (at most 4 and 1).
+16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation, 50 random sets for every
+family and K in `main` and `variants`, 20 in `across`, `patching`, `vectors` and `equal_data`, 3 in `where` (no
+band). Every step is a run folder under `--out` and resumes; `--out/results.md` holds the tables, `mean (low to
+high)` being 95% intervals over users.
 """
 
 import argparse
@@ -122,7 +125,6 @@ def variants(e: Experiment) -> dict[str, pd.DataFrame]:
     """At K = 10: each user's own heads, a cluster's, the other corpus' heads, and output slices."""
     users, preference = e.users["govblog"], e.scores("govblog")
     clusters = dps.cluster_users(users, 4)
-    slices = score_slices(e.model, users, prompt=PROMPT, max_examples=1, out=e.out / "slices")
     effects = dps.ablation_curve(
         e.model,
         users,
@@ -131,7 +133,7 @@ def variants(e: Experiment) -> dict[str, pd.DataFrame]:
             "own heads": preference,
             "cluster's heads": clusters.heads(preference, K),
             "heads of acl authors": e.scores("acl").top(K),
-            "output slices": slices,
+            "output slices": slices_of(e),
         },
         select={"own heads": "user"},
         ks=(K,),
@@ -142,14 +144,35 @@ def variants(e: Experiment) -> dict[str, pd.DataFrame]:
     return {"variants": effects.to_frame()}
 
 
+def slices_of(e: Experiment) -> dps.HeadScores:
+    return score_slices(e.model, e.users["govblog"], prompt=PROMPT, max_examples=1, out=e.out / "slices")
+
+
+def equal_data(e: Experiment) -> dict[str, pd.DataFrame]:
+    """True heads and output slices, both chosen on each user's newest discovery example."""
+    effects = dps.ablation_curve(
+        e.model,
+        e.users["govblog"],
+        {"heads, one example a user": e.scores("govblog").newest(1), "output slices": slices_of(e)},
+        ks=(K,),
+        n_random=20,
+        max_examples=HELD_OUT["govblog"],
+        out=e.out / "equal_data",
+    )
+    return {"equal_data": effects.to_frame()}
+
+
 def across(e: Experiment) -> dict[str, pd.DataFrame]:
     """The other way round: heads of govblog tested on acl abstracts."""
+    bloggers = {user.id for user in e.users["govblog"][16:]}
+    sixteen = e.scores("govblog").newest(1).without(bloggers)
     effects = dps.ablation_curve(
         e.model,
         e.users["acl"],
         {
             "preference (acl)": e.scores("acl"),
             "preference (govblog)": e.scores("govblog").top(K),
+            "preference (govblog, 16 examples)": sixteen.top(K),
             **{name: scores.top(K) for name, scores in e.refs().items() if scores.defined},
         },
         ks=(K,),
@@ -194,10 +217,12 @@ def where(e: Experiment) -> dict[str, pd.DataFrame]:
 def attention(e: Experiment) -> pd.DataFrame:
     """Share of attention that ten heads of each family pay to the profile from the response."""
     rows = []
-    families = {"preference": e.scores("govblog").top(K)}
-    families |= {name: scores.top(K) for name, scores in e.refs().items() if scores.defined}
+    users = e.users["govblog"]
+    families = {"preference": e.heads("govblog")}
+    families |= {name: dict.fromkeys(families["preference"], s.top(K)) for name, s in e.refs().items() if s.defined}
     for name, heads in families.items():
-        frame = dps.profile_attention(e.model, e.users["govblog"], heads, max_examples=1, prompt=PROMPT)
+        options = {"max_examples": 1, "prompt": PROMPT, "progress": False}
+        frame = pd.concat([dps.profile_attention(e.model, [user], heads[user.id], **options) for user in users])
         frame["target"] = frame["target"].str.replace(r"item \d+", "profile", regex=True)
         by_user = frame.groupby(["user", "head", "target"])["attention"].sum().groupby(["user", "target"]).mean()
         for target, values in by_user.groupby("target"):
@@ -224,6 +249,7 @@ STEPS = {
     "agreement": agreement,
     "main": main_curve,
     "variants": variants,
+    "equal_data": equal_data,
     "across": across,
     "patching": patching,
     "where": where,
@@ -233,7 +259,7 @@ STEPS = {
 
 def write_results(out: Path) -> None:
     """All tables as Markdown: a mean with its interval in one cell."""
-    parts = []
+    parts = [__doc__ or ""]
     for file in sorted((out / "tables").glob("*.csv")):
         parts.append(f"## {file.stem}\n\n{_markdown(pd.read_csv(file))}\n")
     (out / "results.md").write_text("\n".join(parts), encoding="utf-8")

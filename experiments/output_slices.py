@@ -73,7 +73,8 @@ def score_slices(
     folder = RunFolder(out, fingerprint) if out else None
     every, values = single_heads(model.cfg.n_layers, model.cfg.n_heads), []
     for example in sweep.examples:
-        unit = folder.get(example.id) if folder else None
+        key = f"{example.user_id}|{example.id}"
+        unit = folder.get(key) if folder else None
         if unit is None:
             change = []
             for profile in ("own", "none"):
@@ -81,7 +82,7 @@ def score_slices(
                 change.append(branches.ablated(every) - branches.nll)
             unit = {"value": (change[0] - change[1]).float().reshape(model.cfg.n_layers, model.cfg.n_heads)}
             if folder:
-                folder.put(example.id, unit)
+                folder.put(key, unit)
         values.append(unit["value"])
     scores = HeadScores(
         torch.stack(values),

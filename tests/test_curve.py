@@ -19,6 +19,7 @@ from dps_lens.analysis.rankings import folds, rankings
 from dps_lens.analysis.set_sweep import SetSweep, copied_tokens, neutral_prompt
 from dps_lens.data import build_prompt
 from dps_lens.errors import HeadError, PromptError, RunError, ScoreError
+from dps_lens.families import draw_seed
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots import ablation as plot
 from dps_lens.scores import HeadScores
@@ -129,7 +130,7 @@ def test_curve_equals_plain_hugging_face(tinies, users, short, architecture, pos
                     assert not got.any()
         same_user = [other.id for other in examples if other.user_id == example.user_id]
         for draw in range(same_user.index(example.id), 3, len(same_user)):
-            heads = dps.random_heads(model, HEADS, match="nearest", seed=4 + draw)
+            heads = dps.random_heads(model, HEADS, match="nearest", seed=draw_seed(4, draw))
             column = [user.id for user in users].index(example.user_id)
             for name in ("own", "no_profile"):
                 with replaced(plain, heads, d_head, edited_positions(prompts[name], positions), None):
@@ -167,7 +168,7 @@ def curve(tinies, users):
     config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
     families = {"one": HEADS, "two": HeadSet.parse("L2H0,L1H1,L0H3")}
     return dps.ablation_curve(
-        tinies("llama").hooked, users, families, ks=(0, 2, 3), n_random=5, prompt=config, progress=False
+        tinies("llama").hooked, users, families, ks=(0, 2, 3), n_random=20, prompt=config, progress=False
     )
 
 
@@ -189,6 +190,41 @@ def test_no_heads_change_nothing(curve):
     assert not still[["mean", "low", "high"]].to_numpy().any()
     assert (frame.loc[frame["measure"] == "taken", "p"] == 1).all()
     assert np.allclose(frame.loc[frame["measure"] == "kept", "percent"].dropna(), 100)
+
+
+def test_random_sets_are_compared_on_the_examples_that_they_were_measured_on():
+    """Sets that do what random sets do, on examples that differ much."""
+    of_example = 10.0 * torch.arange(6, dtype=torch.float64)
+    chosen = of_example[:, None, None, None].expand(6, 1, 1, 2)
+    rows = torch.tensor([[draw % 3, 3 + draw % 3] for draw in range(20)])
+    noise = 0.1 * torch.randn(20, 2, generator=torch.Generator().manual_seed(0)).double()
+    draws = (of_example[rows] + noise)[..., None, None, None].expand(20, 2, 1, 1, 2)
+    effects = SetEffects(
+        ("one",),
+        (1,),
+        ("u", "u", "u", "v", "v", "v"),
+        tuple("abcdef"),
+        {"own": torch.zeros(6, 2).double(), "no_profile": torch.zeros(6, 2).double()},
+        {"own": chosen, "no_profile": torch.zeros_like(chosen)},
+        {"own": draws, "no_profile": torch.zeros_like(draws)},
+        {"model": {"n_heads": 4}, "sets": {"one": {"u": ["L0H0"], "v": ["L0H1"]}}},
+    )
+    row = effects.to_frame().set_index("measure").loc["taken"]
+    assert row["mean"] == 25
+    assert row["difference"] == pytest.approx(-float(noise.mean()))
+    assert row["control_high"] - row["control_low"] < 0.4
+    assert row["p"] == pytest.approx((1 + int((noise.mean(1) >= 0).sum())) / 21)
+
+
+def test_every_family_has_its_nll(curve):
+    frame = curve.to_frame().set_index(["family", "k", "measure"])["mean"]
+    for condition, change in (("own", None), ("no_profile", "harm"), ("neutral", "neutral")):
+        full = frame["full model", 0, f"NLL, {condition}"]
+        assert frame["one", 0, f"NLL, {condition}"] == pytest.approx(full)
+        if change:
+            assert frame["one", 3, f"NLL, {condition}"] == pytest.approx(full + frame["one", 3, change])
+    gain = frame["one", 3, "NLL, no_profile"] - frame["one", 3, "NLL, own"]
+    assert gain == pytest.approx(frame["one", 3, "kept"])
 
 
 def test_unknown_parts_are_refused(curve, unchecked):
@@ -217,7 +253,7 @@ def test_every_draw_is_measured_once_for_every_user(llama, users, short, monkeyp
 
     monkeypatch.setattr(SetSweep, "unit", unit)
     families = {"one": HeadSet.parse("L1H2,L1H0,L2H3"), "two": {user.id: HEADS for user in users}}
-    for n_random in (5, 1, 0):
+    for n_random in (20, 1, 0):
         measured.clear()
         effects = dps.ablation_curve(
             llama.hooked, users, families, ks=(1, 3), n_random=n_random, prompt=short, neutral=(), progress=False
@@ -226,7 +262,13 @@ def test_every_draw_is_measured_once_for_every_user(llama, users, short, monkeyp
         frame = effects.to_frame()
         if n_random:
             assert effects.draws["own"].shape == (n_random, 3, 2, 2, 2)
-            assert frame.query("measure == 'taken'")["p"].between(1 / (n_random + 1), 1).all()
+            taken = frame.query("measure == 'taken'")
+            assert taken["controls"].isin(["same layers"]).all()
+            if n_random == 20:
+                assert taken["p"].between(1 / 21, 1).all()
+            else:
+                assert "p" not in frame, "one random set gives no band"
+                assert "control_low" not in frame
         else:
             assert effects.draws == {}
             assert "control" not in frame
@@ -275,7 +317,7 @@ def test_cross_fitted_ranking_is_the_top_of_the_other_folds(probe):
         assert not set(fold) & set(others.users)
         for user in fold:
             assert [heads.heads for heads in found["p"][user]] == [others.top(k).heads for k in (0, 2, 5)]
-    with pytest.raises(ScoreError, match="all of the 1 users are left out"):
+    with pytest.raises(ScoreError, match="too few to cross-fit; use select='user'"):
         rankings("test", {"p": scores_of(probe[:1])}, probe[:1], (1,))
 
 
@@ -295,7 +337,7 @@ def test_own_rankings_use_the_own_scores_alone(probe):
     assert found["all"] == rankings("test", {"all": scores}, probe, (1, 3))[0]["all"]
     with pytest.raises(ScoreError, match="is not in these scores"):
         rankings("test", {"p": scores_of(probe[1:])}, probe, (1,), "user")
-    strangers = scores_of(probe[:3])
+    strangers = scores_of(probe[:3], call="reference_heads")
     found, _ = rankings("test", {"own": scores_of(probe[3:]), "reference": strangers}, probe[3:], (2,), "user")
     assert {heads.heads for (heads,) in found["reference"].values()} == {strangers.top(2).heads}
 
@@ -517,7 +559,8 @@ def test_a_folder_of_another_run_is_refused(toy_model, toy_users, tmp_path):
         ({"ks": (1,)}, r"ks was \[0, 1\], now \[1\]"),
         ({"users": toy_users[:3]}, "data was .*also examples, sets"),
         ({"families": {**SETS, "carrier": HeadSet.parse("L0H3")}}, "sets was"),
-        ({"families": {"renamed": SETS["carrier"]}}, "sets was"),
+        ({"families": {"renamed": SETS["carrier"]}}, "families was"),
+        ({"families": dict(reversed(SETS.items()))}, "families was"),
         ({"n_random": 2}, "n_random was 1, now 2"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"ngram": 3}, "ngram was 2, now 3"),
@@ -590,7 +633,7 @@ def test_half_written_folders_are_refused(curve, tmp_path, monkeypatch):
 @pytest.mark.parametrize("positions", ["response", "all"])
 def test_only_the_carrier_takes_the_gain(toy_model, toy_users, positions):
     frame = dps.ablation_curve(
-        toy_model, toy_users, SETS, ks=(0, 1), n_random=6, max_examples=1, positions=positions, progress=False
+        toy_model, toy_users, SETS, ks=(0, 1), n_random=20, max_examples=1, positions=positions, progress=False
     ).to_frame()
     frame = frame.set_index(["family", "k", "measure"])
     gain, other_gain = (frame.loc[("full model", 0, name), "mean"] for name in ("gain", "gain (other)"))
@@ -608,14 +651,14 @@ def test_only_the_carrier_takes_the_gain(toy_model, toy_users, positions):
     assert abs(taken["control"]) < 0.02 * gain
     assert taken["control_high"] < 0.02 * gain
     assert taken["difference_low"] > 0.8 * gain
-    assert taken["p"] == frame.loc[("carrier", 1, "kept"), "p"] == pytest.approx(1 / 7)
+    assert taken["p"] == frame.loc[("carrier", 1, "kept"), "p"] == pytest.approx(1 / 21)
     assert frame.loc[("carrier", 0, "kept"), "percent"] == pytest.approx(100)
 
 
 def test_the_carrier_is_necessary_and_sufficient(toy_model, toy_users):
     for patch_from, suffix in (("no_profile", ""), ("other_user", " (other)")):
         effects = dps.patch_heads(
-            toy_model, toy_users, SETS, ks=(1,), n_random=6, patch_from=patch_from, max_examples=1, progress=False
+            toy_model, toy_users, SETS, ks=(1,), n_random=20, patch_from=patch_from, max_examples=1, progress=False
         )
         assert effects.measures == (f"necessity{suffix}", f"sufficiency{suffix}")
         frame = effects.to_frame().set_index(["family", "measure"])
@@ -626,14 +669,14 @@ def test_the_carrier_is_necessary_and_sufficient(toy_model, toy_users):
             assert carrier["percent"] == pytest.approx(100, abs=2)
             assert abs(other["percent"]) < 2
             assert max(abs(carrier["control_low"]), abs(carrier["control_high"])) < 0.02 * gain
-            assert carrier["p"] == pytest.approx(1 / 7)
+            assert carrier["p"] == pytest.approx(1 / 21)
 
 
 @pytest.mark.parametrize("layer", [None, 1])
 def test_the_carriers_vector_brings_the_own_user_back(toy_model, toy_users, layer):
     """What the carrier writes is read by the unembedding, so that it may enter below any layer."""
     effects = dps.vector_recovery(
-        toy_model, toy_users, SETS, ks=(0, 1), n_random=6, layer=layer, max_examples=1, progress=False
+        toy_model, toy_users, SETS, ks=(0, 1), n_random=20, layer=layer, max_examples=1, progress=False
     )
     assert effects.manifest["layer"] == (layer or 0)
     frame = effects.to_frame().set_index(["family", "k", "measure"])
@@ -641,7 +684,7 @@ def test_the_carriers_vector_brings_the_own_user_back(toy_model, toy_users, laye
     carrier = frame.loc[("carrier", 1, "recovered")]
     assert carrier["percent"] == pytest.approx(100, abs=5)
     assert abs(carrier["control"]) < 0.02 * gain
-    assert carrier["p"] == pytest.approx(1 / 7)
+    assert carrier["p"] == pytest.approx(1 / 21)
     # Another user's signature is a wrong answer.
     assert frame.loc[("carrier", 1, "recovered (other)"), "high"] < 0
     assert abs(frame.loc[("other", 1, "recovered"), "mean"]) < 0.02 * gain

@@ -118,3 +118,17 @@ def test_random_heads_are_disjoint_and_layer_matched(llama):
             HeadSet((layer, head) for layer in range(2) for head in range(4) if layer + head < 4),
             match="none",
         )
+
+
+def test_parts_of_scores():
+    values = torch.arange(5.0)[:, None, None].expand(5, 1, 2)
+    scores = HeadScores(values, example_ids=list("abcde"), user_ids=list("uuvvu"), nll={"own": torch.arange(5.0)})
+    assert scores.newest(1).example_ids == ("e", "d")
+    assert scores.newest(2).example_ids == ("b", "e", "c", "d")
+    assert scores.newest(1).nll["own"].tolist() == [4, 3]
+    assert scores.newest(9).values[:, 0, 0].tolist() == [0, 1, 4, 2, 3]
+    assert scores.without(["u"]).example_ids == ("c", "d")
+    with pytest.raises(ScoreError, match="all of the 2 users"):
+        scores.without("uv")
+    with pytest.raises(HeadError, match="L5H0 is not in this model"):
+        scores.top(1, exclude=HeadSet.parse("L5H0"))

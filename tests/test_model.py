@@ -103,6 +103,45 @@ def test_rows_attend_to_a_shared_prompt_in_place(tiny, monkeypatch):
     assert len(calls) == n_calls
 
 
+@pytest.mark.parametrize("fault", ["keys", "values", "wrong"])
+@torch.inference_mode()
+def test_models_that_cannot_share_a_prompt_in_place_are_found_out(tiny_folders, monkeypatch, fault):
+    from transformers import AttentionInterface
+
+    from dps_lens.model import shared
+
+    shared._register()
+    attend = AttentionInterface._global_mapping[shared._NAME]
+
+    def faulty(module, query, key, value, *args, **kwargs):
+        if fault == "keys":
+            key = key + 0  # a new tensor, as of a model that works on its keys after the cache
+        elif fault == "values":
+            value = value + 0
+        out, weights = attend(module, query, key, value, *args, **kwargs)
+        return (1.1 * out if fault == "wrong" else out), weights
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, shared._NAME, faulty)
+    model = dps.load_model(str(tiny_folders["llama"]))
+    runner, whole = Runner.of(model), model(TOKENS)
+    with native_attention(model):
+        prompt = runner.prefill(TOKENS[:, :20])
+        assert torch.allclose(runner.logits(TOKENS[:, 20:], prompt=prompt), whole[:, 20:], atol=1e-4)
+    assert not model._dps_lens_shares
+
+
+@torch.inference_mode()
+def test_a_shared_prompt_in_bfloat16_is_as_exact_as_the_kernels(tiny_folders):
+    exact = dps.load_model(str(tiny_folders["llama"]))(TOKENS)[:, 20:]
+    model = dps.load_model(str(tiny_folders["llama"]), dtype="bfloat16")
+    runner = Runner.of(model)
+    with native_attention(model):
+        shared = runner.logits(TOKENS[:, 20:], prompt=runner.prefill(TOKENS[:, :20]))
+        whole = runner.logits(TOKENS)[:, 20:]
+    assert model._dps_lens_shares
+    assert (shared.float() - exact).norm() < 1.2 * (whole.float() - exact).norm()
+
+
 @torch.inference_mode()
 def test_left_padded_rows_equal_single_rows(tiny):
     runner = Runner.of(tiny.hooked)

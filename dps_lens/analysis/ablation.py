@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from dps_lens.analysis.intervals import interval, user_means
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.errors import ScoreError
-from dps_lens.families import random_heads
+from dps_lens.families import draw_seed, random_heads
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, Positions
 from dps_lens.model import HookedModel, Runner
@@ -152,7 +152,7 @@ def ablation_cost(
         heads = heads.top(k)
     if ablation not in ("zero", "uniform"):
         raise ScoreError(f"ablation_cost: ablation {ablation!r} is not offered here; use 'zero' or 'uniform'")
-    draws = tuple(random_heads(model, heads, match="nearest", seed=seed + draw) for draw in range(n_random))
+    draws = tuple(random_heads(model, heads, match="nearest", seed=draw_seed(seed, draw)) for draw in range(n_random))
     masks = torch.stack([head_set.mask(model.cfg) for head_set in (HeadSet(), heads, *draws)])
     runner = Runner.of(model)
     columns: dict[str, list[Tensor]] = {OWN: [], NONE: []}

@@ -45,8 +45,9 @@ def ablation_curve(
         families: name → scores of `score_heads` or `reference_heads`, a ranking (`HeadSet`), nested sets, or a
             ranking for each user (`user id → HeadSet`). Families that are not defined (NaN) are left out.
         ks: sizes of the sets.
-        n_random: random sets for each family, user and K, of the same layers and disjoint from the family's
-            set; spread over a user's examples, so that more examples cost no more draws.
+        n_random: random sets for each family, user and K, of the same layers (the nearest where a layer has too
+            few other heads) and disjoint from the family's set; spread over a user's examples, so that more
+            examples cost no more draws. They are measured with the own profile and without.
         select: `"global"` ranks by the mean over users, by users in other folds where the tested users are in the
             scores; `"user"` ranks by each user's own discovery examples. One for all, or family → either.
         exclude: family → heads that its ranking by scores may not hold, such as

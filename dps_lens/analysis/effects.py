@@ -1,6 +1,7 @@
 """SetEffects: what ablating or patching sets of heads does, family by family, beside random sets."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from dps_lens.analysis.intervals import add_one_p, crossed_interval, interval, ratio_interval, user_means
 from dps_lens.errors import ScoreError
 from dps_lens.files import read_tensors, write_json, write_tensors
+from dps_lens.heads import HeadSet
 
 if TYPE_CHECKING:
     import pandas
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 Part: TypeAlias = Literal["all", "copied", "rest"]
 FULL = "full model"
+CONDITIONS = ("own", "no_profile", "other_user", "neutral")
+MIN_DRAWS = 20
 _FILES = ("effects.safetensors", "effects.json")
 _NOTHING = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
 
@@ -71,8 +75,8 @@ class SetEffects:
         example_ids: one a row.
         full: condition → `Float64[Tensor, "example 2"]`, NLL of the unedited model.
         chosen: condition → `Float64[Tensor, "example family k 2"]`, NLL edited − unedited.
-        draws: condition → `Float64[Tensor, "draw user family k 2"]`, the same for random sets; each draw is
-            measured on one example of every user, so that draws are spread over the examples.
+        draws: condition → `Float64[Tensor, "draw user family k 2"]`, the same for random sets; draw d is
+            measured on example `d mod n` of a user's n, so that draws are spread over the examples.
         manifest: settings and rankings.
     """
 
@@ -100,10 +104,14 @@ class SetEffects:
         profile run's z into a run without profile. `recovered`: what adding the heads' mean output to a run without
         profile recovers; `recovered (other)`, the mean output over another user's texts.
 
+        `NLL, …` is the NLL itself under ablation.
+
         Columns: `mean`, `low`, `high` (Student's t over users); `percent…` of the gain (Fieller over users, NaN
-        where the gain's interval spans 0); `control` with `control_low` and `control_high`, between which
-        95% of the random sets lie; `difference` from the control, its interval over users and draws; `p`,
-        one-sided and add-one, against the random sets.
+        where the gain's interval spans 0); `difference` of the chosen from the random sets, each on the same
+        examples, its interval over users and draws; `control`, mean minus difference, with `control_low` and
+        `control_high`, between which 95% of the random sets lie; `p`, one-sided and add-one, against the
+        random sets. Fewer than 20 random sets give no band and no p. `controls` says whether the random sets
+        are of the `same layers`, or partly of the `nearest layers` where a layer has too few other heads.
 
         Args:
             part: `"all"` tokens, the `"copied"` ones, or the `"rest"`; the two add up to all.
@@ -114,13 +122,17 @@ class SetEffects:
         rows = self._full_rows(part, level)
         for index, family in enumerate(self.families):
             for position, k in enumerate(self.ks):
+                about = {"family": family, "k": k}
                 for name in self.measures:
-                    row = {"family": family, "k": k, "measure": name}
-                    rows.append(row | self._row(MEASURES[name], index, position, part, level))
+                    rows.append(about | {"measure": name} | self._row(MEASURES[name], index, position, part, level))
+                for name in (name for name in CONDITIONS if name in self.full and name in self.chosen):
+                    values = self.full[name] + self.chosen[name][:, index, position]
+                    found = interval(self._users({name: values}, {name: 1.0}, part), level)
+                    rows.append(about | {"measure": f"NLL, {name}"} | found)
         return pd.DataFrame(rows)
 
     def _full_rows(self, part: Part, level: float) -> list[dict[str, Any]]:
-        known = [name for name in ("own", "no_profile", "other_user", "neutral") if name in self.full]
+        known = [name for name in CONDITIONS if name in self.full]
         conditions: dict[str, Mapping[str, float]] = {f"NLL, {name}": {name: 1.0} for name in known}
         if "no_profile" in self.full:
             conditions["gain"] = _GAIN
@@ -131,34 +143,46 @@ class SetEffects:
             for name, weights in conditions.items()
         ]
 
-    def _row(self, measure: Measure, family: int, k: int, part: Part, level: float) -> dict[str, float]:
+    def _row(self, measure: Measure, family: int, k: int, part: Part, level: float) -> dict[str, Any]:
         chosen = {name: values[:, family, k] for name, values in self.chosen.items()}
         values = self._users(chosen, measure.weights, part)
         gain = self._users(self.full, measure.gain, part) if measure.gain else None
         if measure.kept and gain is not None:
             values = gain - values
-        row = interval(values, level)
+        row: dict[str, Any] = interval(values, level)
         percent = ratio_interval(values, gain, level) if gain is not None else _NOTHING
         row |= {f"percent{_suffix(name)}": 100 * value for name, value in percent.items()}
-        if not all(name in self.draws for name in measure.weights):
+        if not self.draws or not all(name in self.draws for name in measure.weights):
             return row
-        draws = sum(weight * _part(self.draws[name][:, :, family, k], part) for name, weight in measure.weights.items())
-        controls = draws.numpy()  # type: ignore[union-attr]
-        if not len(controls):
-            return row
-        if measure.kept and gain is not None:
-            controls = gain - controls
-        means = controls.mean(1)
-        tail = (1 - level) / 2
-        low, high = np.quantile(means, [tail, 1 - tail])
-        row |= {"control": float(means.mean()), "control_low": float(low), "control_high": float(high)}
-        row |= {f"difference{_suffix(n)}": v for n, v in crossed_interval(values - controls, level).items()}
-        row["p"] = add_one_p(-values.mean(), -means) if measure.kept else add_one_p(values.mean(), means)
+        draws = {name: values[:, :, family, k] for name, values in self.draws.items()}
+        random, same = (_sum(tensors, measure.weights, part) for tensors in (draws, chosen))
+        paired = (same[self._measured_by(len(random))] - random).numpy()
+        paired = -paired if measure.kept else paired
+        row |= {f"difference{_suffix(n)}": v for n, v in crossed_interval(paired, level).items()}
+        row |= {"control": row["mean"] - row["difference"], "controls": self._controls(family, k)}
+        if len(paired) >= MIN_DRAWS:
+            tail = (1 - level) / 2
+            low, high = np.quantile(row["mean"] - paired.mean(1), [tail, 1 - tail])
+            row |= {"control_low": float(low), "control_high": float(high)}
+            row["p"] = add_one_p(0.0, paired.mean(1) if measure.kept else -paired.mean(1))
         return row
 
+    def _measured_by(self, n_draws: int) -> Int[Tensor, "draw user"]:
+        """The example that each draw was measured on."""
+        own = [[i for i, owner in enumerate(self.user_ids) if owner == user] for user in dict.fromkeys(self.user_ids)]
+        return torch.tensor([[examples[draw % len(examples)] for examples in own] for draw in range(n_draws)])
+
+    def _controls(self, family: int, k: int) -> str:
+        """Whether every layer has as many other heads as the chosen set holds there."""
+        n_heads = self.manifest["model"]["n_heads"]
+        for sets in self.manifest["sets"][self.families[family]].values():
+            layers = Counter(head.layer for head in HeadSet.parse(sets[k]))
+            if any(2 * count > n_heads for count in layers.values()):
+                return "nearest layers"
+        return "same layers"
+
     def _users(self, tensors: Mapping[str, Tensor], weights: Mapping[str, float], part: Part) -> np.ndarray:
-        total = sum(weight * _part(tensors[name], part) for name, weight in weights.items())
-        return user_means(total, self.user_ids)  # type: ignore[arg-type]
+        return user_means(_sum(tensors, weights, part), self.user_ids)
 
     def plot(self, measure: str | None = None) -> "plotly.graph_objects.Figure":
         """`dps_lens.plots.ablation` of these effects."""
@@ -199,6 +223,10 @@ class SetEffects:
             group, condition = name.split(".", 1)
             groups[group][condition] = tensor
         return cls(families, ks, users, examples, groups["full"], groups["chosen"], groups["draws"], settings)
+
+
+def _sum(tensors: Mapping[str, Tensor], weights: Mapping[str, float], part: Part) -> Tensor:
+    return torch.stack([weight * _part(tensors[name], part) for name, weight in weights.items()]).sum(0)
 
 
 def _part(values: Float64[Tensor, "*rest 2"], part: Part) -> Float64[Tensor, "*rest"]:

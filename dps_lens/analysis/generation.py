@@ -13,7 +13,7 @@ from dps_lens.analysis.intervals import crossed_interval, interval
 from dps_lens.analysis.rankings import Family, Select
 from dps_lens.analysis.set_sweep import SetSweep, shared_settings
 from dps_lens.data import Example, PromptConfig, User
-from dps_lens.families import random_heads
+from dps_lens.families import draw_seed, random_heads
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
 from dps_lens.runs import RunFolder
@@ -146,7 +146,7 @@ def _sets_of(sets: SetSweep, example: Example) -> tuple[list[tuple[str, int]], l
         heads.append(chosen)
         for draw in range(sets.n_random):
             labels.append((family, draw))
-            heads.append(random_heads(sets.model, chosen, match="nearest", seed=sets.seed + draw))
+            heads.append(random_heads(sets.model, chosen, match="nearest", seed=draw_seed(sets.seed, draw)))
     return labels, heads
 
 

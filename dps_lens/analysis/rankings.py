@@ -93,11 +93,16 @@ def _of_family(
     most = max(ks)
     if isinstance(family, HeadScores):
         tested = {user.id for user in users}
-        if select == "user" and tested & set(family.users):
+        if select == "user" and family.manifest.get("call") != "reference_heads":
             ranked = {user.id: family.top(most, user.id, exclude=exclude, label=name) for user in users}
         elif tested & set(family.users):
             ranked = {}
             for fold in folds(users, seed):
+                if not set(family.users) - set(fold):
+                    raise ScoreError(
+                        f"{call}: family {name!r} was chosen by the tested users alone, too few to cross-fit; use "
+                        "select='user', or pass its heads, scores.top(k)"
+                    )
                 others = family.without(fold)
                 ranked |= dict.fromkeys(fold, others.top(most, exclude=exclude, label=name))
         else:

@@ -17,7 +17,7 @@ def screening_recall(screened: HeadScores, exact: HeadScores, *, k: int = 20) ->
     """
     if not bool(exact.exact.all()):
         raise ScoreError("screening_recall: the second scores hold estimates; pass exact scores")
-    for key in ("contrast", "ablation", "positions", "prompt", "discovery", "seed"):
+    for key in ("model", "contrast", "ablation", "positions", "prompt", "discovery", "seed", "patch_from", "direction"):
         one, two = screened.manifest.get(key), exact.manifest.get(key)
         if one != two:
             raise ScoreError(f"screening_recall: {key} is {one!r} and {two!r}; score both with the same settings")

@@ -17,7 +17,7 @@ from dps_lens.analysis.rankings import Family, Rankings, Select, rankings
 from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.errors import ScoreError
-from dps_lens.families import random_heads
+from dps_lens.families import draw_seed, random_heads
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, Positions
 from dps_lens.model import HookedModel, Runner, describe_model
@@ -121,7 +121,7 @@ class SetSweep:
         chosen = [heads for sets in self.ranked[0].values() for heads in sets[user]]
         # Nearest layers step in where a layer has too few other heads.
         random = [
-            random_heads(self.model, heads, match="nearest", seed=self.seed + draw)
+            random_heads(self.model, heads, match="nearest", seed=draw_seed(self.seed, draw))
             for heads in chosen
             for draw in self.draws_of(number)
         ]
@@ -174,6 +174,7 @@ class SetSweep:
             "seed": self.seed,
             "prompt": self.prompt.to_dict(),
             "model": describe_model(self.model),
+            "families": list(sets),
             "sets": tested,
             "undefined": undefined,
             "examples": [example.id for example in self.examples],

@@ -1,7 +1,7 @@
 """Heads to compare with."""
 
 from dps_lens.families.function_vector import FunctionVector, Task
-from dps_lens.families.random import random_heads
+from dps_lens.families.random import draw_seed, random_heads
 from dps_lens.families.reference import KINDS, Family, reference_heads
 from dps_lens.families.repeated import Repeated
 from dps_lens.families.retrieval import Needle, Retrieval, shipped_paragraphs
@@ -14,6 +14,7 @@ __all__ = [
     "Repeated",
     "Retrieval",
     "Task",
+    "draw_seed",
     "random_heads",
     "reference_heads",
     "shipped_paragraphs",

@@ -32,7 +32,7 @@ def random_heads(
     if len(free) < len(like):
         raise HeadError(f"random_heads: {len(like)} heads asked for, {len(free)} are outside the target set")
     if match == "none":
-        return HeadSet(rng.sample(free, len(like)), label="random")
+        return HeadSet(rng.sample(free, len(like)), "random", (cfg.n_layers, cfg.n_heads))
     if match not in ("layer", "nearest"):
         raise HeadError(f"random_heads: match {match!r} is unknown; use 'layer', 'nearest' or 'none'")
     chosen: list[Head] = []
@@ -49,4 +49,9 @@ def random_heads(
         left = [head for head in free if head not in chosen]
         distance = min(abs(head.layer - layer) for head in left)
         chosen.append(rng.choice([head for head in left if abs(head.layer - layer) == distance]))
-    return HeadSet(chosen, label="random")
+    return HeadSet(chosen, "random", (cfg.n_layers, cfg.n_heads))
+
+
+def draw_seed(seed: int, draw: int) -> int:
+    """The seed of one draw, so that runs with other seeds share no random set."""
+    return seed * 1_000_003 + draw

@@ -7,7 +7,7 @@ on the model act in every pass.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.model.attention import HookedModel, is_bridge
-from dps_lens.model.shared import shared_attention, shared_cache
+from dps_lens.model.shared import NotShareableError, may_share, shared_attention, shared_cache
 
 Residuals = dict[int, Any]
 """Residual stream entering a layer: layer → `Float[Tensor, "row pos d_model"]`."""
@@ -153,8 +153,35 @@ class BridgeRunner(Runner):
         if prompt is None:
             yield {"use_cache": False}
             return
-        with shared_attention(self.model) as apart:
+        apart = may_share(self.model) and self._shares()
+        with shared_attention(self.model) if apart else nullcontext():
             yield {"use_cache": True, "past_key_values": shared_cache(prompt.layers, apart=apart)}
+
+    def _shares(self) -> bool:
+        """Whether attending to a shared prompt in place gives this model's own logits; tried once a model."""
+        known = vars(self.model).get("_dps_lens_shares")
+        if known is not None:
+            return bool(known)
+        if any(point.fwd_hooks for point in self.model.hook_dict.values()):
+            return False  # what hooks do to the trial says nothing of the model
+        found = self._try_sharing()
+        object.__setattr__(self.model, "_dps_lens_shares", found)
+        return found
+
+    @torch.no_grad()
+    def _try_sharing(self) -> bool:
+        tokens = torch.arange(2, 9, device=self.device)[None] % self.cfg.d_vocab
+        prompt, logits = self.prefill(tokens[:, :4]), []
+        for apart in (False, True):
+            past = shared_cache(prompt.layers, apart=apart)
+            try:
+                with shared_attention(self.model) if apart else nullcontext():
+                    logits.append(self._forward(tokens[:, 4:], keep=None, past_key_values=past, use_cache=True).float())
+            except NotShareableError:
+                return False
+        error = (logits[0] - logits[1]).norm() / logits[0].norm()
+        exact = next(self.model.parameters()).dtype == torch.float32
+        return bool(error < (1e-3 if exact else 0.05))
 
     def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
         from transformers import DynamicCache

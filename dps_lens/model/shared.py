@@ -16,27 +16,32 @@ from torch import Tensor
 from dps_lens.model.attention import HookedModel, attention_configs, runs_native
 
 _NAME = "dps_lens_shared"
-_UNSUPPORTED = ("softcap", "position_bias", "s_aux")
+_UNSUPPORTED = ("softcap", "position_bias", "s_aux", "indices")
+
+
+class NotShareableError(Exception):
+    """This model's attention needs the prompt's keys and values before its own."""
 
 
 @contextmanager
-def shared_attention(model: HookedModel) -> Iterator[bool]:
-    """Attend to a shared prompt in place; yields False where the model's own kernels have to run instead.
-
-    Those are models that do not go through the attention functions of Hugging Face, and the hooked attention.
-    """
+def shared_attention(model: HookedModel) -> Iterator[None]:
+    """Inside, caches of `shared_cache(…, apart=True)` are attended to in place."""
     configs = [config for config in attention_configs(model) if config._attn_implementation == "sdpa"]
-    if not (configs and runs_native(model) and getattr(model.original_model, "_supports_attention_backend", False)):
-        yield False
-        return
     _register()
     for config in configs:
         config._attn_implementation = _NAME
     try:
-        yield True
+        yield
     finally:
         for config in configs:
             config._attn_implementation = "sdpa"
+
+
+def may_share(model: HookedModel) -> bool:
+    """Whether the model's attention goes through the attention functions of Hugging Face, natively, right now."""
+    configs = [config for config in attention_configs(model) if config._attn_implementation == "sdpa"]
+    backend = getattr(model.original_model, "_supports_attention_backend", False)
+    return bool(configs) and runs_native(model) and bool(backend)
 
 
 @cache
@@ -63,7 +68,8 @@ def shared_cache(layers: list[tuple[Tensor, Tensor]], *, apart: bool) -> Any:
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             if apart:
-                key_states.shared_prompt = (self.keys, self.values)  # type: ignore[attr-defined]
+                key_states.shared_prompt = self.keys  # type: ignore[attr-defined]
+                value_states.shared_prompt = self.values  # type: ignore[attr-defined]
                 return key_states, value_states
             return _joined(self.keys, key_states), _joined(self.values, value_states)
 
@@ -91,15 +97,17 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of `query` `[row head pos d_head]` to the shared prompt and to its row's `key`, `value`."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    # Without it the keys were changed between cache and attention, and the prompt would be lost.
-    old_key, old_value = key.shared_prompt  # type: ignore[attr-defined]
-    if any(kwargs.get(name) is not None for name in _UNSUPPORTED):
-        key, value = _joined(old_key, key), _joined(old_value, value)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if any(value is not None for name, value in kwargs.items() if name in _UNSUPPORTED):
+        raise NotShareableError
+    try:
+        old_key, old_value = key.shared_prompt, value.shared_prompt  # type: ignore[attr-defined]
+    except AttributeError:
+        # The model works on its keys or values after the cache: they are not what the prompt's are.
+        raise NotShareableError from None
     rows, n_heads, n_new, d_head = query.shape
-    n_kv, n_old = key.shape[1], old_key.shape[-2]
+    n_kv, n_old, dtype = key.shape[1], old_key.shape[-2], query.dtype
+    # 16-bit formats would round the scores before the softmax, which the kernels of torch do not.
+    query, key, value, old_key, old_value = (tensor.float() for tensor in (query, key, value, old_key, old_value))
     per_kv = n_heads // n_kv * n_new
     query = (query * (d_head**-0.5 if scaling is None else scaling)).reshape(rows, n_kv, per_kv, d_head)
     together = query.transpose(0, 1).reshape(n_kv, rows * per_kv, d_head)
@@ -110,8 +118,8 @@ def _attend(
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).reshape(rows, n_kv, per_kv, n_old + n_new)
+    weights = scores.softmax(-1).reshape(rows, n_kv, per_kv, n_old + n_new)
     of_old, of_new = weights.split([n_old, n_new], -1)
     together = of_old.transpose(0, 1).reshape(n_kv, rows * per_kv, n_old) @ old_value[0]
-    out = together.reshape(n_kv, rows, per_kv, d_head).transpose(0, 1) + of_new @ value
-    return out.reshape(rows, n_heads, n_new, d_head).transpose(1, 2).contiguous(), None
+    out = together.reshape(n_kv, rows, per_kv, -1).transpose(0, 1) + of_new @ value
+    return out.reshape(rows, n_heads, n_new, -1).transpose(1, 2).to(dtype).contiguous(), None

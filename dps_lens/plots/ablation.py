@@ -76,7 +76,7 @@ def ablation(effects: SetEffects, *, measure: str | None = None, title: str | No
     figure.add_hline(y=0, line={"color": "#cccccc", "width": 1})
     figure.update_layout(
         template=TEMPLATE,
-        title=title or f"{_WORDS.get(measure, measure).capitalize()}; bands hold 95% of layer-matched random sets",
+        title=title or f"{_WORDS.get(measure, measure).capitalize()}; bands hold 95% of the random sets",
         height=420,
         legend={"orientation": "h", "y": -0.2},
         xaxis={"title": "heads edited (K)", "tickvals": list(effects.ks)},
