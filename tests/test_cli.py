@@ -162,6 +162,19 @@ def test_heads_of_another_model_are_refused(scored, tiny_folders):
     assert "give its --model" in done.stderr
 
 
+def test_steer_takes_other_rules(scored, model):
+    out, _ = scored
+    common = ("--model", model, "--max-users", 2, "--max-new-tokens", 4)
+    done = run("steer", "--run", out, "--k", 3, "--rule", "dps+cad", "--alpha", 1, "--max-shift", 0.01, *common)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["rule"] for line in lines] == ["dps+cad"] * 2
+    assert all(0 <= line["kl"] < 0.011 for line in lines)
+    done = run("steer", "hello", "--rule", "cad", "--model", model)
+    assert done.returncode == 2
+    assert "needs prompts with a profile" in done.stderr
+
+
 KINDS = ("--kinds", "induction,previous_token")
 
 

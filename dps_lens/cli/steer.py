@@ -1,6 +1,7 @@
 """`dps-lens steer`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,15 @@ def steer(
     run: Annotated[Path | None, typer.Option(help="Run folder of 'score', whose top heads are used.")] = None,
     heads: Annotated[str | None, typer.Option(help="Heads by name, such as L12H3,L4H0.")] = None,
     k: Annotated[int, typer.Option(help="Heads to take from a run.")] = 10,
-    gamma: Annotated[float, typer.Option(help="Strength; 0 is the model's own decoding.")] = 1.0,
+    rule: Annotated[
+        str, typer.Option(help="dps, dps-entropy, decore, cad, cos, dola, amplify, or stacked: dps+cad.")
+    ] = "dps",
+    gamma: Annotated[float, typer.Option(help="Strength of the heads; 0 is the model's own decoding.")] = 1.0,
+    alpha: Annotated[float, typer.Option(help="Strength of the profile, for cad and cos.")] = 0.5,
+    plausibility: Annotated[
+        float | None, typer.Option(help="Rule out tokens with p under this share of the largest.")
+    ] = None,
+    max_shift: Annotated[float | None, typer.Option(help="Cap on KL(steered || full) at every step, nats.")] = None,
     users: Users = "probe",
     outputs: Outputs = None,
     max_users: MaxUsers = 3,
@@ -35,40 +44,58 @@ def steer(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Generate with DPS and print JSON lines: the plain and the steered text of each prompt."""
+    """Generate with DPS or another rule and print JSON lines: the plain and the steered text of each prompt."""
     import dps_lens as dps
     from dps_lens.errors import SteeringError
+    from dps_lens.steering.rules import find_rule
 
-    if (run is None) == (heads is None):
+    found = find_rule(rule)
+    if found.needs_heads and (run is None) == (heads is None):
         raise SteeringError("steer: give either --run, a folder of 'dps-lens score', or --heads L12H3,L4H0")
     scores = dps.HeadScores.load(run) if run else None
     chosen = scores.top(k) if scores else dps.HeadSet.parse(heads or "")
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
     if scores:
         check_same_model("steer", scores, loaded_model)
+    without: list[Any] | None = None
     if prompt is not None:
+        if found.prompt:
+            raise SteeringError(f"steer: rule {rule!r} needs prompts with a profile; leave the text out to use --users")
         prompts: list[Any] = [dps.chat_prompt(loaded_model, prompt)]
         about: list[dict[str, str]] = [{"prompt": prompt}]
     else:
         examples = [user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users)]
         prompts = [dps.build_prompt(loaded_model, example) for example in examples]
+        if found.prompt:
+            without = [dps.build_prompt(loaded_model, example, "none") for example in examples]
         about = [
             {"user": example.user_id, "example": example.id, "reference": example.reference} for example in examples
         ]
-    texts = {}
-    for name, strength in (("plain", 0.0), ("steered", gamma)):
-        texts[name] = dps.generate(
-            loaded_model,
-            prompts,
-            heads=chosen,
-            gamma=strength,
-            positions=positions.value,
-            max_new_tokens=max_new_tokens,
-            do_sample=sample,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-        ).texts
+    options: dict[str, Any] = {
+        "positions": positions.value,
+        "max_new_tokens": max_new_tokens,
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    plain = dps.generate(loaded_model, prompts, heads=chosen, gamma=0.0, **options)
+    steered = dps.generate(
+        loaded_model,
+        prompts,
+        heads=chosen,
+        rule=rule,
+        gamma=gamma,
+        alpha=alpha,
+        without=without,
+        plausibility=plausibility,
+        max_shift=max_shift,
+        **options,
+    )
+    settings = {"rule": rule, "gamma": gamma, "alpha": alpha, "heads": str(chosen)}
+    texts = {"plain": plain.texts, "steered": steered.texts}
     for index, row in enumerate(about):
-        line = row | {name: values[index] for name, values in texts.items()} | {"gamma": gamma, "heads": str(chosen)}
+        kl = float(steered.kl[index].mean())
+        line = row | {name: values[index] for name, values in texts.items()} | {"kl": None if math.isnan(kl) else kl}
+        line |= settings
         typer.echo(json.dumps(line, ensure_ascii=False))

@@ -72,6 +72,7 @@ class Decoder:
             self._profile[row, gap + branch.profile[0] : gap + branch.profile[1]] = True
         self._stack, self._hooks = ExitStack(), ExitStack()
 
+    @torch.inference_mode()
     def __enter__(self) -> "Decoder":
         self._stack.enter_context(attention_for(self.model, self.ablation))
         try:
@@ -115,6 +116,7 @@ class Decoder:
             prompt = self.runner.prefill(self.tokens[:, :-1], self.mask[:, :-1])
         return self.runner.start_decoding(prompt, torch.arange(len(self.tokens), device=self.tokens.device))
 
+    @torch.inference_mode()
     def step(
         self, tokens: Int[Tensor, " row"] | None = None, early: Sequence[int] = ()
     ) -> tuple[Float[Tensor, "row d_vocab"], Float[Tensor, "layer row d_vocab"]]:
@@ -136,6 +138,7 @@ class Decoder:
         read = self.runner.resume({self.runner.cfg.n_layers: stacked}, column[:1])
         return logits, read.float().reshape(len(early), *logits.shape)
 
+    @torch.inference_mode()
     def keep(self, rows: Bool[Tensor, " row"]) -> None:
         """Let the other rows leave the batch."""
         index = rows.nonzero().flatten().to(self.mask.device)

@@ -139,7 +139,6 @@ def generate(
     return steps.generation()
 
 
-@torch.inference_mode()
 def _decode(
     decoder: Decoder,
     combine: Callable[..., tuple[Tensor, Tensor]],

@@ -4,6 +4,7 @@ Every rule adds `strength · (full − other)` to the logits of the full model, 
 and log-probabilities differ by a constant a row, so that both give the same distribution.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,8 @@ def early_contrast(
     Far is by Jensen–Shannon divergence; tokens below 0.1 of the largest probability are ruled out.
     """
     mature, premature = full.log_softmax(-1), early.log_softmax(-1)
-    middle = ((mature.exp() + premature.exp()) / 2).log()
+    # In logs: a probability that underflows in both would make 0 · ∞.
+    middle = torch.logaddexp(mature, premature) - math.log(2)
     divergence = sum((p.exp() * (p - middle)).sum(-1) for p in (mature, premature)) / 2
     chosen = premature[divergence.argmax(0), torch.arange(len(full), device=full.device)]  # type: ignore[union-attr]
     return plausible(mature - chosen, full, RELATIVE_TOP)
