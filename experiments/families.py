@@ -4,7 +4,7 @@
 
 Heads are chosen on older documents (4 a blogger, 1 an author of abstracts) and tested on the newest (at most 4 and 1).
 16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation, 50 random sets for every
-family and K in `main` and `variants`, 20 in `across`, `patching`, `vectors` and `equal_data`, 3 in `where` (no
+family and K in `main` and `variants`, 20 in `across`, `patching`, `vectors` and `equal_data`, 1 in `where` (no
 band). Every step is a run folder under `--out` and resumes; `--out/results.md` holds the tables, `mean (low to
 high)` being 95% intervals over users.
 """
@@ -193,7 +193,7 @@ def patching(e: Experiment) -> dict[str, pd.DataFrame]:
 
 
 def where(e: Experiment) -> dict[str, pd.DataFrame]:
-    """The same heads ablated where they read, where they write, everywhere; one example a user, 3 random sets."""
+    """The same heads ablated where they read, where they write, everywhere; one example a user, 1 random set."""
     families = {"preference": e.heads("govblog")}
     families |= {name: scores.top(K) for name, scores in e.refs().items() if scores.defined}  # type: ignore[misc]
     found = []
@@ -203,7 +203,7 @@ def where(e: Experiment) -> dict[str, pd.DataFrame]:
             e.users["govblog"],
             families,
             ks=(K,),
-            n_random=3,
+            n_random=1,
             positions=positions,  # type: ignore[arg-type]
             prompt=PROMPT,
             max_examples=1,

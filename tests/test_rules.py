@@ -641,9 +641,9 @@ def test_cos_is_cad(llama, requests_of):
 # 7. The formulas by themselves, against numpy in float64.
 
 
-def rows_of_logits(*shape, seed=0):
+def rows_of_logits(*shape, seed=0, low=-1, high=2):
     """Rows from flat to so peaked that probabilities underflow."""
-    scale = torch.logspace(-1, 2, shape[-2])[:, None]
+    scale = torch.logspace(low, high, shape[-2])[:, None]
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
@@ -673,7 +673,7 @@ def test_plausible():
 
 
 def test_early_contrast():
-    full, early = rows_of_logits(8, 40) / 10, rows_of_logits(4, 8, 40, seed=1) / 10
+    full, early = rows_of_logits(8, 40, low=0, high=1), rows_of_logits(4, 8, 40, low=0, high=1, seed=1)
     early[2] = full + 0.1 * early[2]
     # Two rows so peaked that the other tokens have probability 0 in float32.
     full[6:, :2] += 150
@@ -875,6 +875,7 @@ def test_hooks_sit_where_a_running_row_is_edited(llama, requests_of, monkeypatch
     seen, real = [], Sampler.__call__
 
     def look(self, logits, generators):
+        assert not logits.requires_grad
         names = ("hook_z", "hook_attn_scores")
         seen.append(tuple(hooked_layers(llama.hooked, name) for name in names))
         others = [name for name, point in llama.hooked.hook_dict.items() if name.startswith("blocks") and
