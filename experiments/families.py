@@ -3,10 +3,10 @@
     python -m experiments.families --govblog DATA/govblog/lamp4_questions.json --acl DATA/acl/longlamp_abstract.jsonl
 
 Heads are chosen on older documents (4 a blogger, 1 an author of abstracts) and tested on the newest (at most 4 and 1).
-16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation, 50 random sets for every
-family and K in `main` and `variants`, 20 in `across`, `patching`, `vectors` and `equal_data`, 1 in `where` (no
-band). Every step is a run folder under `--out` and resumes; `--out/results.md` holds the tables, `mean (low to
-high)` being 95% intervals over users.
+16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation. Random sets for every
+family and K: 50 in `main`, `variants` and `harmless`, 20 in `across`, `patching`, `vectors` and `equal_data`, 1 in
+`where` (no band). Every step is a run folder under `--out` and resumes; `--out/results.md` holds the tables, `mean
+(low to high)` being 95% intervals over users.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from experiments.output_slices import score_slices
 
 K = 10
 KS = (1, 5, 10, 20)
+MAX_COST = 0.05
 PROMPT = dps.PromptConfig(response_tokens=48)
 DISCOVERY = {"govblog": 4, "acl": 1}
 HELD_OUT = {"govblog": 4, "acl": 1}
@@ -144,6 +145,24 @@ def variants(e: Experiment) -> dict[str, pd.DataFrame]:
     return {"variants": effects.to_frame()}
 
 
+def harmless(e: Experiment) -> dict[str, pd.DataFrame]:
+    """At K = 10, also without heads that cost over 0.05 nats where there is no profile; controls with all prompts."""
+    preference = e.scores("govblog")
+    costly = (preference.mean(of="no_profile") > MAX_COST).nonzero().tolist()
+    effects = dps.ablation_curve(
+        e.model,
+        e.users["govblog"],
+        {"preference": preference, "preference, harmless": preference, **e.refs()},
+        exclude={"preference, harmless": dps.HeadSet([(layer, head) for layer, head in costly])},
+        ks=(K,),
+        n_random=50,
+        max_examples=2,
+        controls=("own", "no_profile", "other_user"),
+        out=e.out / "harmless",
+    )
+    return {"harmless": effects.to_frame()}
+
+
 def slices_of(e: Experiment) -> dps.HeadScores:
     return score_slices(e.model, e.users["govblog"], prompt=PROMPT, max_examples=1, out=e.out / "slices")
 
@@ -249,6 +268,7 @@ STEPS = {
     "agreement": agreement,
     "main": main_curve,
     "variants": variants,
+    "harmless": harmless,
     "equal_data": equal_data,
     "across": across,
     "patching": patching,

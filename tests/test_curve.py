@@ -100,6 +100,7 @@ def test_curve_equals_plain_hugging_face(tinies, users, short, architecture, pos
         positions=positions,
         prompt=short,
         neutral=NEUTRAL,
+        controls=("own", "no_profile", "other_user", "neutral"),
         seed=4,
         progress=False,
     )
@@ -132,9 +133,10 @@ def test_curve_equals_plain_hugging_face(tinies, users, short, architecture, pos
         for draw in range(same_user.index(example.id), 3, len(same_user)):
             heads = dps.random_heads(model, HEADS, match="nearest", seed=draw_seed(4, draw))
             column = [user.id for user in users].index(example.user_id)
-            for name in ("own", "no_profile"):
+            for name in prompts:
                 with replaced(plain, heads, d_head, edited_positions(prompts[name], positions), None):
-                    expected = parts(losses(plain, prompts[name]) - clean[name], own)
+                    found = losses(plain, prompts[name]) - clean[name]
+                expected = [float(found.mean()), 0.0] if name == "neutral" else parts(found, own)
                 close(effects.draws[name][draw, column, 0, 2], expected)
         gains.setdefault(example.user_id, []).append(float((clean["no_profile"] - clean["own"]).mean()))
         taken.setdefault(example.user_id, []).append(float((change["own", 3] - change["no_profile", 3]).mean()))
@@ -472,6 +474,7 @@ def test_wrong_settings_are_refused(llama, users, short, unchecked):
         (dps.ablation_curve, {"ablation": "patch"}, "use 'zero' or 'uniform', or patch_heads"),
         (dps.ablation_curve, {"ablation": "mean"}, "'mean' is not offered here"),
         (dps.ablation_curve, {"n_random": -1}, "n_random"),
+        (dps.ablation_curve, {"controls": ("mine",)}, "controls \\['mine'\\] are unknown"),
         (dps.ablation_curve, {"ngram": 0}, "ngram"),
         (dps.ablation_curve, {"max_examples": 0}, "max_examples 0 leaves nothing"),
         (dps.ablation_curve, {"max_examples": -1}, "max_examples -1 leaves nothing"),

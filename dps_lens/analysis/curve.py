@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dps_lens.analysis.effects import SetEffects
+from dps_lens.analysis.effects import CONDITIONS, SetEffects
 from dps_lens.analysis.rankings import Family, Select
 from dps_lens.analysis.set_sweep import Condition, SetSweep, ablated, neutral_prompt, shared_settings
 from dps_lens.data import Example, PromptConfig, User
@@ -29,6 +29,7 @@ def ablation_curve(
     positions: Positions | None = None,
     max_examples: int | None = None,
     prompt: PromptConfig | None = None,
+    controls: Sequence[str] = ("own", "no_profile"),
     ngram: int = 2,
     neutral: Sequence[str] | None = None,
     seed: int = 0,
@@ -47,7 +48,7 @@ def ablation_curve(
         ks: sizes of the sets.
         n_random: random sets for each family, user and K, of the same layers (the nearest where a layer has too
             few other heads) and disjoint from the family's set; spread over a user's examples, so that more
-            examples cost no more draws. They are measured with the own profile and without.
+            examples cost no more draws.
         select: `"global"` ranks by the mean over users, by users in other folds where the tested users are in the
             scores; `"user"` ranks by each user's own discovery examples. One for all, or family → either.
         exclude: family → heads that its ranking by scores may not hold, such as
@@ -56,6 +57,7 @@ def ablation_curve(
         positions: where; by default those of the scores.
         max_examples: the newest so many evaluation examples of each user.
         prompt: how prompts are built; by default as for the scores.
+        controls: conditions that random sets are measured in, out of `own`, `no_profile`, `other_user` and `neutral`.
         ngram: a response token counts as copied when it ends an n-gram of the response that the profile holds.
         neutral: texts to measure fluency on; by default prose of the package.
         seed: of folds, donors and random sets.
@@ -74,6 +76,8 @@ def ablation_curve(
             f"ablation_curve: ablation {settings['ablation']!r} is not offered here; use 'zero' or 'uniform', or "
             "patch_heads for 'patch'"
         )
+    if unknown := {*controls} - {*CONDITIONS}:
+        raise ScoreError(f"ablation_curve: controls {sorted(unknown)} are unknown; use some of {', '.join(CONDITIONS)}")
     texts = tuple(neutral) if neutral is not None else shipped_paragraphs()
     sets = SetSweep(
         call="ablation_curve",
@@ -93,18 +97,14 @@ def ablation_curve(
 
     def conditions(number: int, example: Example) -> dict[str, Condition]:
         donor = donors_of(example, sets.users, 1, seed)
-        found = {
-            "own": ablated("own", sets.branches(example, "own"), drawn=True),
-            "no_profile": ablated("no_profile", sets.branches(example, "none"), drawn=True),
-        }
+        prompts = {"own": sets.build(example, "own"), "no_profile": sets.build(example, "none")}
         if donor:
-            found["other_user"] = ablated("other_user", sets.branches(example, donor[0]))
+            prompts["other_user"] = sets.build(example, donor[0])
         if texts:
-            plain = neutral_prompt(model, texts[number % len(texts)])
-            found["neutral"] = ablated("neutral", sets.branches_of(plain))
-        return found
+            prompts["neutral"] = neutral_prompt(model, texts[number % len(texts)])
+        return {name: ablated(name, sets.branches_of(built), drawn=name in controls) for name, built in prompts.items()}
 
-    return sets.run(conditions, {"neutral": list(texts)}, out, force, progress)
+    return sets.run(conditions, {"neutral": list(texts), "controls": list(controls)}, out, force, progress)
 
 
 def patch_heads(
