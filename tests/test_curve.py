@@ -133,9 +133,9 @@ def test_curve_equals_plain_hugging_face(tinies, users, short, architecture, pos
         for draw in range(same_user.index(example.id), 3, len(same_user)):
             heads = dps.random_heads(model, HEADS, match="nearest", seed=draw_seed(4, draw))
             column = [user.id for user in users].index(example.user_id)
-            for name in prompts:
-                with replaced(plain, heads, d_head, edited_positions(prompts[name], positions), None):
-                    found = losses(plain, prompts[name]) - clean[name]
+            for name, prompt in prompts.items():
+                with replaced(plain, heads, d_head, edited_positions(prompt, positions), None):
+                    found = losses(plain, prompt) - clean[name]
                 expected = [float(found.mean()), 0.0] if name == "neutral" else parts(found, own)
                 close(effects.draws[name][draw, column, 0, 2], expected)
         gains.setdefault(example.user_id, []).append(float((clean["no_profile"] - clean["own"]).mean()))
