@@ -213,9 +213,29 @@ def test_random_sets_are_compared_on_the_examples_that_they_were_measured_on():
     )
     row = effects.to_frame().set_index("measure").loc["taken"]
     assert row["mean"] == 25
-    assert row["difference"] == pytest.approx(-float(noise.mean()))
-    assert row["control_high"] - row["control_low"] < 0.4
-    assert row["p"] == pytest.approx((1 + int((noise.mean(1) >= 0).sum())) / 21)
+    # Three examples a user: the mean of their levels, not of the draws, of which they have 7, 7 and 6.
+    levels = torch.stack([noise[start::3].mean(0) for start in range(3)])
+    assert row["control"] == pytest.approx(25 + float(levels.mean()))
+    assert row["difference"] == pytest.approx(-float(levels.mean()))
+    assert 0.05 < row["control_high"] - row["control_low"] < 0.4, "as wide as the noise, not as the examples"
+    residual = torch.cat(
+        [(noise[start::3] - levels[start]) * (m / (m - 1)) ** 0.5 for start, m in enumerate((7, 7, 6))]
+    )
+    above = int((levels.mean() + residual.mean(1) >= 0).sum())
+    assert row["p"] == pytest.approx((1 + above) / 21)
+
+
+def test_levelled_random_sets_keep_their_spread():
+    """On average over many runs, the spread between draws is what it would be with one example a user."""
+    rng, spreads = np.random.default_rng(0), []
+    for _ in range(300):
+        noise, levels = rng.normal(size=(24, 1)), 5 * rng.normal(size=4)
+        draws = noise + np.tile(levels, 6)[:, None]
+        empty = torch.zeros(4, 2).double()
+        effects = SetEffects(("one",), (1,), ("u",) * 4, tuple("abcd"), {"own": empty}, {}, {}, {})
+        spreads.append(effects._levelled(draws).var(ddof=1))
+    # One degree of freedom an example is spent on its level: 24 / 23 · 20 / 24 · 6 / 5.
+    assert np.mean(spreads) == pytest.approx(24 / 23, abs=0.05)
 
 
 def test_every_family_has_its_nll(curve):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dps_lens.analysis.intervals import add_one_p, crossed_interval, interval, ratio_interval, user_means
@@ -107,11 +107,11 @@ class SetEffects:
         `NLL, …` is the NLL itself under ablation.
 
         Columns: `mean`, `low`, `high` (Student's t over users); `percent…` of the gain (Fieller over users, NaN
-        where the gain's interval spans 0); `difference` of the chosen from the random sets, each on the same
-        examples, its interval over users and draws; `control`, mean minus difference, with `control_low` and
-        `control_high`, between which 95% of the random sets lie; `p`, one-sided and add-one, against the
-        random sets. Fewer than 20 random sets give no band and no p. `controls` says whether the random sets
-        are of the `same layers`, or partly of the `nearest layers` where a layer has too few other heads.
+        where the gain's interval spans 0); `control`, the mean of the random sets over the same examples, with
+        `control_low` and `control_high`, between which 95% of them lie; `difference` from them, its interval over
+        users and draws; `p`, one-sided and add-one, against them. Fewer than 20 random sets give no band and no
+        p. `controls` says whether the random sets are of the `same layers`, or partly of the `nearest layers` where
+        a layer has too few other heads.
 
         Args:
             part: `"all"` tokens, the `"copied"` ones, or the `"rest"`; the two add up to all.
@@ -154,23 +154,34 @@ class SetEffects:
         row |= {f"percent{_suffix(name)}": 100 * value for name, value in percent.items()}
         if not self.draws or not all(name in self.draws for name in measure.weights):
             return row
-        draws = {name: values[:, :, family, k] for name, values in self.draws.items()}
-        random, same = (_sum(tensors, measure.weights, part) for tensors in (draws, chosen))
-        paired = (same[self._measured_by(len(random))] - random).numpy()
-        paired = -paired if measure.kept else paired
-        row |= {f"difference{_suffix(n)}": v for n, v in crossed_interval(paired, level).items()}
-        row |= {"control": row["mean"] - row["difference"], "controls": self._controls(family, k)}
-        if len(paired) >= MIN_DRAWS:
-            tail = (1 - level) / 2
-            low, high = np.quantile(row["mean"] - paired.mean(1), [tail, 1 - tail])
+        draws = {name: found[:, :, family, k] for name, found in self.draws.items()}
+        random = self._levelled(_sum(draws, measure.weights, part).numpy())
+        if measure.kept and gain is not None:
+            random = gain - random
+        row |= {"control": float(random.mean()), "controls": self._controls(family, k)}
+        row |= {f"difference{_suffix(n)}": v for n, v in crossed_interval(values - random, level).items()}
+        if len(random) >= MIN_DRAWS:
+            means, tail = random.mean(1), (1 - level) / 2
+            low, high = np.quantile(means, [tail, 1 - tail])
             row |= {"control_low": float(low), "control_high": float(high)}
-            row["p"] = add_one_p(0.0, paired.mean(1) if measure.kept else -paired.mean(1))
+            row["p"] = add_one_p(-values.mean(), -means) if measure.kept else add_one_p(values.mean(), means)
         return row
 
-    def _measured_by(self, n_draws: int) -> Int[Tensor, "draw user"]:
-        """The example that each draw was measured on."""
-        own = [[i for i, owner in enumerate(self.user_ids) if owner == user] for user in dict.fromkeys(self.user_ids)]
-        return torch.tensor([[examples[draw % len(examples)] for examples in own] for draw in range(n_draws)])
+    def _levelled(self, draws: Float[np.ndarray, "draw user"]) -> Float[np.ndarray, "draw user"]:
+        """Random sets as if each had been measured on all of a user's examples.
+
+        An example's level, the mean of the draws on it, is replaced by the mean level of the user's examples;
+        what is left of a draw is widened by `√(m / (m − 1))` for the m draws that the level was taken from.
+        """
+        found = np.empty_like(draws)
+        for column, user in enumerate(dict.fromkeys(self.user_ids)):
+            n = self.user_ids.count(user)
+            of_example = [draws[start::n, column] for start in range(min(n, len(draws)))]
+            level = np.mean([own.mean() for own in of_example])
+            for start, own in enumerate(of_example):
+                widen = (len(own) / (len(own) - 1)) ** 0.5 if len(own) > 1 else 0.0
+                found[start::n, column] = level + (own - own.mean()) * widen
+        return found
 
     def _controls(self, family: int, k: int) -> str:
         """Whether every layer has as many other heads as the chosen set holds there."""
