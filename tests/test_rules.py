@@ -676,7 +676,7 @@ def test_early_contrast():
     full, early = rows_of_logits(8, 40, low=0, high=1), rows_of_logits(4, 8, 40, low=0, high=1, seed=1)
     early[2] = full + 0.1 * early[2]
     # Two rows so peaked that the other tokens have probability 0 in float32.
-    full[6:, :2] += 150
+    full[6:, :2] = 150
     early[:, 6:, :2] = 150 + torch.tensor([[[0.0, 3], [0, 1]], [[0, 1], [0, 3]], [[0, 0], [0, 0]], [[0, 2], [0, 2]]])
     got, chosen = rules.early_contrast(full, early), []
     for row in range(8):

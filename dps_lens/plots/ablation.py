@@ -47,6 +47,7 @@ def ablation(effects: SetEffects, *, measure: str | None = None, title: str | No
             figure.add_scatter(
                 x=[*x, *x[::-1]],
                 y=[*high, *low[::-1]],
+                mode="lines",
                 fill="toself",
                 fillcolor=_pale(colour),
                 line={"width": 0},

@@ -59,7 +59,8 @@ def overlap(overlap: Overlap, *, order: bool = True, title: str | None = None) -
         )
     )
     # Names may be numbers, which plotly would place on a scale.
-    rows, columns = {"type": "category", "autorange": "reversed"}, {"type": "category"}
+    rows = {"type": "category", "autorange": "reversed", "automargin": True}
+    columns = {"type": "category", "tickangle": -45, "automargin": True}
     if exclude is not None:
         rows |= {"title": f"top {k} without the other's top {100 * exclude:g}%"}
         columns |= {"title": f"the other's top {k}"}

@@ -25,6 +25,7 @@ def stability_curve(frame: "pandas.DataFrame", *, units: str = "users", title: s
     band = {"x": [*x, *x[::-1]], "y": [*frame["high"], *frame["low"][::-1]]}
     figure.add_scatter(
         **band,
+        mode="lines",
         fill="toself",
         fillcolor="rgba(0,114,178,0.15)",
         line={"width": 0},
