@@ -74,7 +74,8 @@ def generate(
         without: for `cad` and `cos`, each prompt without its profile: `build_prompt(…, profile="none")`.
         alpha: strength of the prompt, one for all or one a prompt, at least 0.
         max_gamma: cap of an entropy γ.
-        plausibility: rule out tokens with p under this share of the largest p of the full model.
+        plausibility: rule out tokens with p under this share of the largest p of the full model (of the edited one
+            where the full model does not run).
         max_shift: cap on KL(steered ‖ full) at every step, nats; steering is drawn back as far as needed.
         early_layers: for `dola`, the layers to choose from; every second one of the lower half by default.
         ablation: `"zero"` or `"uniform"`, what the masked branch does to the heads.
@@ -90,6 +91,7 @@ def generate(
         keep_delta_logits: keep steered minus full logits of every step.
         keep_alternatives: keep so many tokens that gained, and that lost, most probability at every step.
         stream: return an iterator of `(row, new text)` as it is written; its `.generation` is the whole.
+            The edits stay on the model until the iterator ends or is closed.
         progress: show a progress bar.
 
     Raises:
@@ -101,7 +103,7 @@ def generate(
     batch = _as_list(prompts)
     gammas = _per_row("gamma", gamma, len(batch)) if found.needs_heads else [0.0] * len(batch)
     alphas = _per_row("alpha", alpha, len(batch)) if found.prompt else [0.0] * len(batch)
-    _check(found, rule, ablation, max_new_tokens, gammas, alphas, plausibility, max_shift)
+    _check(found, rule, ablation, max_new_tokens, gammas, alphas, plausibility, max_shift, max_gamma)
     sampler = Sampler(do_sample, temperature, top_k, top_p)
     generators = [torch.Generator().manual_seed(int(value)) for value in _per_row("seed", seed, len(batch))]
     sets = _sets(heads, len(batch), found)
@@ -120,11 +122,11 @@ def generate(
     )
 
     def combine(logits: Tensor, seen: Tensor, left: Sequence[Branch], running: Sequence[int]) -> tuple[Tensor, Tensor]:
-        full, steered = _combine(logits, left, running, found, gammas, alphas, max_gamma)
+        full, base, steered = _combine(logits, left, running, found, gammas, alphas, max_gamma)
         if found.early:
             steered = early_contrast(full, seen)
         if plausibility is not None:
-            steered = plausible(steered, torch.where(full.isnan(), steered, full), plausibility)
+            steered = plausible(steered, base, plausibility)
         return full, steered if max_shift is None else capped(steered, full, max_shift)
 
     def choose(steered: Tensor, running: Sequence[int]) -> Tensor:
@@ -180,8 +182,8 @@ def _combine(
     gammas: Sequence[float],
     alphas: Sequence[float],
     max_gamma: float | None,
-) -> tuple[Float[Tensor, "row d_vocab"], Float[Tensor, "row d_vocab"]]:
-    """Full and steered logits of every running request; full is NaN where the full model did not run."""
+) -> tuple[Float[Tensor, "row d_vocab"], Float[Tensor, "row d_vocab"], Float[Tensor, "row d_vocab"]]:
+    """Logits of every running request: full (NaN where the full model did not run), what is steered, and steered."""
     place = {(branch.request, branch.kind): index for index, branch in enumerate(branches)}
 
     def of(kind: Kind) -> Float[Tensor, "row d_vocab"]:
@@ -204,7 +206,7 @@ def _combine(
     if rule.prompt:
         other = of("without")
         steered = steered + torch.where(other.isnan(), 0.0, each(alphas) * (base - other))
-    return full, steered
+    return full, base, steered
 
 
 def _branches(
@@ -287,6 +289,7 @@ def _check(
     alphas: Sequence[float],
     plausibility: float | None,
     max_shift: float | None,
+    max_gamma: float | None,
 ) -> None:
     if ablation not in ("zero", "uniform"):
         raise SteeringError(f"generate: ablation {ablation!r} is not offered here; use 'zero' or 'uniform'")
@@ -298,6 +301,8 @@ def _check(
         raise SteeringError(f"generate: gamma {min(gammas)} is below -1, the masked model")
     if min(alphas) < 0:
         raise SteeringError(f"generate: alpha {min(alphas)} is below 0")
+    if max_gamma is not None and max_gamma <= 0:
+        raise SteeringError(f"generate: max_gamma {max_gamma} leaves no contrast; it is a cap above 0")
     if plausibility is not None and not 0 < plausibility <= 1:
         raise SteeringError(f"generate: plausibility {plausibility} is a share above 0, at most 1")
     if max_shift is not None:
