@@ -5,7 +5,7 @@
 Heads are chosen on older documents (4 a blogger, 1 an author of abstracts) and tested on the newest (at most 4 and 1).
 16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation. Random sets for every
 family and K: 50 in `main`, `variants` and `harmless`, 20 in `across`, `patching`, `vectors` and `equal_data`, 1 in
-`where` (no band). Every step is a run folder under `--out` and resumes; `--out/results.md` holds the tables, `mean
+`where` (no band; the first 8 bloggers). Every step is a run folder under `--out` and resumes; `--out/results.md` holds the tables, `mean
 (low to high)` being 95% intervals over users.
 """
 
@@ -26,6 +26,7 @@ from experiments.output_slices import score_slices
 K = 10
 KS = (1, 5, 10, 20)
 MAX_COST = 0.05
+WHERE_USERS = 8
 PROMPT = dps.PromptConfig(response_tokens=48)
 DISCOVERY = {"govblog": 4, "acl": 1}
 HELD_OUT = {"govblog": 4, "acl": 1}
@@ -212,14 +213,14 @@ def patching(e: Experiment) -> dict[str, pd.DataFrame]:
 
 
 def where(e: Experiment) -> dict[str, pd.DataFrame]:
-    """The same heads ablated where they read, where they write, everywhere; one example a user, 1 random set."""
+    """The same heads ablated where they read, where they write, everywhere; 8 users, one example each, 1 random set."""
     families = {"preference": e.heads("govblog")}
     families |= {name: scores.top(K) for name, scores in e.refs().items() if scores.defined}  # type: ignore[misc]
-    found = []
+    users, found = e.users["govblog"][:WHERE_USERS], []
     for positions in ("response", "profile", "all"):
         effects = dps.ablation_curve(
             e.model,
-            e.users["govblog"],
+            users,
             families,
             ks=(K,),
             n_random=1,
