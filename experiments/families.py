@@ -5,8 +5,8 @@
 Heads are chosen on older documents (4 a blogger, 1 an author of abstracts) and tested on the newest (at most 4 and 1).
 16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation. Random sets for every
 family and K: 50 in `main`, `variants` and `harmless`, 20 in `across`, `patching`, `vectors` and `equal_data`, 1 in
-`where` (no band; the first 8 bloggers). Every step is a run folder under `--out` and resumes; `--out/results.md` holds the tables, `mean
-(low to high)` being 95% intervals over users.
+`where` (no band; the first 8 bloggers). Every step is a run folder under `--out` and resumes; `--out/results.md`
+holds the tables, `mean (low to high)` being 95% intervals over users.
 """
 
 import argparse
