@@ -2,13 +2,14 @@
 
     python benchmarks/memory.py
 
-Measured: the process' peak beyond the loaded model, all positions, while `attribute` runs. The line's slope
-is split into the residual stream that is kept for every layer and what one block holds for its
-backward pass; the latter is scaled by the widths of a block. The numbers for a larger model are an
-extrapolation.
+Measured (Linux, glibc): the process' peak beyond the loaded model, all positions, while `attribute` runs. The
+line's slope is split into the residual stream that is kept for every layer and what one block holds for its
+backward pass; the latter is scaled by the widths of a block. The numbers for a larger model are an extrapolation.
 """
 
 import argparse
+import ctypes
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,8 @@ def status(field):
 def peak_of(model, length):
     """Bytes beyond what was resident before."""
     prompt = make_prompt(model, length - RESPONSE, RESPONSE)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is kept for later would hide new needs
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
     attribute(Branches(Runner.of(model), prompt, positions="all"))
