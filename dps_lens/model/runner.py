@@ -19,6 +19,8 @@ from torch import Tensor
 from dps_lens.model.attention import HookedModel, is_bridge
 from dps_lens.model.shared import NotShareableError, may_share, shared_attention, shared_cache
 
+_SHARED_TOKENS = 40
+
 Residuals = dict[int, Any]
 """Residual stream entering a layer: layer → `Float[Tensor, "row pos d_model"]`."""
 
@@ -148,12 +150,13 @@ class BridgeRunner(Runner):
         return logits if keep is None else logits[:, -keep:]
 
     @contextmanager
-    def _after(self, prompt: PromptCache | None) -> Iterator[dict[str, Any]]:
+    def _after(self, prompt: PromptCache | None, n_new: int) -> Iterator[dict[str, Any]]:
         """Arguments of a forward pass whose tokens come after a shared prompt."""
         if prompt is None:
             yield {"use_cache": False}
             return
-        apart = may_share(self.model) and self._shares()
+        # With many new tokens a row, the fused kernels win over the copies that they need.
+        apart = n_new <= _SHARED_TOKENS and may_share(self.model) and self._shares()
         with shared_attention(self.model) if apart else nullcontext():
             yield {"use_cache": True, "past_key_values": shared_cache(prompt.layers, apart=apart)}
 
@@ -198,7 +201,7 @@ class BridgeRunner(Runner):
         keep: int | None = None,
         record: Residuals | None = None,
     ) -> Float[Tensor, "row kept d_vocab"]:
-        with self._after(prompt) as past, self.model.hooks(fwd_hooks=recorders(record or {})):
+        with self._after(prompt, tokens.shape[1]) as past, self.model.hooks(fwd_hooks=recorders(record or {})):
             return self._forward(tokens, keep=keep, **past)
 
     def resume(
@@ -209,7 +212,7 @@ class BridgeRunner(Runner):
         prompt: PromptCache | None = None,
         keep: int | None = None,
     ) -> Float[Tensor, "row kept d_vocab"]:
-        with self._after(prompt) as past, _entering(self.model.blocks, starts):
+        with self._after(prompt, tokens.shape[1]) as past, _entering(self.model.blocks, starts):
             return self._forward(tokens, keep=keep, **past)
 
     def block(
@@ -221,7 +224,10 @@ class BridgeRunner(Runner):
         prompt: PromptCache | None = None,
     ) -> Float[Tensor, "row pos d_model"]:
         try:
-            with self._after(prompt) as past, _entering(self.model.blocks, {layer: residual}, stop=layer):
+            with (
+                self._after(prompt, tokens.shape[1]) as past,
+                _entering(self.model.blocks, {layer: residual}, stop=layer),
+            ):
                 self._forward(tokens, keep=1, **past)
         except _StoppedError as stopped:
             return stopped.residual
