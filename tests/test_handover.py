@@ -322,8 +322,9 @@ def test_a_second_export_replaces_the_first(llama, tmp_path):
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2
 
 
-def test_bad_exports_are_named(llama, tmp_path, monkeypatch):
-    model, path = llama.hooked, tmp_path / "adapter"
+def test_bad_exports_are_named(tiny_folders, tmp_path, monkeypatch):
+    # A model of its own: its weights are changed.
+    model, path = dps.load_model(str(tiny_folders["llama"])), tmp_path / "adapter"
     with pytest.raises(SteeringError, match="empty"):
         export_lora(model, HeadSet(), path)
     with pytest.raises(SteeringError, match="rank 16 = d_head 8 × 2 heads in layer 0 .* at most 1 heads"):
