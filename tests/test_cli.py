@@ -199,6 +199,7 @@ def test_ablate_measures_families_and_resumes(scored, model, tmp_path, patch):
     done = run(*command)
     assert done.returncode == 0, done.stderr
     assert ("necessity" if patch else "taken") in done.stdout
+    assert "random sets" in done.stdout
     effects = dps.SetEffects.load(tmp_path / "a")
     assert effects.families == ("preference", "induction", "previous_token")
     assert effects.ks == (1, 2)

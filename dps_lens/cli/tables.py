@@ -1,6 +1,7 @@
 """Tables on the terminal."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dps_lens.analysis import AblationCost, Overlap, SetEffects
@@ -71,12 +72,16 @@ def print_effects(effects: "SetEffects") -> None:
             table.add_column(column, justify="left" if column == "family" else "right")
         for row in frame[(frame["measure"] == measure) & (frame["family"] != "full model")].to_dict("records"):
             cells = [row["family"], str(row["k"]), f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
-            if "control" in row:
-                cells += [
-                    f"{row['control_low']:.3f} to {row['control_high']:.3f}",
-                    f"{row['difference']:.3f}",
-                    f"{row['difference_low']:.3f} to {row['difference_high']:.3f}",
-                    f"{row['p']:.3f}",
-                ]
+            cells += [
+                _span(row, "control_low", "control_high"),
+                f"{row['difference']:.3f}" if "difference" in row else "",
+                _span(row, "difference_low", "difference_high"),
+                f"{row['p']:.3f}" if "p" in row else "",
+            ]
             table.add_row(*cells)
         console.print(table)
+
+
+def _span(row: Mapping[Hashable, Any], low: str, high: str) -> str:
+    """An interval, or nothing where too few random sets give none."""
+    return f"{row[low]:.3f} to {row[high]:.3f}" if low in row else ""
