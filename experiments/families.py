@@ -10,10 +10,9 @@ holds the tables, `mean (low to high)` being 95% intervals over users.
 """
 
 import argparse
-import math
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ import pandas as pd
 
 import dps_lens as dps
 from dps_lens.analysis.intervals import interval
+from dps_lens.errors import ScoreError
+from experiments import tables
 from experiments.output_slices import score_slices
 
 K = 10
@@ -279,35 +280,39 @@ STEPS = {
 
 
 def write_results(out: Path) -> None:
-    """All tables as Markdown: a mean with its interval in one cell."""
+    """The tables of every step that has been run."""
     parts = [__doc__ or ""]
-    for file in sorted((out / "tables").glob("*.csv")):
-        parts.append(f"## {file.stem}\n\n{_markdown(pd.read_csv(file))}\n")
+    for name, make in SECTIONS.items():
+        try:
+            parts.append(f"## {name}\n\n{make(out)}\n")
+        except (FileNotFoundError, ScoreError):
+            continue  # the step has not been run
     (out / "results.md").write_text("\n".join(parts), encoding="utf-8")
 
 
-def _markdown(frame: pd.DataFrame) -> str:
-    cells = {}
-    for column in frame:
-        if column.endswith(("low", "high")) and column not in ("null_low", "null_high"):
-            continue
-        bounds = ("low", "high") if column == "mean" else (f"{column}_low", f"{column}_high")
-        digits = 0 if column == "percent" else 3
-        cells[column] = [_cell(row, column, bounds, digits) for row in frame.to_dict("records")]
-    kept = [column for column, values in cells.items() if any(values)]
-    lines = [kept, ["---"] * len(kept), *zip(*(cells[column] for column in kept), strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _of(folder: str, *names: str) -> Callable[[Path], str]:
+    """Tables of one run folder; a name is a method of `tables.Effects`, with `:K` where it takes a K."""
+
+    def make(out: Path) -> str:
+        effects = tables.Effects(out / folder)
+        split = (name.split(":") for name in names)
+        return "\n\n".join(getattr(effects, method)(*map(int, arguments)) for method, *arguments in split)
+
+    return make
 
 
-def _cell(row: Mapping[str, Any], column: str, bounds: tuple[str, str], digits: int) -> str:
-    value = row[column]
-    if not isinstance(value, float):
-        return str(value)
-    if math.isnan(value):
-        return ""
-    low, high = (row.get(bound, float("nan")) for bound in bounds)
-    shown = f"{value:.{digits}f}"
-    return shown if math.isnan(low) else f"{shown} ({low:.{digits}f} to {high:.{digits}f})"
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "main": _of("main", "full", "families", f"copying:{K}"),
+    "harmless": _of("harmless", "families", f"other:{K}"),
+    "variants": _of("variants", "families"),
+    "equal_data": _of("equal_data", "families"),
+    "across": _of("across", "full", "families", f"copying:{K}"),
+    "agreement": tables.agreement,
+    "patching": _of("patching", "full", "measures"),
+    "vectors": _of("vectors", "measures"),
+    "where": tables.where,
+    "writing": tables.writing,
+}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from dps_lens.cli.options import Device, Dtype, Kinds, Model, Run
 from dps_lens.cli.tables import print_overlap
 
 if TYPE_CHECKING:
+    import pandas
+
     from dps_lens.scores import HeadScores
 
 
@@ -62,10 +64,8 @@ def compare(
     typer.echo(f"figures and tables are in {folder}")
 
 
-def _between_users(specificity: "object | None", user_specific: bool | None) -> str:
-    import pandas as pd
-
-    if not isinstance(specificity, pd.DataFrame):
+def _between_users(specificity: "pandas.DataFrame | None", user_specific: bool | None) -> str:
+    if specificity is None:
         return "Between users: too few examples a user to say how far one user's own halves agree."
     rows = {row["measure"]: row for row in specificity.to_dict("records")}
     found = rows["difference"]
