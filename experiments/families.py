@@ -4,7 +4,7 @@
 
 Heads are chosen on older documents (4 a blogger, 1 an author of abstracts) and tested on the newest (at most 4 and 1).
 16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation. Random sets for every
-family and K: 50 in `main`, `variants` and `harmless`, 20 in `across`, `patching`, `vectors` and `equal_data`, 1 in
+family and K: 50 in `main`, 20 in `variants`, `harmless`, `across`, `patching`, `vectors` and `equal_data`, 1 in
 `where` (no band; the first 8 bloggers). Every step is a run folder under `--out` and resumes; `--out/results.md`
 holds the tables, `mean (low to high)` being 95% intervals over users.
 """
@@ -80,6 +80,20 @@ class Experiment:
             ),
         )
 
+    def against_others(self) -> dps.HeadScores:
+        """Scores whose baseline is another blogger's profile; 2 examples a blogger."""
+        return self.keep(
+            "against_others",
+            lambda: dps.score_heads(
+                self.model,
+                self.users["govblog"],
+                contrast="other_user",
+                max_examples=2,
+                prompt=PROMPT,
+                out=self.out / "against_others",
+            ),
+        )
+
     def refs(self) -> dict[str, dps.HeadScores]:
         return self.keep("refs", lambda: dps.reference_heads(self.model))
 
@@ -140,7 +154,7 @@ def variants(e: Experiment) -> dict[str, pd.DataFrame]:
         },
         select={"own heads": "user"},
         ks=(K,),
-        n_random=50,
+        n_random=20,
         max_examples=HELD_OUT["govblog"],
         out=e.out / "variants",
     )
@@ -148,16 +162,22 @@ def variants(e: Experiment) -> dict[str, pd.DataFrame]:
 
 
 def harmless(e: Experiment) -> dict[str, pd.DataFrame]:
-    """At K = 10, also without heads that cost over 0.05 nats where there is no profile; controls with all prompts."""
+    """At K = 10, with random sets for every prompt: also without heads that cost over 0.05 nats where there is no
+    profile, and heads scored against another blogger's profile."""
     preference = e.scores("govblog")
     costly = (preference.mean(of="no_profile") > MAX_COST).nonzero().tolist()
     effects = dps.ablation_curve(
         e.model,
         e.users["govblog"],
-        {"preference": preference, "preference, harmless": preference, **e.refs()},
+        {
+            "preference": preference,
+            "preference, harmless": preference,
+            "preference, against others": e.against_others(),
+            **e.refs(),
+        },
         exclude={"preference, harmless": dps.HeadSet([(layer, head) for layer, head in costly])},
         ks=(K,),
-        n_random=50,
+        n_random=20,
         max_examples=2,
         controls=("own", "no_profile", "other_user"),
         out=e.out / "harmless",

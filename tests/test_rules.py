@@ -891,14 +891,15 @@ def test_an_exception_inside_the_loop_leaves_nothing_behind(llama, requests_of, 
 
 def test_hooks_sit_where_a_running_row_is_edited(llama, requests_of, monkeypatch):
     own, none = requests_of(llama.hooked)
-    seen, real = [], Sampler.__call__
+    seen, real, early = [], Sampler.__call__, ()
 
     def look(self, logits, generators):
         assert not logits.requires_grad
         names = ("hook_z", "hook_attn_scores")
         seen.append(tuple(hooked_layers(llama.hooked, name) for name in names))
+        expected = ("hook_z", "o.hook_in", "hook_attn_scores", *early)
         others = [name for name, point in llama.hooked.hook_dict.items() if name.startswith("blocks") and
-                  point.fwd_hooks and not name.endswith(("hook_z", "o.hook_in", "hook_attn_scores"))]  # fmt: skip
+                  point.fwd_hooks and not name.endswith(expected)]  # fmt: skip
         assert not others
         return real(self, logits, generators)
 
@@ -915,6 +916,7 @@ def test_hooks_sit_where_a_running_row_is_edited(llama, requests_of, monkeypatch
         ("dola", "response", [1.0] * 4, ([], [])),
     ):
         seen.clear()
+        early = ("1.hook_resid_pre", "1.hook_in") if rule == "dola" else ()
         dps.generate(llama.hooked, own, rule=rule, positions=positions, gamma=gammas, **options)
         assert seen == [expected] * 3, (rule, positions)
     free = dps.generate(llama.hooked, own, rule="dps", gamma=[0.0, 0.0, 2.0, 0.0], **options)

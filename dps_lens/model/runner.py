@@ -141,10 +141,10 @@ class BridgeRunner(Runner):
 
     def __init__(self, model: HookedModel) -> None:
         super().__init__(model)
-        self._can_keep = "logits_to_keep" in inspect.signature(model.original_model.forward).parameters
+        self._takes = inspect.signature(model.original_model.forward).parameters
 
     def _forward(self, tokens: Tensor, *, keep: int | None, **kwargs: Any) -> Tensor:
-        if keep is not None and self._can_keep:
+        if keep is not None and "logits_to_keep" in self._takes:
             kwargs["logits_to_keep"] = keep
         logits = self.model(tokens, return_type="logits", **kwargs)
         return logits if keep is None else logits[:, -keep:]
@@ -247,7 +247,12 @@ class BridgeRunner(Runner):
     def step(
         self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]
     ) -> Float[Tensor, "row d_vocab"]:
-        return self._forward(tokens, keep=1, past_key_values=cache, attention_mask=mask)[:, -1]
+        # Straight to the Hugging Face model: what the bridge does around a pass costs as much as some layers.
+        options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
+        if "position_ids" in self._takes:
+            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        found = self.model.original_model(tokens, past_key_values=cache, attention_mask=mask, use_cache=True, **options)
+        return found.logits[:, -1]
 
 
 def recorders(record: Residuals) -> list[tuple[str, Any]]:

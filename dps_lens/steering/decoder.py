@@ -1,7 +1,7 @@
 """Branches decoded as rows of one batch, each with its own prompt and its own heads scaled."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, TypeAlias
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dps_lens.intervene import Ablation, Edit, Positions, Scale, Selection, attention_for, everywhere
 from dps_lens.model import HookedModel, Residuals, Runner
+from dps_lens.model.lean import lean_steps
 from dps_lens.model.runner import recorders
 
 Kind: TypeAlias = Literal["full", "edited", "without"]
@@ -40,6 +41,7 @@ class Decoder:
     """Decodes branches step by step; a context manager, inside which the heads are edited.
 
     With `positions="response"` equal prompts are run once, whatever their branches. Rows are left-padded.
+    Hooks of others act if they are on the model when the context is entered.
 
     Attributes:
         branches: rows that still run.
@@ -52,9 +54,20 @@ class Decoder:
         *,
         ablation: Ablation = "zero",
         positions: Positions = "response",
+        early: Sequence[int] = (),
     ) -> None:
+        """Lay out the batch.
+
+        Args:
+            model: a hooked model.
+            branches: rows of the batch.
+            ablation: `"zero"` or `"uniform"`.
+            positions: where heads are edited.
+            early: layers whose entering residual stream also goes straight to the final norm and unembedding.
+        """
         self.model, self.runner = model, Runner.of(model)
         self.ablation, self.positions = ablation, positions
+        self._early: Residuals = dict.fromkeys(early)
         self.branches = list(branches)
         device = self.runner.device
         longest = max(len(branch.tokens) for branch in branches)
@@ -94,6 +107,9 @@ class Decoder:
         self._hooks.close()
         if self.positions != "profile":
             self._hooks.enter_context(self._edit(everywhere).on(self.model))
+        if self._early:
+            self._hooks.enter_context(self.model.hooks(fwd_hooks=recorders(self._early)))
+        self._hooks.enter_context(lean_steps(self.model))
 
     def _edit(self, where: "Scale | Edit | object") -> Scale | Edit:
         if self.ablation == "uniform":
@@ -118,25 +134,22 @@ class Decoder:
 
     @torch.inference_mode()
     def step(
-        self, tokens: Int[Tensor, " row"] | None = None, early: Sequence[int] = ()
+        self, tokens: Int[Tensor, " row"] | None = None
     ) -> tuple[Float[Tensor, "row d_vocab"], Float[Tensor, "layer row d_vocab"]]:
         """Logits after one more token a row, and those read off early layers.
 
         Args:
             tokens: the tokens; None runs the last token of the prompts.
-            early: layers whose entering residual stream goes straight to the final norm and unembedding.
         """
         if tokens is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         column = self.tokens[:, -1:] if tokens is None else tokens[:, None]
-        seen: Residuals = dict.fromkeys(early)
-        with self.model.hooks(fwd_hooks=recorders(seen)) if early else nullcontext():
-            logits = self.runner.step(column, self.cache, self.mask).float()
-        if not early:
+        logits = self.runner.step(column, self.cache, self.mask).float()
+        if not self._early:
             return logits, logits.new_empty(0, *logits.shape)
-        stacked = torch.cat([seen[layer] for layer in early])
+        stacked = torch.cat(list(self._early.values()))
         read = self.runner.resume({self.runner.cfg.n_layers: stacked}, column[:1])
-        return logits, read.float().reshape(len(early), *logits.shape)
+        return logits, read.float().reshape(len(self._early), *logits.shape)
 
     @torch.inference_mode()
     def keep(self, rows: Bool[Tensor, " row"]) -> None:

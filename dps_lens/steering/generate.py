@@ -132,8 +132,8 @@ def generate(
     def choose(steered: Tensor, running: Sequence[int]) -> Tensor:
         return sampler(steered, [generators[row] for row in running])
 
-    decoder = Decoder(model, branches, ablation=ablation, positions=positions)
-    written = _decode(decoder, combine, choose, steps, max_new_tokens, early, ends, progress)
+    decoder = Decoder(model, branches, ablation=ablation, positions=positions, early=early)
+    written = _decode(decoder, combine, choose, steps, max_new_tokens, ends, progress)
     if stream:
         return TextStream(written, steps)
     for _ in written:
@@ -147,7 +147,6 @@ def _decode(
     choose: Callable[[Tensor, Sequence[int]], Tensor],
     steps: Steps,
     max_new_tokens: int,
-    early: Sequence[int],
     ends: set[int],
     progress: bool,
 ) -> Iterator[list[int]]:
@@ -156,7 +155,7 @@ def _decode(
     bar = tqdm(total=max_new_tokens, desc="generating", disable=None if progress else True)
     with bar, decoder:
         for _ in range(max_new_tokens):
-            logits, seen = decoder.step(token, early)
+            logits, seen = decoder.step(token)
             full, steered = combine(logits, seen, decoder.branches, running)
             chosen = choose(steered, running)
             steps.add(running, chosen, full, steered)

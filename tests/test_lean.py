@@ -1,0 +1,72 @@
+"""Steps without idle hook points: the same logits, hooks that are there fire, nothing is left behind."""
+
+import pytest
+import torch
+from conftest import no_hooks_left
+from oracles import columns_replaced
+
+from dps_lens.heads import HeadSet
+from dps_lens.intervene import ablate
+from dps_lens.model import Runner, native_attention
+from dps_lens.model.lean import lean_steps
+
+TOKENS = torch.arange(5, 17)[None]
+
+
+def components(model):
+    """The component or module at every place of the Hugging Face model."""
+    found = {}
+
+    def walk(parent, name):
+        for key, child in parent._modules.items():
+            found[f"{name}.{key}"] = child
+            if child is not None:
+                walk(child, f"{name}.{key}")
+
+    walk(model.original_model, "")
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_steps_equal_the_plain_model(tiny, rows):
+    runner = Runner.of(tiny.hooked)
+    tokens = TOKENS.expand(rows, -1) + torch.arange(rows)[:, None]
+    before = components(tiny.hooked)
+    with torch.inference_mode(), native_attention(tiny.hooked), lean_steps(tiny.hooked):
+        assert not any("_original_component" in m._modules for m in components(tiny.hooked).values() if m is not None)
+        cache = runner.start_decoding(runner.prefill(tokens[:, :-2]), torch.arange(rows))
+        mask = torch.ones_like(tokens)
+        steps = [runner.step(tokens[:, [at]], cache, mask[:, : at + 1 or None]) for at in (-2, -1)]
+    expected = tiny.plain(input_ids=tokens).logits[:, -2:]
+    assert torch.stack(steps, dim=1) == pytest.approx(expected.detach(), abs=1e-4)
+    after = components(tiny.hooked)
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    assert not any("forward" in vars(module) for module in after.values() if isinstance(module, torch.nn.Linear))
+    assert no_hooks_left(tiny.hooked)
+
+
+def test_a_hook_keeps_its_component(tiny):
+    """The ablation is entered first, as in decoding; only its own projection stays hooked."""
+    runner, d_head = Runner.of(tiny.hooked), tiny.hooked.cfg.d_head
+    hooked = ablate(tiny.hooked, HeadSet.parse("L1H2"), positions="all")
+    with torch.inference_mode(), native_attention(tiny.hooked), hooked, lean_steps(tiny.hooked):
+        left = [n for n, m in components(tiny.hooked).items() if m is not None and "_original_component" in m._modules]
+        cache = runner.start_decoding(runner.prefill(TOKENS[:, :-1]), torch.zeros(1, dtype=torch.long))
+        step = runner.step(TOKENS[:, -1:], cache, torch.ones_like(TOKENS))
+    assert len(left) == 1
+    assert left[0].endswith(("o_proj", "c_proj", "dense"))
+    with columns_replaced(tiny.plain, 1, 2, d_head, slice(None), 0.0):
+        expected = tiny.plain(input_ids=TOKENS).logits[:, -1]
+    assert step == pytest.approx(expected.detach(), abs=1e-4)
+
+
+def test_torch_hooks_of_others_fire(llama):
+    calls = []
+    handle = llama.hooked.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with torch.inference_mode(), lean_steps(llama.hooked):
+            llama.hooked.original_model(TOKENS)
+    finally:
+        handle.remove()
+    assert calls == [1]
