@@ -37,6 +37,7 @@ _API = {
     "significant_heads": "analysis",
     "split_half": "analysis",
     "stability": "analysis",
+    "steering_sweep": "analysis",
     "vector_recovery": "analysis",
 }
 

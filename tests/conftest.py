@@ -14,6 +14,7 @@ import jaxtyping
 jaxtyping.install_import_hook("dps_lens", "beartype.beartype")
 
 import pytest
+import toy
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -161,6 +162,17 @@ def real():
 @pytest.fixture(scope="session")
 def probe():
     return load_users("probe")
+
+
+@pytest.fixture(scope="session")
+def toy_model(tmp_path_factory):
+    """A model in which one known head carries the profile."""
+    return dps.load_model(str(toy.build(tmp_path_factory.mktemp("toy"))))
+
+
+@pytest.fixture(scope="session")
+def toy_users(tmp_path_factory):
+    return load_users(write_jsonl(tmp_path_factory.mktemp("users") / "docs.jsonl", toy.records()))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from conftest import no_hooks_left, write_jsonl
+from conftest import no_hooks_left
 from oracles import attention_modules, columns_replaced, edited_positions, output_projection, z_of
 from torch.nn.functional import cross_entropy
 
@@ -38,16 +38,6 @@ SETS = {"carrier": HeadSet([CARRIER]), "other": HeadSet.parse("L0H1")}
 def users(probe):
     """Two users with two evaluation examples, and one with one."""
     return [*probe[:2], replace(probe[5], examples=probe[5].examples[:1])]
-
-
-@pytest.fixture(scope="module")
-def toy_model(tmp_path_factory):
-    return dps.load_model(str(toy.build(tmp_path_factory.mktemp("toy"))))
-
-
-@pytest.fixture(scope="module")
-def toy_users(tmp_path_factory):
-    return dps.load_users(write_jsonl(tmp_path_factory.mktemp("users") / "docs.jsonl", toy.records()))
 
 
 @contextmanager

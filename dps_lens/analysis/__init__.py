@@ -11,6 +11,7 @@ from dps_lens.analysis.overlap import Overlap, overlap
 from dps_lens.analysis.reliability import split_half, stability
 from dps_lens.analysis.screening import screening_recall
 from dps_lens.analysis.significance import Significance, significant_heads
+from dps_lens.analysis.steering import SteeringSweep, steering_sweep
 from dps_lens.analysis.vectors import preference_vector, vector_recovery
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Overlap",
     "SetEffects",
     "Significance",
+    "SteeringSweep",
     "UserClusters",
     "ablated_generation",
     "ablation_cost",
@@ -34,5 +36,6 @@ __all__ = [
     "significant_heads",
     "split_half",
     "stability",
+    "steering_sweep",
     "vector_recovery",
 ]

@@ -1,0 +1,175 @@
+"""Steering of the users' own text against plain Hugging Face models, and on a model of known answer."""
+
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import torch
+import toy
+from oracles import columns_replaced
+from torch.nn.functional import cross_entropy
+
+import dps_lens as dps
+from dps_lens.analysis import SteeringSweep
+from dps_lens.errors import ScoreError, SteeringError
+from dps_lens.families import draw_seed, random_heads
+from dps_lens.heads import Head, HeadSet
+from dps_lens.plots import steering
+
+HEADS = HeadSet.parse("L1H2,L0H1")
+STRENGTHS = (0.5, 2.0)
+PROMPT = dps.PromptConfig(items=2, profile_tokens=60, task_tokens=20, response_tokens=6)
+METHODS = {
+    "dps": ("dps", HEADS),
+    "entropy": ("dps-entropy", HEADS),
+    "cad": "cad",
+    "both": ("dps+cad", HEADS),
+    "amplify": ("amplify", HEADS),
+}
+OPTIONS = {"k": 2, "strengths": STRENGTHS, "prompt": PROMPT, "max_examples": 1, "progress": False}
+
+
+@torch.no_grad()
+def logits_of(plain, prompt, d_head, heads=(), factor=0.0):
+    """Of the response, float64, the heads' z multiplied from the last prompt token on."""
+    start, stop = prompt.spans["response"]
+    positions = slice(start - 1, None)
+    with ExitStack() as stack:
+        for layer, head in heads:
+            columns = slice(head * d_head, (head + 1) * d_head)
+            new = lambda z, columns=columns: factor * z[:, :, columns]  # noqa: E731
+            stack.enter_context(columns_replaced(plain, layer, head, d_head, positions, new))
+        return plain(input_ids=prompt.tokens[None]).logits[0, start - 1 : stop - 1].double()
+
+
+def by_hand(name, strength, heads, plain, own, none, d_head):
+    """Change of the NLL and KL from probabilities, term by term."""
+    full = logits_of(plain, own, d_head)
+    p = full.softmax(-1)
+    if name == "amplify":
+        mixed = logits_of(plain, own, d_head, heads, 1 + strength)
+    else:
+        masked, without = logits_of(plain, own, d_head, heads), logits_of(plain, none, d_head)
+        gamma = {"cad": 0.0}.get(name, strength)
+        if name == "entropy":
+            gamma = (-(p * p.log()).sum(-1)).clamp(max=strength)[:, None]
+        alpha = strength if name in ("cad", "both") else 0.0
+        mixed = full + gamma * (full - masked) + alpha * (full - without)
+    q = mixed.softmax(-1)
+    targets = own.response_tokens
+    change = cross_entropy(mixed, targets) - cross_entropy(full, targets)
+    return float(change), float((q * (q / p).log()).sum(-1).mean())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_changes_and_kl_equal_the_plain_model(tinies, architecture, probe):
+    tiny, users = tinies(architecture), [probe[0], probe[5]]
+    sweep = dps.steering_sweep(tiny.hooked, users, METHODS, n_random=2, **OPTIONS)
+    d_head = tiny.hooked.cfg.d_head
+    for index, user in enumerate(users):
+        own, none = (
+            dps.build_prompt(tiny.hooked, user.examples[-1], which, config=PROMPT) for which in ("own", "none")
+        )
+        assert float(sweep.nll[index]) == pytest.approx(
+            float(cross_entropy(logits_of(tiny.plain, own, d_head), own.response_tokens)), abs=1e-4
+        )
+        drawn = [random_heads(tiny.hooked, HEADS, match="nearest", seed=draw_seed(0, draw)) for draw in range(2)]
+        for name in METHODS:
+            for row, strength in enumerate(STRENGTHS):
+                expected = by_hand(name, strength, HEADS, tiny.plain, own, none, d_head)
+                assert float(sweep.change[name][row, index]) == pytest.approx(expected[0], abs=1e-4)
+                assert float(sweep.kl[name][row, index]) == pytest.approx(expected[1], abs=1e-4)
+                if name == "cad":
+                    continue
+                controls = [by_hand(name, strength, heads, tiny.plain, own, none, d_head) for heads in drawn]
+                label = f"{name} (random)"
+                assert float(sweep.change[label][row, index]) == pytest.approx(np.mean(controls, 0)[0], abs=1e-4)
+                assert float(sweep.kl[label][row, index]) == pytest.approx(np.mean(controls, 0)[1], abs=1e-4)
+    assert "cad (random)" not in sweep.methods
+
+
+def test_only_the_carrier_steers(toy_model, toy_users):
+    carrier, other = HeadSet([Head(*toy.CARRIER)]), HeadSet.parse("L0H1")
+    methods = {"carrier": ("dps", carrier), "other": ("dps", other), "cad": "cad"}
+    options = {"k": 1, "strengths": (0.5, 1.0), "n_random": 3, "progress": False}
+    sweep = dps.steering_sweep(toy_model, toy_users, methods, **options)
+    frame = sweep.to_frame().set_index(["method", "strength"])
+    # The signature is a text's first word; on the words after it the carrier only gets in the way.
+    assert frame.loc[("carrier", 1.0), "low"] > 1
+    assert frame.loc[("carrier", 1.0), "difference_low"] > 1
+    for name in ("other", "carrier (random)"):
+        assert abs(frame.loc[(name, 1.0), "mean"]) < 0.05
+    first = dps.steering_sweep(toy_model, toy_users, methods, prompt=dps.PromptConfig(response_tokens=1), **options)
+    assert bool((first.change["carrier"] < 0).all())
+    assert bool((first.change["cad"] < 0).all())
+    figure = steering(sweep)
+    assert {trace.name for trace in figure.data} == {*sweep.methods}
+    assert sweep.plot() == figure
+
+
+def sweep_of(change, kl):
+    """Two users, one example each."""
+    users = ("a", "b")
+    as_tensors = [
+        {name: torch.tensor(rows, dtype=torch.float64) for name, rows in part.items()} for part in (change, kl)
+    ]
+    return SteeringSweep((1.0, 2.0), users, users, torch.zeros(2, dtype=torch.float64), *as_tensors)
+
+
+def test_methods_meet_at_equal_kl():
+    sweep = sweep_of(
+        {"x": [[-0.1, -0.3], [0.4, 0.2]], "x (random)": [[0.0, 0.1], [0.2, 0.3]], "weak": [[0.0, 0.0], [0.1, 0.1]]},
+        {"x": [[0.1, 0.3], [0.4, 0.8]], "x (random)": [[0.2, 0.2], [0.2, 0.6]], "weak": [[0.0, 0.0], [0.1, 0.1]]},
+    )
+    at = sweep.at_kl(0.4).set_index("method")
+    # x: mean KL 0.2 and 0.6, half way; random: 0.2 and 0.4, its last strength; weak never gets there.
+    assert at.loc["x", "strength"] == pytest.approx(1.5)
+    assert at.loc["x", "mean"] == pytest.approx((0.15 - 0.05) / 2)
+    assert at.loc["x (random)", "strength"] == pytest.approx(2.0)
+    assert at.loc["x", "difference"] == pytest.approx(((0.15 - 0.2) + (-0.05 - 0.3)) / 2)
+    assert np.isnan(at.loc["weak", "mean"])
+    low = sweep.at_kl(0.1).set_index("method")
+    assert low.loc["x", "strength"] == pytest.approx(0.5), "between no steering and the first strength"
+    assert low.loc["x", "mean"] == pytest.approx(-0.1)
+
+
+def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
+    methods, users = {"dps": ("dps", HEADS)}, list(probe[:2])
+    whole = dps.steering_sweep(llama.hooked, users, methods, n_random=0, **OPTIONS)
+    measure, calls = dps.analysis.steering._measure, []
+
+    def stops(sets, number, *arguments):
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(number)
+        return measure(sets, number, *arguments)
+
+    monkeypatch.setattr(dps.analysis.steering, "_measure", stops)
+    with pytest.raises(KeyboardInterrupt):
+        dps.steering_sweep(llama.hooked, users, methods, n_random=0, out=tmp_path, **OPTIONS)
+    calls[:] = []
+    resumed = dps.steering_sweep(llama.hooked, users, methods, n_random=0, out=tmp_path, **OPTIONS)
+    assert calls == [1], "only the example that was missing"
+    assert torch.equal(resumed.change["dps"], whole.change["dps"])
+
+
+def test_bad_input_says_what_to_do(llama, probe):
+    users = list(probe[:2])
+
+    def sweep(methods, **changes):
+        return dps.steering_sweep(llama.hooked, users, methods, **{**OPTIONS, **changes})
+
+    with pytest.raises(SteeringError, match="dola.*use generate|rules tokens out"):
+        sweep({"dola": "dola"})
+    with pytest.raises(SteeringError, match=r"needs heads, such as \('dps', scores\)"):
+        sweep({"dps": "dps"})
+    with pytest.raises(SteeringError, match="takes no heads"):
+        sweep({"cad": ("cad", HEADS)})
+    with pytest.raises(SteeringError, match="'nonsense' is unknown"):
+        sweep({"x": ("nonsense", HEADS)})
+    for strengths in ((), (0.0, 1.0), (2.0, 1.0), (1.0, 1.0)):
+        with pytest.raises(SteeringError, match="positive and ascending"):
+            sweep({"dps": ("dps", HEADS)}, strengths=strengths)
+    scores = dps.score_heads(llama.hooked, users, positions="all", prompt=PROMPT, max_examples=1, progress=False)
+    with pytest.raises(ScoreError, match="positions"):
+        sweep({"dps": ("dps", scores)})
