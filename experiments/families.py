@@ -81,13 +81,14 @@ class Experiment:
         )
 
     def against_others(self) -> dps.HeadScores:
-        """Scores whose baseline is another blogger's profile; 2 examples a blogger."""
+        """Scores whose baseline is one other blogger's profile; 2 examples a blogger."""
         return self.keep(
             "against_others",
             lambda: dps.score_heads(
                 self.model,
                 self.users["govblog"],
                 contrast="other_user",
+                n_donors=1,
                 max_examples=2,
                 prompt=PROMPT,
                 out=self.out / "against_others",

@@ -11,10 +11,10 @@ from conftest import write_jsonl
 import dps_lens as dps
 
 
-def run(*arguments, cwd=None):
+def run(*arguments, cwd=None, said=None):
     environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "dps_lens.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, input=said, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,76 @@ def test_steer_prints_json_lines(scored, model):
     assert lines[0]["gamma"] == 1.5
     one = run("steer", "a loaf", "--heads", "L0H1,L2H3", "--model", model, "--max-new-tokens", 3)
     assert json.loads(one.stdout)["prompt"] == "a loaf"
+
+
+def test_requests_from_a_file_resume(scored, model, tmp_path):
+    out, _ = scored
+    records = [
+        {"id": "a", "prompt": "a loaf", "heads": "L0H1", "gamma": 2},
+        {"user": "asker-bread", "gamma": -1.0},
+        {"prompt": "a bird", "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 3},
+    ]
+    file = write_jsonl(tmp_path / "requests.jsonl", records)
+    common = ("steer", "--requests", file, "--run", out, "--k", 3, "--model", model, "--max-new-tokens", 4)
+    printed = run(*common, "--batch-size", 2)
+    assert printed.returncode == 0, printed.stderr
+    lines = [json.loads(line) for line in printed.stdout.splitlines()]
+    top = str(dps.HeadScores.load(out).top(3))
+    assert [line["line"] for line in lines] == [1, 2, 3]
+    assert [line["heads"] for line in lines] == ["L0H1", top, top]
+    assert [line["gamma"] for line in lines] == [2, -1.0, 1.0]
+    assert (lines[0]["id"], lines[1]["user"], lines[2]["top_k"]) == ("a", "asker-bread", 20)
+    assert lines[1]["kl"] is None, "the full model did not run"
+    assert lines[1]["reference"]
+
+    # One at a time gives the same texts: neither the batch nor the sampling of others matters.
+    kept = tmp_path / "out" / "steered.jsonl"
+    assert run(*common, "--batch-size", 1, "--out", kept).returncode == 0
+    whole = kept.read_text()
+    again = [json.loads(line) for line in whole.splitlines()]
+    assert [(line["plain"], line["steered"]) for line in again] == [(line["plain"], line["steered"]) for line in lines]
+    kept.write_text(whole[: whole.index("\n") + 20])
+    assert run(*common, "--out", kept).returncode == 0
+    resumed = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [(line["line"], line["steered"]) for line in resumed] == [(line["line"], line["steered"]) for line in lines]
+    other = run(*common, "--gamma", 3, "--out", kept)
+    assert other.returncode == 2
+    assert "line 2" not in other.stderr
+    assert "line 3: gamma was 1.0, now 3.0" in other.stderr.replace("\n", " ")
+    assert run(*common, "--gamma", 3, "--out", kept, "--force").returncode == 0
+    assert json.loads(kept.read_text().splitlines()[2])["gamma"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "x", "gama": 1}, "line 1: field 'gama' is unknown"),
+        ({"prompt": "x", "gamma": "2"}, "line 1: field 'gamma' is '2', not a number"),
+        ({"prompt": "x", "seed": True}, "line 1: field 'seed' is True, not a whole number"),
+        ({"prompt": "x", "do_sample": 1}, "line 1: field 'do_sample' is 1, not true or false"),
+        ({"gamma": 1}, "line 1: give either 'prompt' or 'user'"),
+        ({"user": "nobody"}, "line 1: field 'user' is 'nobody', who is not among --users"),
+        ({"user": "asker-bread", "example": "none"}, "line 1: field 'example' is 'none'; the user has"),
+    ],
+)
+def test_a_malformed_request_names_its_field(record, message, tmp_path):
+    done = run("steer", "--requests", write_jsonl(tmp_path / "r.jsonl", [record]), "--heads", "L0H1")
+    assert done.returncode == 2
+    assert f"r.jsonl, {message}" in done.stderr
+
+
+def test_chat_answers_turn_by_turn(model):
+    said = "hello there\n/gamma 0\n/gamma x\nmore of it\n/plain\n/new\nhello there\n/what\n/quit\nnever read\n"
+    common = ("steer", "--chat", "--heads", "L0H1,L2H3", "--model", model, "--max-new-tokens", 5, "--gamma", 2)
+    done = run(*common, said=said)
+    assert done.returncode == 0, done.stderr
+    assert "never read" not in done.stdout
+    assert "needs a number" in done.stderr
+    one = json.loads(run("steer", "hello there", *common[2:]).stdout)
+    answers = [" ".join(answer.split()) for answer in done.stdout.split("> ")]
+    assert answers[1] == " ".join(one["steered"].split())
+    assert answers[4] == answers[5], "after /gamma 0 the second answer is the model's own, as /plain is"
+    assert answers[7] == " ".join(one["plain"].split()), "after /new nothing is left of the turns before"
 
 
 def test_demo_writes_its_report(tmp_path, model):

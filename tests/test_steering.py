@@ -229,7 +229,10 @@ def test_bad_requests_are_named(llama, prompts_of, unchecked):
     for options, message in (
         ({"heads": SETS[:2]}, "3 prompts and 2 head sets"),
         ({"heads": SETS, "gamma": [1.0]}, "1 values of gamma"),
-        ({"heads": SETS, "gamma": -1.5}, "below -1"),
+        ({"heads": SETS, "gamma": -1.5}, "not a number from -1"),
+        ({"heads": SETS, "gamma": [1.0, float("nan"), 0.0]}, "gamma nan"),
+        ({"heads": SETS, "rule": "dps+cad", "alpha": float("inf"), "without": prompts}, "alpha inf"),
+        ({"heads": [*SETS[:2], HeadSet.parse("L9H9")], "gamma": 0.0}, "L9H9"),
         ({"heads": SETS, "rule": "cat"}, "rule 'cat' is unknown"),
         ({"heads": SETS, "ablation": "mean"}, "not offered"),
         ({"heads": SETS, "do_sample": True, "temperature": 0.0}, "not positive"),

@@ -1,15 +1,21 @@
 """`dps-lens steer`."""
 
-import json
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from tqdm.auto import tqdm
 
 from dps_lens.cli.app import app
+from dps_lens.cli.chat import chat as talk
 from dps_lens.cli.checks import check_same_model
-from dps_lens.cli.options import Device, Dtype, MaxUsers, Model, Outputs, Positions, Users
+from dps_lens.cli.options import Device, Dtype, Model, Outputs, Positions, Users
+from dps_lens.cli.requests import Lines, Request, read_requests
+
+if TYPE_CHECKING:
+    from dps_lens.steering.rules import Rule
 
 
 @app.command()
@@ -29,9 +35,19 @@ def steer(
         float | None, typer.Option(help="Rule out tokens with p under this share of the largest.")
     ] = None,
     max_shift: Annotated[float | None, typer.Option(help="Cap on KL(steered || full) at every step, nats.")] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines, each with 'prompt' or 'user' ('example'), and its own heads, gamma, alpha, do_sample, "
+            "temperature, top_k, top_p, seed where they differ."
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk with the steered model.")] = False,
     users: Users = "probe",
     outputs: Outputs = None,
-    max_users: MaxUsers = 3,
+    max_users: Annotated[
+        int | None, typer.Option(min=1, help="Use the first so many users; 3 without --requests.")
+    ] = None,
     model: Model = "smollm2-135m",
     positions: Annotated[Positions, typer.Option(help="Where the second branch lacks the heads.")] = (
         Positions.response
@@ -39,63 +55,107 @@ def steer(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
     temperature: float = 1.0,
+    top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write here instead of printing; goes on where it stopped.")] = None,
+    force: Annotated[bool, typer.Option(help="Drop what --out holds.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Generate with DPS or another rule and print JSON lines: the plain and the steered text of each prompt."""
+    """Generate with DPS or another rule and write JSON lines: the plain and the steered text of each prompt."""
     import dps_lens as dps
     from dps_lens.errors import SteeringError
     from dps_lens.steering.rules import find_rule
 
     found = find_rule(rule)
-    if found.needs_heads and (run is None) == (heads is None):
+    if sum((prompt is not None, requests is not None, chat)) > 1:
+        raise SteeringError("steer: give one of a text, --requests and --chat")
+    own_heads = requests is not None and run is None
+    if found.needs_heads and not own_heads and (run is None) == (heads is None):
         raise SteeringError("steer: give either --run, a folder of 'dps-lens score', or --heads L12H3,L4H0")
+    if found.prompt and (prompt is not None or chat):
+        raise SteeringError(f"steer: rule {rule!r} needs prompts with a profile; leave the text out to use --users")
     scores = dps.HeadScores.load(run) if run else None
     chosen = scores.top(k) if scores else dps.HeadSet.parse(heads or "")
+    sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    defaults = {"heads": str(chosen), "gamma": gamma, "alpha": alpha, **sampling}
+    shared: dict[str, Any] = {"rule": rule, "positions": positions.value, "max_new_tokens": max_new_tokens}
+    shared |= {"plausibility": plausibility, "max_shift": max_shift}
+    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, defaults)
+    if out is not None and force:
+        out.unlink(missing_ok=True)
+    lines = Lines(out, asked, shared)
+    if not chat and lines.done == len(asked):
+        return
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
     if scores:
         check_same_model("steer", scores, loaded_model)
-    without: list[Any] | None = None
+    if chat:
+        talk(loaded_model, {**shared, **defaults, "heads": chosen})
+        return
+    bar = tqdm(total=len(asked), initial=lines.done, desc="steering", unit="prompt", disable=None if out else True)
+    with bar:
+        for start in range(lines.done, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            for request, written in zip(batch, _write(loaded_model, batch, found, shared), strict=True):
+                lines.write(request, written)
+                bar.update()
+
+
+def _asked(
+    prompt: str | None,
+    requests: Path | None,
+    users: str,
+    outputs: Path | None,
+    max_users: int | None,
+    defaults: Mapping[str, Any],
+) -> list[Request]:
+    import dps_lens as dps
+
     if prompt is not None:
-        if found.prompt:
-            raise SteeringError(f"steer: rule {rule!r} needs prompts with a profile; leave the text out to use --users")
-        prompts: list[Any] = [dps.chat_prompt(loaded_model, prompt)]
-        about: list[dict[str, str]] = [{"prompt": prompt}]
-    else:
-        examples = [user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users)]
-        prompts = [dps.build_prompt(loaded_model, example) for example in examples]
-        if found.prompt:
-            without = [dps.build_prompt(loaded_model, example, "none") for example in examples]
-        about = [
-            {"user": example.user_id, "example": example.id, "reference": example.reference} for example in examples
-        ]
-    options: dict[str, Any] = {
-        "positions": positions.value,
-        "max_new_tokens": max_new_tokens,
-        "do_sample": sample,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
-    plain = dps.generate(loaded_model, prompts, heads=chosen, gamma=0.0, **options)
-    steered = dps.generate(
-        loaded_model,
-        prompts,
-        heads=chosen,
-        rule=rule,
-        gamma=gamma,
-        alpha=alpha,
-        without=without,
-        plausibility=plausibility,
-        max_shift=max_shift,
-        **options,
-    )
-    settings = {"rule": rule, "gamma": gamma, "alpha": alpha, "heads": str(chosen)}
-    texts = {"plain": plain.texts, "steered": steered.texts}
-    for index, row in enumerate(about):
+        return [Request({"prompt": prompt}, prompt, settings=defaults)]
+    if requests is not None:
+        return read_requests(requests, dps.load_users(users, outputs=outputs, max_users=max_users), defaults)
+    examples = [user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users or 3)]
+    return [
+        Request(
+            {"user": example.user_id, "example": example.id, "reference": example.reference},
+            example=example,
+            settings=defaults,
+        )
+        for example in examples
+    ]
+
+
+def _write(model: Any, batch: Sequence[Request], rule: "Rule", shared: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Plain and steered text of each request, and how hard it was steered."""
+    import dps_lens as dps
+    from dps_lens.errors import SteeringError
+
+    prompts: list[Any] = [
+        dps.build_prompt(model, one.example) if one.example else dps.chat_prompt(model, one.prompt or "")
+        for one in batch
+    ]
+    without = None
+    if rule.prompt:
+        if strangers := [one for one in batch if one.example is None]:
+            raise SteeringError(
+                f"steer: this rule needs prompts with a profile; give 'user' instead of {strangers[0].prompt!r}"
+            )
+        without = [dps.build_prompt(model, one.example, "none") for one in batch if one.example]
+    each: dict[str, list[Any]] = {name: [one.settings[name] for one in batch] for name in batch[0].settings}
+    each["heads"] = [dps.HeadSet.parse(names) for names in each["heads"]]
+    if rule.needs_heads and not all(len(heads) for heads in each["heads"]):
+        raise SteeringError("steer: a request has no heads; give them in its line, or --run or --heads for all")
+    plain_options = {name: shared[name] for name in ("positions", "max_new_tokens")}
+    plain: Any = dps.generate(model, prompts, **each | {"gamma": 0.0}, **plain_options)
+    steered: Any = dps.generate(model, prompts, without=without, **each, **shared)
+    for index in range(len(batch)):
         kl = float(steered.kl[index].mean())
-        line = row | {name: values[index] for name, values in texts.items()} | {"kl": None if math.isnan(kl) else kl}
-        line |= settings
-        typer.echo(json.dumps(line, ensure_ascii=False))
+        yield {
+            "plain": plain.texts[index],
+            "steered": steered.texts[index],
+            "kl": None if math.isnan(kl) else kl,
+        }

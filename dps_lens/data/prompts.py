@@ -140,11 +140,23 @@ def build_prompt(
     return Prompt(torch.tensor(ids + answer), spans, text, condition, example.id, example.user_id, shown, tuple(items))
 
 
-def chat_prompt(model: HookedModel, text: str) -> Prompt:
-    """A bare text as a prompt: a user's message where the tokenizer has a chat template, else as it is."""
+def chat_prompt(model: HookedModel, text: str, turns: Sequence[tuple[str, str]] = ()) -> Prompt:
+    """A bare text as a prompt: a user's message where the tokenizer has a chat template, else as it is.
+
+    Args:
+        model: a hooked model.
+        text: the message.
+        turns: earlier messages with their answers; need a chat template.
+
+    Raises:
+        PromptError: there are turns and no chat template.
+    """
     tokenizer = PromptTokenizer(model)
     message = tokenizer.defuse(text)
-    rendered, offset = tokenizer.render(message) if tokenizer.chat else (message, 0)
+    if turns and not tokenizer.chat:
+        raise PromptError("chat_prompt: the tokenizer has no chat template for earlier turns; start over")
+    earlier = [(tokenizer.defuse(said), tokenizer.defuse(answer)) for said, answer in turns]
+    rendered, offset = tokenizer.render(message, earlier) if tokenizer.chat else (message, 0)
     ids, offsets = tokenizer.encode(rendered)
     spans = {"task": span(offsets, offset, offset + len(message)), "response": (len(ids), len(ids))}
     spans["profile"] = (spans["task"][0], spans["task"][0])

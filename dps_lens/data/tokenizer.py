@@ -1,5 +1,6 @@
 """A model's tokenizer, as prompts need it: chat template, character offsets, harmless special tokens."""
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from dps_lens.errors import PromptError
@@ -53,12 +54,14 @@ class PromptTokenizer:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
-    def render(self, content: str) -> tuple[str, int]:
-        """The prompt as text, and where `content` begins in it."""
+    def render(self, content: str, turns: Sequence[tuple[str, str]] = ()) -> tuple[str, int]:
+        """The prompt as text after earlier turns, and where `content` begins in it."""
         content = content.strip()
         if not self.chat:
             return content + _ANSWER, 0
-        messages = [{"role": "user", "content": content}]
+        roles = ("user", "assistant")
+        messages = [{"role": role, "content": said} for turn in turns for role, said in zip(roles, turn, strict=True)]
+        messages.append({"role": "user", "content": content})
         text = self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         offset = text.rfind(content)
         if offset < 0:

@@ -1,6 +1,7 @@
 """Generate with Differential Preference Steering, or a rule to compare it with, for many users at once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -15,8 +16,9 @@ from dps_lens.intervene import Ablation, Positions
 from dps_lens.model import HookedModel
 from dps_lens.steering.decoder import Branch, Decoder, Kind
 from dps_lens.steering.generation import Generation, Steps, TextStream
-from dps_lens.steering.rules import Rule, capped, early_contrast, entropy, find_rule, plausible
-from dps_lens.steering.sampling import Sampler
+from dps_lens.steering.mixing import Mixer
+from dps_lens.steering.rules import Rule, find_rule
+from dps_lens.steering.sampling import Sampler, choose
 
 Heads: TypeAlias = HeadSet | Mapping[Head, float]
 """A set of heads, or heads with weights from 0 (untouched) to 1 (all of the edit)."""
@@ -38,10 +40,10 @@ def generate(
     ablation: Ablation = "zero",
     positions: Positions = "response",
     max_new_tokens: int = 64,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    do_sample: bool | Sequence[bool] = False,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int | None] | None = None,
+    top_p: float | Sequence[float | None] | None = None,
     seed: int | Sequence[int] = 0,
     stop_at_eos: bool = True,
     keep_delta_logits: bool = False,
@@ -82,7 +84,7 @@ def generate(
         positions: `"response"` (from the last prompt token on; branches share the prompt's pass), `"all"` or
             `"profile"`.
         max_new_tokens: stop after so many.
-        do_sample: sample instead of greedy decoding.
+        do_sample: sample instead of greedy decoding; this and the next three for all prompts or one a prompt.
         temperature: of sampling.
         top_k: sample from the `top_k` likeliest tokens.
         top_p: sample from the smallest set of tokens that holds this probability.
@@ -104,7 +106,9 @@ def generate(
     gammas = _per_row("gamma", gamma, len(batch)) if found.needs_heads else [0.0] * len(batch)
     alphas = _per_row("alpha", alpha, len(batch)) if found.prompt else [0.0] * len(batch)
     _check(found, rule, ablation, max_new_tokens, gammas, alphas, plausibility, max_shift, max_gamma)
-    sampler = Sampler(do_sample, temperature, top_k, top_p)
+    sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    each = [_per_row(name, value, len(batch)) for name, value in sampling.items()]
+    samplers = [Sampler(*values) for values in zip(*each, strict=True)]
     generators = [torch.Generator().manual_seed(int(value)) for value in _per_row("seed", seed, len(batch))]
     sets = _sets(heads, len(batch), found)
     branches = _branches(model, batch, _others(without, batch, found), sets, gammas, alphas, found, ablation, positions)
@@ -121,19 +125,9 @@ def generate(
         settings | {"max_gamma": max_gamma, "seed": seed},
     )
 
-    def combine(logits: Tensor, seen: Tensor, left: Sequence[Branch], running: Sequence[int]) -> tuple[Tensor, Tensor]:
-        full, base, steered = _combine(logits, left, running, found, gammas, alphas, max_gamma)
-        if found.early:
-            steered = early_contrast(full, seen)
-        if plausibility is not None:
-            steered = plausible(steered, base, plausibility)
-        return full, steered if max_shift is None else capped(steered, full, max_shift)
-
-    def choose(steered: Tensor, running: Sequence[int]) -> Tensor:
-        return sampler(steered, [generators[row] for row in running])
-
+    mixer = Mixer(found, gammas, alphas, max_gamma, plausibility, max_shift)
     decoder = Decoder(model, branches, ablation=ablation, positions=positions, early=early)
-    written = _decode(decoder, combine, choose, steps, max_new_tokens, ends, progress)
+    written = _decode(decoder, mixer, samplers, generators, steps, max_new_tokens, ends, progress)
     if stream:
         return TextStream(written, steps)
     for _ in written:
@@ -143,8 +137,9 @@ def generate(
 
 def _decode(
     decoder: Decoder,
-    combine: Callable[..., tuple[Tensor, Tensor]],
-    choose: Callable[[Tensor, Sequence[int]], Tensor],
+    mixer: Mixer,
+    samplers: Sequence[Sampler],
+    generators: Sequence[torch.Generator],
     steps: Steps,
     max_new_tokens: int,
     ends: set[int],
@@ -154,14 +149,13 @@ def _decode(
     running, token = list(range(steps.rows)), None
     bar = tqdm(total=max_new_tokens, desc="generating", disable=None if progress else True)
     with bar, decoder:
+        order = _lay_out(decoder, mixer, running)
         for _ in range(max_new_tokens):
-            logits, seen = decoder.step(token)
-            full, steered = combine(logits, seen, decoder.branches, running)
-            chosen = choose(steered, running)
-            steps.add(running, chosen, full, steered)
+            full, steered = mixer(*decoder.step(token))
+            chosen = choose(steered, [samplers[row] for row in running], [generators[row] for row in running])
+            going = [value not in ends for value in steps.add(running, chosen, full, steered)]
             bar.update()
             yield running
-            going = [int(value) not in ends for value in chosen]
             if not any(going):
                 break
             if not all(going):
@@ -169,43 +163,15 @@ def _decode(
                 decoder.keep(torch.tensor([branch.request in left for branch in decoder.branches]))
                 chosen = chosen[torch.tensor(going, device=chosen.device)]
                 running = [row for row in running if row in left]
-            order = torch.tensor([running.index(branch.request) for branch in decoder.branches], device=chosen.device)
+                order = _lay_out(decoder, mixer, running)
             token = chosen[order]
 
 
-def _combine(
-    logits: Float[Tensor, "branch d_vocab"],
-    branches: Sequence[Branch],
-    running: Sequence[int],
-    rule: Rule,
-    gammas: Sequence[float],
-    alphas: Sequence[float],
-    max_gamma: float | None,
-) -> tuple[Float[Tensor, "row d_vocab"], Float[Tensor, "row d_vocab"], Float[Tensor, "row d_vocab"]]:
-    """Logits of every running request: full (NaN where the full model did not run), what is steered, and steered."""
-    place = {(branch.request, branch.kind): index for index, branch in enumerate(branches)}
-
-    def of(kind: Kind) -> Float[Tensor, "row d_vocab"]:
-        rows = torch.tensor([place.get((row, kind), -1) for row in running], device=logits.device)
-        return torch.where(rows[:, None] >= 0, logits[rows], torch.nan)
-
-    def each(values: Sequence[float]) -> Float[Tensor, "row 1"]:
-        return torch.tensor([float(values[row]) for row in running], device=logits.device)[:, None]
-
-    full, edited = of("full"), of("edited")
-    # Where the full model does not run, the edited one is what is steered.
-    base = torch.where(full.isnan(), edited, full)
-    steered = base
-    if rule.heads:
-        strength = each(gammas)
-        if rule.adaptive:
-            free = entropy(base)[:, None]
-            strength = free if max_gamma is None else free.clamp(max=max_gamma)
-        steered = steered + torch.where(edited.isnan(), 0.0, strength * (base - edited))
-    if rule.prompt:
-        other = of("without")
-        steered = steered + torch.where(other.isnan(), 0.0, each(alphas) * (base - other))
-    return full, base, steered
+def _lay_out(decoder: Decoder, mixer: Mixer, running: Sequence[int]) -> Int[Tensor, " branch"]:
+    """Tell the mixer where the branches stand; for each of them, where its request stands among those that run."""
+    device = decoder.mask.device
+    mixer.lay_out(decoder.branches, running, device)
+    return torch.tensor([running.index(branch.request) for branch in decoder.branches], device=device)
 
 
 def _branches(
@@ -230,8 +196,8 @@ def _branches(
             raise SteeringError("generate: positions='profile' needs prompts that show a profile")
         if not (alone and edits):
             found["full"].append(Branch(row, "full", tokens, profile, untouched))
+        factors = _factors(model, heads, gammas[row] if rule.amplify else -1.0, ablation)
         if edits:
-            factors = _factors(model, heads, gammas[row] if rule.amplify else -1.0, ablation)
             found["edited"].append(Branch(row, "edited", tokens, profile, factors))
         if rule.prompt and alphas[row]:
             ids = _ids(model, other)
@@ -296,10 +262,11 @@ def _check(
         raise SteeringError(f"generate: rule {name!r} scales z; it takes no ablation but the default")
     if max_new_tokens < 1:
         raise SteeringError(f"generate: max_new_tokens {max_new_tokens} asks for no token")
-    if min(gammas) < -1:
-        raise SteeringError(f"generate: gamma {min(gammas)} is below -1, the masked model")
-    if min(alphas) < 0:
-        raise SteeringError(f"generate: alpha {min(alphas)} is below 0")
+    # NaN fails every comparison.
+    if wrong := [gamma for gamma in gammas if not -1 <= gamma < math.inf]:
+        raise SteeringError(f"generate: gamma {wrong[0]} is not a number from -1 (the masked model) up")
+    if wrong := [alpha for alpha in alphas if not 0 <= alpha < math.inf]:
+        raise SteeringError(f"generate: alpha {wrong[0]} is not a number from 0 up")
     if max_gamma is not None and max_gamma <= 0:
         raise SteeringError(f"generate: max_gamma {max_gamma} leaves no contrast; it is a cap above 0")
     if plausibility is not None and not 0 < plausibility <= 1:

@@ -92,26 +92,26 @@ class Steps:
         chosen: Int[Tensor, " row"],
         full: Float[Tensor, "row d_vocab"],
         steered: Float[Tensor, "row d_vocab"],
-    ) -> None:
-        """One step of the rows that run."""
+    ) -> list[int]:
+        """One step of the rows that run; returns the tokens."""
         logprob = _logprob(steered, chosen)
-        step = {
-            "tokens": chosen,
-            "logprobs": logprob,
-            "shifts": logprob - _logprob(full, chosen),
-            "kl": divergence(steered, full),
-        }
+        numbers = torch.stack([logprob, logprob - _logprob(full, chosen), divergence(steered, full)])
+        # One transfer: token ids are exact in float64.
+        ids, *measured = torch.cat([chosen[None].double(), numbers.double()]).cpu()
+        tokens = ids.long()
+        step = {"tokens": tokens, **dict(zip(("logprobs", "shifts", "kl"), (m.float() for m in measured), strict=True))}
         if self.keep_delta_logits:
-            step["deltas"] = steered - full
+            step["deltas"] = (steered - full).cpu()
         if self.keep_alternatives:
             change = steered.softmax(-1) - full.softmax(-1)
             up, down = change.topk(self.keep_alternatives), (-change).topk(self.keep_alternatives)
-            step["moved"] = torch.cat([up.indices, down.indices.flip(-1)], dim=-1)
-            step["moves"] = torch.cat([up.values, -down.values.flip(-1)], dim=-1)
+            step["moved"] = torch.cat([up.indices, down.indices.flip(-1)], dim=-1).cpu()
+            step["moves"] = torch.cat([up.values, -down.values.flip(-1)], dim=-1).cpu()
         for name, values in step.items():
             column = self.columns.setdefault(name, [[] for _ in range(self.rows)])
-            for row, value in zip(running, values.cpu(), strict=True):
+            for row, value in zip(running, values, strict=True):
                 column[row].append(value)
+        return [int(token) for token in tokens]
 
     def text(self, row: int) -> str:
         """What a row has written so far."""

@@ -64,3 +64,16 @@ class Sampler:
         cdf = self.probabilities(logits).cumsum(-1)
         drawn = torch.searchsorted(cdf, (uniform.to(cdf.device) * cdf[:, -1])[:, None], right=True)[:, 0]
         return drawn.clamp(max=logits.shape[-1] - 1)
+
+
+def choose(
+    logits: Float[Tensor, "row d_vocab"], samplers: Sequence[Sampler], generators: Sequence[torch.Generator]
+) -> Int[Tensor, " row"]:
+    """The next token of each row by its own sampler; rows of one setting are drawn together."""
+    chosen = logits.new_empty(len(logits), dtype=torch.long)
+    for sampler in dict.fromkeys(samplers):
+        rows = [row for row, other in enumerate(samplers) if other == sampler]
+        if len(rows) == len(logits):
+            return sampler(logits, generators)
+        chosen[rows] = sampler(logits[rows], [generators[row] for row in rows])
+    return chosen

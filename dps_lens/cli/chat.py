@@ -1,0 +1,66 @@
+"""`dps-lens steer --chat`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+from dps_lens.cli.requests import STRENGTHS
+
+HELP = "/plain answers the last message unsteered, /gamma 2 and /alpha 1 set strengths, /new starts over, /quit ends."
+
+
+def chat(model: Any, options: Mapping[str, Any]) -> None:
+    """Read messages until the input ends; answers come as they are written.
+
+    Args:
+        model: a hooked model.
+        options: of `dps_lens.generate`.
+    """
+    import dps_lens as dps
+    from dps_lens.errors import DPSLensError
+
+    options, message = dict(options), ""
+    turns: list[tuple[str, str]] = []
+    typer.echo(HELP, err=True)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        command, _, value = line.partition(" ")
+        name = command.removeprefix("/")
+        if command == "/quit":
+            return
+        if command == "/new":
+            turns, message = [], ""
+        elif command.startswith("/") and name in STRENGTHS:
+            try:
+                options[name] = float(value)
+            except ValueError:
+                typer.echo(f"{command} needs a number, such as {command} 1.5", err=True)
+        elif command == "/plain":
+            if not message:
+                typer.echo("there is no message yet", err=True)
+                continue
+            _say(dps.generate(model, dps.chat_prompt(model, message, turns[:-1]), **options | _UNSTEERED, stream=True))
+        elif command.startswith("/"):
+            typer.echo(HELP, err=True)
+        elif line:
+            try:
+                stream = dps.generate(model, dps.chat_prompt(model, line, turns), **options, stream=True)
+            except DPSLensError as error:
+                typer.secho(f"error: {error}", fg="red", err=True)
+                continue
+            message = line
+            turns = [*turns, (line, _say(stream))]
+
+
+_UNSTEERED = {"rule": "dps", "gamma": 0.0, "plausibility": None, "max_shift": None}
+
+
+def _say(stream: Any) -> str:
+    for _, text in stream:
+        typer.echo(text, nl=False)
+    typer.echo()
+    return str(stream.generation.texts[0])
