@@ -10,6 +10,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
+import transformers
 from conftest import ARCHITECTURES, no_hooks_left
 from oracles import columns_replaced, uniform_z
 
@@ -33,7 +34,7 @@ class Naive:
     """One request by definition. Calling it with the new tokens gives full (or None) and steered logits, float64."""
 
     def __init__(self, tiny, rule, prompt, *, without=None, heads=(), gamma=0.0, alpha=0.0, **options):
-        self.plain, self.d_head = tiny.plain, tiny.hooked.cfg.d_head
+        self.plain, self.d_head, self.n_heads = tiny.plain, tiny.hooked.cfg.d_head, tiny.hooked.cfg.n_heads
         self.rule, self.gamma, self.alpha = rule, gamma, alpha
         self.weights = dict(heads) if isinstance(heads, dict) else dict.fromkeys(heads, 1.0)
         self.prompt, self.without = prompt, without
@@ -63,7 +64,7 @@ class Naive:
     def uniform(self, new):
         with ExitStack() as stack:
             for layer, head in self.weights:
-                new_z, handle = uniform_z(self.plain, layer, head, self.d_head, 4)
+                new_z, handle = uniform_z(self.plain, layer, head, self.d_head, self.n_heads)
                 stack.callback(handle.remove)
                 stack.enter_context(columns_replaced(self.plain, layer, head, self.d_head, self.edited, new_z))
             return self.logits(self.prompt, new)
@@ -260,6 +261,20 @@ def test_rules_equal_naive_decoding(tinies, requests_of, architecture, rule):
     assert no_hooks_left(tiny.hooked)
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("rule", [rule for rule in CONTRASTS if rule not in ("dps", "cos")])
+def test_rules_equal_naive_decoding_of_the_embedded_model(real, probe, rule):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(real.original_model.config._name_or_path).eval()
+    config = dps.PromptConfig(items=1, profile_tokens=40, task_tokens=20)
+    own, none = (build_prompt(real, probe[0].examples[0], which, config=config) for which in ("own", "none"))
+    heads = HeadSet.parse("L14H3,L2H1,L9H8,L21H0")
+    options = {"heads": heads, "gamma": 0.8} if rule not in ("cad", "dola") else {}
+    options |= {"without": none, "alpha": 0.7} if "cad" in rule else {}
+    layers = {"layers": range(2, 16, 2)} if rule == "dola" else {}
+    out = dps.generate(real, own, rule=rule, max_new_tokens=3, stop_at_eos=False, **options)
+    check(Naive(SimpleNamespace(plain=plain, hooked=real), rule, own, **options, **layers), out, 0)
+
+
 @pytest.mark.parametrize(("rule", "cap"), [("dps-entropy", 2.0), ("dps-entropy", 6.02), ("decore", 6.02)])
 def test_entropy_is_capped_where_it_is_above_max_gamma(llama, requests_of, rule, cap):
     own, none = requests_of(llama.hooked)
@@ -366,6 +381,34 @@ def test_sampling_equals_naive_sampling(llama, requests_of, rule, sampling):
             return draw(steered, float(torch.rand((), dtype=torch.float64, generator=generator)), **sampling)
 
         check(Naive(llama, rule, prompt, **each[row]), out, row, choose)
+
+
+def test_every_row_is_sampled_in_its_own_way(llama, requests_of):
+    own, none = requests_of(llama.hooked)
+    options, each = options_of("dps+cad", own, none)
+    ways = [
+        {"temperature": 0.9, "top_k": 9},
+        None,
+        {"temperature": 0.12},
+        {"temperature": 0.8, "top_k": 30, "top_p": 0.8},
+    ]
+    columns = {
+        "do_sample": [bool(way) for way in ways],
+        "temperature": [(way or {}).get("temperature", 1.0) for way in ways],
+        "top_k": [(way or {}).get("top_k") for way in ways],
+        "top_p": [(way or {}).get("top_p") for way in ways],
+    }
+    seeds = [11, 12, 13, 14]
+    out = dps.generate(
+        llama.hooked, own, rule="dps+cad", seed=seeds, max_new_tokens=5, stop_at_eos=False, **columns, **options
+    )
+    for row, (prompt, way) in enumerate(zip(own, ways, strict=True)):
+        generator = torch.Generator().manual_seed(seeds[row])
+
+        def choose(steered, generator=generator, way=way):
+            return draw(steered, float(torch.rand((), dtype=torch.float64, generator=generator)), **way)
+
+        check(Naive(llama, "dps+cad", prompt, **each[row]), out, row, choose if way else largest)
 
 
 @pytest.mark.parametrize("rule", ["dps", "dps+cad"])

@@ -1,0 +1,63 @@
+"""The same answers on a GPU."""
+
+import pytest
+import torch
+
+import dps_lens as dps
+from dps_lens.heads import HeadSet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here")
+
+SETS = [HeadSet.parse("L0H1,L2H3"), HeadSet.parse("L1H0")]
+RULES = ("dps", "dps-entropy", "decore", "cad", "dola", "amplify", "dps+cad")
+
+
+@pytest.fixture(scope="module")
+def models(tiny_folders):
+    """On the CPU, and on the GPU in two number formats; exact products, so that tokens can be compared."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder = str(tiny_folders["llama"])
+    return {
+        "cpu": dps.load_model(folder, device="cpu"),
+        "cuda": dps.load_model(folder, device="cuda", dtype="float32"),
+        "bfloat16": dps.load_model(folder, device="cuda"),
+    }
+
+
+def written(model, users, rule, **options):
+    own, none = ([dps.build_prompt(model, user.examples[0], which) for user in users] for which in ("own", "none"))
+    return dps.generate(
+        model,
+        own,
+        rule=rule,
+        heads=SETS,
+        gamma=[0.7, 1.5],
+        without=none,
+        max_new_tokens=6,
+        stop_at_eos=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.7, "seed": [1, 2]}])
+def test_rules_write_the_same_tokens(models, probe, rule, sampling):
+    one, other = (written(models[name], [probe[0], probe[5]], rule, **sampling) for name in ("cpu", "cuda"))
+    for row in range(2):
+        assert other.tokens[row].tolist() == one.tokens[row].tolist()
+        assert torch.allclose(other.kl[row], one.kl[row], atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_run_in_bfloat16(models, probe, rule):
+    out = written(models["bfloat16"], [probe[0], probe[5]], rule)
+    assert [len(tokens) for tokens in out.tokens] == [6, 6]
+    assert all(bool(values.isfinite().all()) for values in out.logprobs)
+
+
+@pytest.mark.parametrize("method", ["exact", "attribution"])
+@pytest.mark.parametrize("positions", ["response", "all"])
+def test_scores_are_the_same(models, probe, method, positions):
+    options = {"method": method, "positions": positions, "max_examples": 1, "progress": False}
+    one, other = (dps.score_heads(models[name], [probe[0]], **options) for name in ("cpu", "cuda"))
+    assert torch.allclose(one.values, other.values.cpu(), atol=1e-4)
