@@ -70,3 +70,24 @@ def test_torch_hooks_of_others_fire(llama):
     finally:
         handle.remove()
     assert calls == [1]
+
+
+def test_long_texts_outgrow_the_room_of_the_cache(llama):
+    """Rows leave on the way, too."""
+    runner, tokens = (
+        Runner.of(llama.hooked),
+        torch.randint(5, 500, (3, 160), generator=torch.Generator().manual_seed(0)),
+    )
+    with torch.inference_mode(), native_attention(llama.hooked):
+        cache = runner.start_decoding(runner.prefill(tokens[:1, :4]), torch.zeros(3, dtype=torch.long))
+        buffer = cache.layers[0].keys.data_ptr()
+        rows, mask = torch.arange(3), torch.ones_like(tokens)
+        tokens[:, :4] = tokens[0, :4]
+        for at in range(4, 160):
+            step = runner.step(tokens[rows, at : at + 1], cache, mask[rows, : at + 1])
+            if at == 60:
+                assert cache.layers[0].keys.data_ptr() == buffer, "nothing was copied so far"
+            if at == 100:
+                rows = rows[1:]
+                runner.select(cache, torch.tensor([1, 2]))
+    assert step == pytest.approx(llama.plain(input_ids=tokens[1:]).logits[:, -1].detach(), abs=1e-4)

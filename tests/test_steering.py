@@ -9,7 +9,7 @@ from oracles import columns_replaced, two_pass_greedy, uniform_z
 
 import dps_lens as dps
 from dps_lens.data import build_prompt
-from dps_lens.errors import PromptError, SteeringError
+from dps_lens.errors import HeadError, PromptError, SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.model.check import _plain_model
 from dps_lens.steering.sampling import Sampler
@@ -232,7 +232,6 @@ def test_bad_requests_are_named(llama, prompts_of, unchecked):
         ({"heads": SETS, "gamma": -1.5}, "not a number from -1"),
         ({"heads": SETS, "gamma": [1.0, float("nan"), 0.0]}, "gamma nan"),
         ({"heads": SETS, "rule": "dps+cad", "alpha": float("inf"), "without": prompts}, "alpha inf"),
-        ({"heads": [*SETS[:2], HeadSet.parse("L9H9")], "gamma": 0.0}, "L9H9"),
         ({"heads": SETS, "rule": "cat"}, "rule 'cat' is unknown"),
         ({"heads": SETS, "ablation": "mean"}, "not offered"),
         ({"heads": SETS, "do_sample": True, "temperature": 0.0}, "not positive"),
@@ -242,6 +241,8 @@ def test_bad_requests_are_named(llama, prompts_of, unchecked):
     ):
         with pytest.raises(SteeringError, match=message):
             dps.generate(llama.hooked, prompts, **options)
+    with pytest.raises(HeadError, match="L9H9"):
+        dps.generate(llama.hooked, prompts[0], heads=HeadSet.parse("L9H9"), gamma=0.0)
     with pytest.raises(SteeringError, match="show a profile"):
         dps.generate(llama.hooked, "a text alone", heads=SETS[0], positions="profile")
     with pytest.raises(PromptError, match="do not fit the context"):

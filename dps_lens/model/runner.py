@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.model.attention import HookedModel, is_bridge
+from dps_lens.model.growing import growing_cache
 from dps_lens.model.shared import NotShareableError, may_share, shared_attention, shared_cache
 
 _SHARED_TOKENS = 40
@@ -234,12 +235,7 @@ class BridgeRunner(Runner):
         raise AssertionError(f"block {layer} did not run")
 
     def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for index, (key, value) in enumerate(prompt.layers):
-            cache.update(key[rows.to(key.device)], value[rows.to(value.device)], index)
-        return cache
+        return growing_cache(prompt.layers, rows)
 
     def select(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
         cache.batch_select_indices(rows)

@@ -1,0 +1,64 @@
+"""A cache with room behind its keys and values: a decoding step writes its own position and copies nothing."""
+
+from functools import cache
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+_ROOM = 64
+
+
+def growing_cache(layers: list[tuple[Tensor, Tensor]], rows: Int[Tensor, " row"]) -> Any:
+    """A Hugging Face cache that holds row `rows[i]` of the prompts' keys and values as its row i.
+
+    Args:
+        layers: keys and values, `[prompt head pos d_head]`.
+        rows: which prompt each row continues.
+    """
+    from transformers.cache_utils import Cache
+
+    growing = _layer_class()
+    return Cache(layers=[growing(key[rows.to(key.device)], value[rows.to(value.device)]) for key, value in layers])
+
+
+@cache
+def _layer_class() -> Any:
+    """Made at first use: importing transformers takes seconds."""
+    from transformers.cache_utils import DynamicLayer
+
+    class GrowingLayer(DynamicLayer):
+        keys: Any
+        values: Any
+
+        def __init__(self, keys: Tensor, values: Tensor) -> None:
+            super().__init__()
+            self.lazy_initialization(keys, values)
+            self._hold(keys, values, _ROOM)
+
+        def _hold(self, keys: Tensor, values: Tensor, room: int) -> None:
+            """Move into buffers that leave room for so many positions."""
+            length = keys.shape[-2]
+            self._buffers = [_with_room(tensor, room) for tensor in (keys, values)]
+            self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            start, new = self.keys.shape[-2], key_states.shape[-2]
+            if start + new > self._buffers[0].shape[-2]:
+                self._hold(self.keys, self.values, max(_ROOM, new))
+            for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+                buffer[..., start : start + new, :] = states
+            self.keys, self.values = (buffer[..., : start + new, :] for buffer in self._buffers)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self._hold(self.keys[indices], self.values[indices], _ROOM)
+
+    return GrowingLayer
+
+
+def _with_room(tensor: Tensor, room: int) -> Tensor:
+    *rows, length, width = tensor.shape
+    buffer = tensor.new_empty(*rows, length + room, width)
+    buffer[..., :length, :] = tensor
+    return buffer
