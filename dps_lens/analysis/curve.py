@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dps_lens.analysis.effects import CONDITIONS, SetEffects
 from dps_lens.analysis.rankings import Family, Select
-from dps_lens.analysis.set_sweep import Condition, SetSweep, ablated, neutral_prompt, shared_settings
+from dps_lens.analysis.set_sweep import Condition, SetSweep, ablated, neutral_prompt
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.errors import ScoreError
 from dps_lens.families import shipped_paragraphs
@@ -70,21 +70,18 @@ def ablation_curve(
         ScoreError: scores were measured on one of these examples, or with other settings than asked for.
         HeadError: a ranking is shorter than the largest K.
     """
-    settings = shared_settings("ablation_curve", families, ablation=ablation, positions=positions, prompt=prompt)
-    if settings["ablation"] not in ("zero", "uniform"):
-        raise ScoreError(
-            f"ablation_curve: ablation {settings['ablation']!r} is not offered here; use 'zero' or 'uniform', or "
-            "patch_heads for 'patch'"
-        )
     if unknown := {*controls} - {*CONDITIONS}:
         raise ScoreError(f"ablation_curve: controls {sorted(unknown)} are unknown; use some of {', '.join(CONDITIONS)}")
     texts = tuple(neutral) if neutral is not None else shipped_paragraphs()
-    sets = SetSweep(
-        call="ablation_curve",
-        model=model,
-        users=list(users),
-        families=families,
-        ks=tuple(ks),
+    sets = SetSweep.of(
+        "ablation_curve",
+        model,
+        users,
+        families,
+        ks,
+        ablation=ablation,
+        positions=positions,
+        prompt=prompt,
         n_random=n_random,
         select=select,
         exclude=exclude,
@@ -92,8 +89,12 @@ def ablation_curve(
         ngram=ngram,
         seed=seed,
         batch_size=batch_size,
-        **settings,
     )
+    if sets.ablation not in ("zero", "uniform"):
+        raise ScoreError(
+            f"ablation_curve: ablation {sets.ablation!r} is not offered here; use 'zero' or 'uniform', or "
+            "patch_heads for 'patch'"
+        )
 
     def conditions(number: int, example: Example) -> dict[str, Condition]:
         donor = donors_of(example, sets.users, 1, seed)
@@ -143,13 +144,15 @@ def patch_heads(
         raise ScoreError(f"patch_heads: patch_from {patch_from!r} is unknown; use 'no_profile' or 'other_user'")
     if patch_from == "other_user" and len(users) < 2:
         raise ScoreError("patch_heads: 'other_user' needs at least two users")
-    settings = shared_settings("patch_heads", families, ablation="patch", positions=positions, prompt=prompt)
-    sets = SetSweep(
-        call="patch_heads",
-        model=model,
-        users=list(users),
-        families=families,
-        ks=tuple(ks),
+    sets = SetSweep.of(
+        "patch_heads",
+        model,
+        users,
+        families,
+        ks,
+        ablation="patch",
+        positions=positions,
+        prompt=prompt,
         n_random=n_random,
         select=select,
         exclude=exclude,
@@ -157,7 +160,6 @@ def patch_heads(
         ngram=ngram,
         seed=seed,
         batch_size=batch_size,
-        **settings,
     )
 
     def conditions(number: int, example: Example) -> dict[str, Condition]:
@@ -167,7 +169,7 @@ def patch_heads(
         suffix = " (other)" if donor else ""
         found = {}
         for name, full, base, source in (("noising", "own", own, other), ("denoising", patch_from, other, own)):
-            values, where = aligned_z(model, base, source, settings["positions"])
+            values, where = aligned_z(model, base, source, sets.positions)
             found[name + suffix] = ablated(full, sets.branches_of(base), drawn=True, values=values, where=where)
         return found
 

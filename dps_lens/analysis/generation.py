@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from dps_lens.analysis.effects import FULL
 from dps_lens.analysis.intervals import crossed_interval, interval
 from dps_lens.analysis.rankings import Family, Select
-from dps_lens.analysis.set_sweep import SetSweep, shared_settings
+from dps_lens.analysis.set_sweep import SetSweep
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.families import draw_seed, random_heads
 from dps_lens.heads import HeadSet
@@ -95,21 +95,18 @@ def ablated_generation(
     """
     import pandas as pd
 
-    settings = shared_settings("ablated_generation", families, ablation=None, positions=None, prompt=prompt)
-    sets = SetSweep(
-        call="ablated_generation",
-        model=model,
-        users=list(users),
-        families=families,
-        ks=(k,),
+    sets = SetSweep.of(
+        "ablated_generation",
+        model,
+        users,
+        families,
+        (k,),
+        prompt=prompt,
         n_random=n_random,
         select=select,
         exclude=exclude,
         max_examples=max_examples,
-        ngram=1,
         seed=seed,
-        batch_size="auto",
-        **settings,
     )
     manifest = sets.fingerprint() | {"max_new_tokens": max_new_tokens}
     folder = RunFolder(out, manifest, force=force) if out is not None else None

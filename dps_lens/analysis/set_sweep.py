@@ -72,6 +72,32 @@ class SetSweep:
     positions: Positions
     prompt: PromptConfig
 
+    @classmethod
+    def of(
+        cls,
+        call: str,
+        model: HookedModel,
+        users: Sequence[User],
+        families: Mapping[str, Family],
+        ks: Sequence[int],
+        *,
+        ablation: Ablation | None = None,
+        positions: Positions | None = None,
+        prompt: PromptConfig | None = None,
+        ngram: int = 1,
+        batch_size: BatchSize = "auto",
+        **options: Any,
+    ) -> "SetSweep":
+        """With the settings that the families were scored with, where none are given.
+
+        Raises:
+            ScoreError: as `shared_settings`, or an example was scored on.
+        """
+        shared = shared_settings(call, families, ablation=ablation, positions=positions, prompt=prompt)
+        return cls(
+            call, model, list(users), families, tuple(ks), ngram=ngram, batch_size=batch_size, **shared, **options
+        )
+
     def __post_init__(self) -> None:
         if self.n_random < 0 or self.ngram < 1:
             raise ScoreError(f"{self.call}: n_random is not negative and ngram at least 1")

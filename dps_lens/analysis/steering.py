@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dps_lens.analysis.intervals import interval, user_means
 from dps_lens.analysis.rankings import Family, Select
-from dps_lens.analysis.set_sweep import SetSweep, shared_settings
+from dps_lens.analysis.set_sweep import SetSweep
 from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.errors import ScoreError, SteeringError
 from dps_lens.families import draw_seed, random_heads
@@ -169,21 +169,19 @@ def steering_sweep(
         raise SteeringError(f"steering_sweep: strengths {list(strengths)} are not positive and ascending")
     rules = {name: _rule_of(name, method) for name, method in methods.items()}
     families = {name: method[1] for name, method in methods.items() if not isinstance(method, str)}
-    settings = shared_settings("steering_sweep", families, ablation=None, positions="response", prompt=prompt)
-    sets = SetSweep(
-        call="steering_sweep",
-        model=model,
-        users=list(users),
-        families=families,
-        ks=(k,),
+    sets = SetSweep.of(
+        "steering_sweep",
+        model,
+        users,
+        families,
+        (k,),
+        positions="response",
+        prompt=prompt,
         n_random=n_random,
         select=select,
         exclude=exclude,
         max_examples=max_examples,
-        ngram=1,
         seed=seed,
-        batch_size="auto",
-        **settings,
     )
     named = {name: method if isinstance(method, str) else method[0] for name, method in methods.items()}
     manifest = sets.fingerprint() | {"strengths": list(strengths), "rules": named}

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from dps_lens.analysis.effects import SetEffects
 from dps_lens.analysis.rankings import Family, Select
-from dps_lens.analysis.set_sweep import Condition, SetSweep, shared_settings
+from dps_lens.analysis.set_sweep import Condition, SetSweep
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.heads import HeadSet
@@ -110,16 +110,16 @@ def vector_recovery(
         HeadError: the layer is not in the model.
         ScoreError: as `ablation_curve`, or a user without discovery examples.
     """
-    settings = shared_settings("vector_recovery", families, ablation=None, positions=None, prompt=prompt)
     at = model.cfg.n_layers // 3 if layer is None else layer
     if not 0 <= at < model.cfg.n_layers:
         raise HeadError(f"vector_recovery: layer {at} is not in this model of {model.cfg.n_layers} layers")
-    sets = SetSweep(
-        call="vector_recovery",
-        model=model,
-        users=list(users),
-        families=families,
-        ks=tuple(ks),
+    sets = SetSweep.of(
+        "vector_recovery",
+        model,
+        users,
+        families,
+        ks,
+        prompt=prompt,
         n_random=n_random,
         select=select,
         exclude=exclude,
@@ -127,11 +127,11 @@ def vector_recovery(
         ngram=ngram,
         seed=seed,
         batch_size=batch_size,
-        **settings | {"positions": "response"},
     )
+    sets.positions = "response"  # where vectors are added, whatever the scores were measured at
     outputs: dict[str, Tensor] = {}
     for user in tqdm(sets.users, desc="preference vectors", unit="user", disable=None if progress else True):
-        outputs[user.id] = scale * head_outputs(model, user, max_examples=vector_examples, prompt=settings["prompt"])
+        outputs[user.id] = scale * head_outputs(model, user, max_examples=vector_examples, prompt=sets.prompt)
 
     def conditions(number: int, example: Example) -> dict[str, Condition]:
         branches = sets.branches(example, "none")

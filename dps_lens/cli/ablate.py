@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, numbers, words
+from dps_lens.cli.checks import check_same_model, numbers, with_discovery, words
 from dps_lens.cli.options import BatchSize, Device, Dtype, Kinds, MaxUsers, Model, Outputs, Run, Select, Users
 from dps_lens.cli.tables import print_effects
 
@@ -41,9 +41,10 @@ def ablate(
     check_same_model("ablate", scores, loaded)
     families = {"preference": scores, **dps.reference_heads(loaded, words(kinds))}
     measure = dps.patch_heads if patch else dps.ablation_curve
+    tested = dps.load_users(users, outputs=outputs, max_users=max_users)
     effects = measure(
         loaded,
-        dps.load_users(users, outputs=outputs, max_users=max_users),
+        with_discovery(tested) if select is Select.own else tested,
         families,
         ks=numbers("ks", ks),
         n_random=n_random,
