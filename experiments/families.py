@@ -4,7 +4,7 @@
 
 Heads are chosen on older documents (4 a blogger, 1 an author of abstracts) and tested on the newest (at most 4 and 1).
 16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation. Random sets for every
-family and K: 50 in `main`, 20 in `variants`, `harmless`, `across`, `patching`, `vectors` and `equal_data`, 1 in
+family and K: 50 in `main` and `variants`, 20 in `harmless`, `across`, `patching`, `vectors` and `equal_data`, 1 in
 `where` (no band; the first 8 bloggers). Every step is a run folder under `--out` and resumes; `--out/results.md`
 holds the tables, `mean (low to high)` being 95% intervals over users.
 """
@@ -155,7 +155,7 @@ def variants(e: Experiment) -> dict[str, pd.DataFrame]:
         },
         select={"own heads": "user"},
         ks=(K,),
-        n_random=20,
+        n_random=50,
         max_examples=HELD_OUT["govblog"],
         out=e.out / "variants",
     )
