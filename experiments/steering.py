@@ -4,11 +4,13 @@
 
 Uses the scores and reference heads of `experiments.families` (in `--families`; made where they are missing).
 `text`: NLL of the users' own text, teacher-forced, the newest headlines (at most 4 a blogger), 8 random sets a method.
-`sizes`: the same for K = 3, 10 and 30. `writing`: greedy headlines, 2 a blogger, 24 tokens, 3 random sets.
+`sizes`: the same for 3 and 30 heads. `writing`: greedy headlines, 2 a blogger, 24 tokens, 3 random sets; there the
+entropy γ is not capped, and counts leave out the end token.
 Every step resumes; `--out/results.md` holds the tables, `mean (low to high)` being 95% intervals over users.
 """
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -24,6 +26,7 @@ from dps_lens.analysis.generation import score_text
 from dps_lens.analysis.intervals import interval
 from dps_lens.analysis.rankings import rankings
 from dps_lens.families import draw_seed, random_heads
+from dps_lens.model import describe_model
 from dps_lens.runs import RunFolder
 from experiments.families import HELD_OUT, MAX_COST, PROMPT, Experiment, K
 from experiments.tables import cell, table
@@ -31,7 +34,8 @@ from experiments.tables import cell, table
 STRENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 AT_KL = (0.02, 0.1, 0.3)
 SIZES = (3, 30)
-WRITTEN, TOKENS, DRAWS = 2, 24, 3
+WRITTEN, TOKENS = 2, 24
+RANDOM = ("random 0", "random 1", "random 2")
 
 
 def main() -> None:
@@ -109,8 +113,8 @@ def sizes(e: Experiment, out: Path) -> str:
             },
             strengths=STRENGTHS,
             k=k,
-            n_random=4,
-            max_examples=2,
+            n_random=8,
+            max_examples=HELD_OUT["govblog"],
             prompt=PROMPT,
             out=out / f"text_{k}",
         )
@@ -144,11 +148,10 @@ def at_strengths(sweep: SteeringSweep) -> str:
 
 def settings(heads: Mapping[str, list[dps.HeadSet]]) -> dict[str, list[tuple[str, str, float, dict[str, Any]]]]:
     """What is written, by call of `generate`: (label, heads, strength, options); one call shares a prompt's pass."""
-    random = [f"random {draw}" for draw in range(DRAWS)]
-    chosen = [name for name in heads if name not in random]
+    chosen = [name for name in heads if name not in RANDOM]
     dps_rows = [("greedy", "induction", 0.0, {})]
-    dps_rows += [(f"dps, {name}", name, gamma, {}) for name in [*chosen, *random] for gamma in (0.5, 1.0, 2.0)]
-    dps_rows += [(f"masked, {name}", name, -1.0, {}) for name in [*chosen, *random]]
+    dps_rows += [(f"dps, {name}", name, gamma, {}) for name in [*chosen, *RANDOM] for gamma in (0.5, 1.0, 2.0)]
+    dps_rows += [(f"masked, {name}", name, -1.0, {}) for name in [*chosen, *RANDOM]]
     found = {"dps": dps_rows}
     found["dps, plausible"] = [
         (f"dps, plausibility 0.1, {name}", name, gamma, {"plausibility": 0.1})
@@ -175,14 +178,15 @@ def writing(e: Experiment, out: Path) -> str:
     families |= {"heads scored against others": e.against_others()}
     families |= {"induction": refs["induction"], "retrieval": refs["retrieval"]}
     ranked, _ = rankings("writing", families, users, (K,), {"own Preference Heads": "user"})
-    folder = RunFolder(out / "writing", {"sets": str(ranked), "written": WRITTEN, "tokens": TOKENS, "draws": DRAWS})
-    rows = []
+    manifest = {"sets": str(ranked), "written": WRITTEN, "tokens": TOKENS, "prompt": PROMPT.to_dict()}
+    plan = settings({**{name: dps.HeadSet() for name in ranked}, **{name: dps.HeadSet() for name in RANDOM}})
+    folder = RunFolder(out / "writing", manifest | {"model": describe_model(e.model), "plan": str(plan)})
+    rows, special = [], {*e.model.tokenizer.all_special_ids}
     for user in users:
         heads = {name: by_user[user.id][0] for name, by_user in ranked.items()}
-        for draw in range(DRAWS):
-            heads[f"random {draw}"] = random_heads(
-                e.model, heads["Preference Heads"], match="nearest", seed=draw_seed(0, draw)
-            )
+        for draw, name in enumerate(RANDOM):
+            chosen = heads["Preference Heads"]
+            heads[name] = random_heads(e.model, chosen, match="nearest", seed=draw_seed(0, draw))
         for example in user.examples[-WRITTEN:]:
             unit = folder.get(example.id)
             if unit is None:
@@ -190,8 +194,9 @@ def writing(e: Experiment, out: Path) -> str:
                 unit = write(e, example, heads)
                 folder.put(example.id, unit)
             for index, (label, strength) in enumerate(labels(heads)):
-                answer = e.model.tokenizer.decode(unit[f"tokens.{index}"], skip_special_tokens=True).strip()
-                measured = {"ROUGE-L": score_text(example, answer), **variety(unit[f"tokens.{index}"].tolist())}
+                tokens = [token for token in unit[f"tokens.{index}"].tolist() if token not in special]
+                answer = e.model.tokenizer.decode(tokens).strip()
+                measured = {"ROUGE-L": score_text(example, answer), **variety(tokens)}
                 measured["KL"] = float(unit[f"kl.{index}"])
                 rows.append({"user": user.id, "method": merged(label), "strength": strength, **measured})
     frame = pd.DataFrame(rows)
@@ -210,7 +215,7 @@ def writing(e: Experiment, out: Path) -> str:
 
 def merged(label: str) -> str:
     """Random draws count as one method."""
-    return label.replace("random 0", "random").replace("random 1", "random").replace("random 2", "random")
+    return re.sub(r"random \d", "random", label)
 
 
 def labels(heads: Mapping[str, dps.HeadSet]) -> list[tuple[str, float]]:

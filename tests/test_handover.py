@@ -255,8 +255,8 @@ def test_bad_processors_are_named(llama, prompts_of, unchecked):
     for options, message in (
         ({"ablation": "mean"}, "not offered"),
         ({"positions": "profile"}, "dps.generate"),
-        ({"gamma": -1.5}, "below -1"),
-        ({"gamma": float("nan")}, "below -1"),
+        ({"gamma": -1.5}, "not a number from -1 up"),
+        ({"gamma": float("nan")}, "not a number from -1 up"),
     ):
         with pytest.raises(SteeringError, match=message):
             logits_processor(model, HEADS, **options)

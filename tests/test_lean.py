@@ -8,7 +8,7 @@ from oracles import columns_replaced
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import ablate
 from dps_lens.model import Runner, native_attention
-from dps_lens.model.lean import lean_steps
+from dps_lens.model.lean import LeanSteps
 
 TOKENS = torch.arange(5, 17)[None]
 
@@ -31,8 +31,9 @@ def components(model):
 def test_steps_equal_the_plain_model(tiny, rows):
     runner = Runner.of(tiny.hooked)
     tokens = TOKENS.expand(rows, -1) + torch.arange(rows)[:, None]
+    tiny.hooked(TOKENS)  # a first pass hangs the bridge's own hooks on its norms
     before = components(tiny.hooked)
-    with torch.inference_mode(), native_attention(tiny.hooked), lean_steps(tiny.hooked):
+    with torch.inference_mode(), native_attention(tiny.hooked), LeanSteps(tiny.hooked):
         assert not any("_original_component" in m._modules for m in components(tiny.hooked).values() if m is not None)
         cache = runner.start_decoding(runner.prefill(tokens[:, :-2]), torch.arange(rows))
         mask = torch.ones_like(tokens)
@@ -49,8 +50,9 @@ def test_steps_equal_the_plain_model(tiny, rows):
 def test_a_hook_keeps_its_component(tiny):
     """The ablation is entered first, as in decoding; only its own projection stays hooked."""
     runner, d_head = Runner.of(tiny.hooked), tiny.hooked.cfg.d_head
+    tiny.hooked(TOKENS)
     hooked = ablate(tiny.hooked, HeadSet.parse("L1H2"), positions="all")
-    with torch.inference_mode(), native_attention(tiny.hooked), hooked, lean_steps(tiny.hooked):
+    with torch.inference_mode(), native_attention(tiny.hooked), hooked, LeanSteps(tiny.hooked):
         left = [n for n, m in components(tiny.hooked).items() if m is not None and "_original_component" in m._modules]
         cache = runner.start_decoding(runner.prefill(TOKENS[:, :-1]), torch.zeros(1, dtype=torch.long))
         step = runner.step(TOKENS[:, -1:], cache, torch.ones_like(TOKENS))
@@ -65,7 +67,7 @@ def test_torch_hooks_of_others_fire(llama):
     calls = []
     handle = llama.hooked.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
     try:
-        with torch.inference_mode(), lean_steps(llama.hooked):
+        with torch.inference_mode(), LeanSteps(llama.hooked):
             llama.hooked.original_model(TOKENS)
     finally:
         handle.remove()
@@ -91,3 +93,26 @@ def test_long_texts_outgrow_the_room_of_the_cache(llama):
                 rows = rows[1:]
                 runner.select(cache, torch.tensor([1, 2]))
     assert step == pytest.approx(llama.plain(input_ids=tokens[1:]).logits[:, -1].detach(), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.hook_q", "blocks.1.attn.hook_pattern", "blocks.1.mlp.hook_pre"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_every_hook_that_fires_in_a_pass_fires_in_a_step(tinies, architecture, name):
+    """On the hooked attention; GPT-2's q lives outside the modules of Hugging Face."""
+    model, calls = tinies(architecture).hooked, []
+    with torch.inference_mode(), model.hooks(fwd_hooks=[(name, lambda value, hook: calls.append(1))]):
+        model(TOKENS)
+        fired = len(calls)
+        with LeanSteps(model):
+            model.original_model(TOKENS)
+    assert fired == 1
+    assert len(calls) == 2
+
+
+def test_an_error_inside_leaves_the_model_as_it_was(llama):
+    before = components(llama.hooked)
+    with pytest.raises(RuntimeError, match="stop"), LeanSteps(llama.hooked):
+        raise RuntimeError("stop")
+    after = components(llama.hooked)
+    assert all(before[name] is after[name] for name in before)
+    assert not any("forward" in vars(module) for module in llama.hooked.original_model.modules())

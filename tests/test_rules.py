@@ -219,7 +219,8 @@ def rows_run(monkeypatch, llama):
 
     def step(self, tokens, cache, mask):
         logits = real(self, tokens, cache, mask)
-        assert {len(layer.keys) for layer in cache.layers} == {len(tokens)} == {len(mask)} == {len(logits)}
+        rows = len(tokens) if mask is None else len(mask)
+        assert {len(layer.keys) for layer in cache.layers} == {len(tokens)} == {rows} == {len(logits)}
         counted.append(len(tokens))
         return logits
 
@@ -804,8 +805,8 @@ def test_bad_requests_are_named(llama, requests_of, unchecked):
         ({"gamma": [1.0, 2.0], **steer}, "2 values of gamma for 4 prompts"),
         ({"seed": [1, 2, 3], **steer}, "3 values of seed for 4 prompts"),
         ({"heads": SETS[:3]}, "4 prompts and 3 head sets"),
-        ({"rule": "cad", "alpha": -0.1, **contrast}, "alpha -0.1 is below 0"),
-        ({"gamma": [0.0, 1.0, -1.01, 1.0], **steer}, "gamma -1.01 is below -1"),
+        ({"rule": "cad", "alpha": -0.1, **contrast}, "alpha -0.1 is not a number from 0 up"),
+        ({"gamma": [0.0, 1.0, -1.01, 1.0], **steer}, "gamma -1.01 is not a number from -1 up"),
         ({"rule": "amplify", "ablation": "uniform", **steer}, "no ablation but the default"),
         ({"max_shift": 0.0, **steer}, "leaves nothing to steer"),
         ({"max_shift": -1.0, **steer}, "leaves nothing to steer"),

@@ -119,18 +119,21 @@ def sweep_of(change, kl):
 def test_methods_meet_at_equal_kl():
     sweep = sweep_of(
         {"x": [[-0.1, -0.3], [0.4, 0.2]], "x (random)": [[0.0, 0.1], [0.2, 0.3]], "weak": [[0.0, 0.0], [0.1, 0.1]]},
-        {"x": [[0.1, 0.3], [0.4, 0.8]], "x (random)": [[0.2, 0.2], [0.2, 0.6]], "weak": [[0.0, 0.0], [0.1, 0.1]]},
+        {"x": [[0.08, 0.24], [0.5, 0.78]], "x (random)": [[0.16] * 2, [0.12, 0.6]], "weak": [[0.0] * 2, [0.1] * 2]},
     )
-    at = sweep.at_kl(0.4).set_index("method")
-    # x: mean KL 0.2 and 0.6, half way; random: 0.2 and 0.4, its last strength; weak never gets there.
+    at = sweep.at_kl(0.36).set_index("method")
+    # x: roots 0.4 and 0.8 of the mean KL, half way; random: 0.4 and 0.6, its last strength; weak never gets there.
     assert at.loc["x", "strength"] == pytest.approx(1.5)
     assert at.loc["x", "mean"] == pytest.approx((0.15 - 0.05) / 2)
     assert at.loc["x (random)", "strength"] == pytest.approx(2.0)
     assert at.loc["x", "difference"] == pytest.approx(((0.15 - 0.2) + (-0.05 - 0.3)) / 2)
     assert np.isnan(at.loc["weak", "mean"])
-    low = sweep.at_kl(0.1).set_index("method")
-    assert low.loc["x", "strength"] == pytest.approx(0.5), "between no steering and the first strength"
+    low = sweep.at_kl(0.04).set_index("method")
+    assert low.loc["x", "strength"] == pytest.approx(0.5), "half the strength, a quarter of the KL"
     assert low.loc["x", "mean"] == pytest.approx(-0.1)
+    for kl in (0.0, -1.0, float("nan")):
+        with pytest.raises(SteeringError, match="above 0"):
+            sweep.at_kl(kl)
 
 
 def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
@@ -151,6 +154,22 @@ def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
     resumed = dps.steering_sweep(llama.hooked, users, methods, n_random=0, out=tmp_path, **OPTIONS)
     assert calls == [1], "only the example that was missing"
     assert torch.equal(resumed.change["dps"], whole.change["dps"])
+
+
+def test_users_with_more_examples_than_draws(llama, probe):
+    """Every example has a control."""
+    options = OPTIONS | {"max_examples": 2}
+    assert len(probe[0].examples) >= 2
+    sweep = dps.steering_sweep(llama.hooked, probe[:2], {"dps": ("dps", HEADS)}, n_random=1, **options)
+    assert sweep.change["dps (random)"].shape == (2, 4)
+    assert bool(sweep.change["dps (random)"].isfinite().all())
+
+
+def test_rules_without_heads_need_no_family(llama, probe):
+    alone = dps.steering_sweep(llama.hooked, probe[:2], {"cad": "cad"}, **OPTIONS)
+    beside = dps.steering_sweep(llama.hooked, probe[:2], {"cad": "cad", "dps": ("dps", HEADS)}, **OPTIONS)
+    assert alone.methods == ("cad",)
+    assert torch.equal(alone.change["cad"], beside.change["cad"])
 
 
 def test_bad_input_says_what_to_do(llama, probe):

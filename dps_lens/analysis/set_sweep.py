@@ -71,6 +71,8 @@ class SetSweep:
     ablation: Ablation
     positions: Positions
     prompt: PromptConfig
+    optional: bool = False
+    """Go on where no family is given or defined."""
 
     @classmethod
     def of(
@@ -123,6 +125,13 @@ class SetSweep:
     @cached_property
     def ranked(self) -> tuple[Rankings, dict[str, str]]:
         """Sets of every family, user and k, and the families that are not defined."""
+        undefined = {
+            name: str(family.manifest.get("reason", "NaN scores"))
+            for name, family in self.families.items()
+            if isinstance(family, HeadScores) and not family.defined
+        }
+        if self.optional and len(undefined) == len(self.families):
+            return {}, undefined
         return rankings(self.call, self.families, self.users, self.ks, self.select, self.exclude, self.seed)
 
     def build(self, example: Example, profile: Any) -> Prompt:

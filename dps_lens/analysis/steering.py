@@ -64,7 +64,8 @@ class SteeringSweep:
 
     def to_frame(self, level: float = 0.95) -> "pandas.DataFrame":
         """One row a method and strength: `mean` change of the NLL with its interval over users, `kl`, and the
-        `difference` to random heads at the same strength, paired by user."""
+        `difference` to random heads at the same strength, paired by user. Intervals are over users, given the random
+        sets that were drawn."""
         import pandas as pd
 
         rows = []
@@ -81,14 +82,20 @@ class SteeringSweep:
     def at_kl(self, kl: float, level: float = 0.95) -> "pandas.DataFrame":
         """Every method at the strength where its mean KL over users is `kl` nats per token.
 
-        Between two strengths of the grid every user's change is interpolated linearly in the mean KL. Methods that
-        do not reach `kl` have NaN.
+        Between two strengths of the grid every user's change is interpolated linearly in the root of the mean KL:
+        for weak steering the change grows with the strength, the KL with its square. Methods that do not reach `kl`
+        have NaN.
 
         Returns:
             one row a method: `strength`, `mean` change with interval, and `difference` to random heads at the same KL.
+
+        Raises:
+            SteeringError: `kl` is not positive.
         """
         import pandas as pd
 
+        if not kl > 0:
+            raise SteeringError(f"at_kl: {kl} is no KL to steer to; give nats per token above 0")
         at = {name: self._at_kl(name, kl) for name in self.methods}
         rows = []
         for name, (strength, change) in at.items():
@@ -100,15 +107,15 @@ class SteeringSweep:
 
     def _at_kl(self, name: str, kl: float) -> tuple[float, np.ndarray]:
         changes = np.stack([self._users(row) for row in self.change[name]])
-        kls = np.array([self._users(row).mean() for row in self.kl[name]])
+        roots = np.array([max(self._users(row).mean(), 0.0) for row in self.kl[name]]) ** 0.5
         # No steering is the first point of every curve.
-        changes, kls = np.vstack([np.zeros(changes.shape[1]), changes]), np.append(0.0, kls)
+        changes, roots = np.vstack([np.zeros(changes.shape[1]), changes]), np.append(0.0, roots)
         strengths = np.append(0.0, self.strengths)
-        above = np.flatnonzero(kls >= kl)
+        above = np.flatnonzero(roots >= kl**0.5)
         if not len(above):
             return float("nan"), np.full(changes.shape[1], np.nan)
         right = int(above[0])
-        share = (kl - kls[right - 1]) / (kls[right] - kls[right - 1])
+        share = (kl**0.5 - roots[right - 1]) / (roots[right] - roots[right - 1])
         mixed = [(1 - share) * values[right - 1] + share * values[right] for values in (strengths, changes)]
         return float(mixed[0]), mixed[1]
 
@@ -141,7 +148,8 @@ def steering_sweep(
 ) -> SteeringSweep:
     """NLL of the users' own held-out text under rules of `generate`, and how hard each rule steers.
 
-    Teacher-forced with `positions="response"`: a prompt runs once, every set of heads once for all strengths.
+    Teacher-forced with `positions="response"`: a prompt runs once, a set of heads once for all strengths (`amplify`:
+    once each).
     Methods are compared at equal KL with `.at_kl`, because a strength means something else in every rule.
 
     Args:
@@ -182,6 +190,7 @@ def steering_sweep(
         exclude=exclude,
         max_examples=max_examples,
         seed=seed,
+        optional=True,
     )
     named = {name: method if isinstance(method, str) else method[0] for name, method in methods.items()}
     manifest = sets.fingerprint() | {"strengths": list(strengths), "rules": named}
@@ -254,10 +263,10 @@ def _sets_of(sets: SetSweep, number: int, name: str, example: Example) -> dict[s
     if name not in sets.ranked[0]:
         return {}  # the family is not defined
     (heads,) = sets.ranked[0][name][example.user_id]
-    drawn = [
-        random_heads(sets.model, heads, match="nearest", seed=draw_seed(sets.seed, draw))
-        for draw in sets.draws_of(number)
-    ]
+    draws = [*sets.draws_of(number)]
+    if not draws and sets.n_random:
+        draws = [number % sets.n_random]  # a user with more examples than there are draws
+    drawn = [random_heads(sets.model, heads, match="nearest", seed=draw_seed(sets.seed, draw)) for draw in draws]
     return {name: [heads]} | ({_random(name): drawn} if drawn else {})
 
 

@@ -1,4 +1,4 @@
-"""A cache with room behind its keys and values: a decoding step writes its own position and copies nothing."""
+"""A cache with room behind its keys and values: a decoding step writes its own position, in place."""
 
 from functools import cache
 from typing import Any
@@ -9,17 +9,20 @@ from torch import Tensor
 _ROOM = 64
 
 
-def growing_cache(layers: list[tuple[Tensor, Tensor]], rows: Int[Tensor, " row"]) -> Any:
+def growing_cache(layers: list[tuple[Tensor, Tensor]], rows: Int[Tensor, " row"], room: int = _ROOM) -> Any:
     """A Hugging Face cache that holds row `rows[i]` of the prompts' keys and values as its row i.
 
     Args:
         layers: keys and values, `[prompt head pos d_head]`.
         rows: which prompt each row continues.
+        room: positions that are written before anything is copied.
     """
     from transformers.cache_utils import Cache
 
     growing = _layer_class()
-    return Cache(layers=[growing(key[rows.to(key.device)], value[rows.to(value.device)]) for key, value in layers])
+    return Cache(
+        layers=[growing(key[rows.to(key.device)], value[rows.to(value.device)], room) for key, value in layers]
+    )
 
 
 @cache
@@ -31,10 +34,10 @@ def _layer_class() -> Any:
         keys: Any
         values: Any
 
-        def __init__(self, keys: Tensor, values: Tensor) -> None:
+        def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
             super().__init__()
             self.lazy_initialization(keys, values)
-            self._hold(keys, values, _ROOM)
+            self._hold(keys, values, room)
 
         def _hold(self, keys: Tensor, values: Tensor, room: int) -> None:
             """Move into buffers that leave room for so many positions."""
@@ -52,7 +55,8 @@ def _layer_class() -> Any:
             return self.keys, self.values
 
         def batch_select_indices(self, indices: Tensor) -> None:
-            self._hold(self.keys[indices], self.values[indices], _ROOM)
+            room = self._buffers[0].shape[-2] - self.keys.shape[-2]
+            self._hold(self.keys[indices], self.values[indices], room)
 
     return GrowingLayer
 

@@ -120,7 +120,7 @@ class HookedRunner(Runner):
             attention_mask=torch.ones(rows, seen, dtype=torch.int, device=residual.device),
         )
 
-    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
+    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"], room: int = 64) -> Any:
         # The mask of the prompt comes with the first step, which knows the padding.
         layers = [(key[rows], value[rows]) for key, value in prompt.layers]
         return self._cache(layers, torch.ones(len(rows), 0, dtype=torch.int, device=self.device))
@@ -131,8 +131,10 @@ class HookedRunner(Runner):
         cache.previous_attention_mask = cache.previous_attention_mask[rows]
 
     def step(
-        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]
+        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"] | None
     ) -> Float[Tensor, "row d_vocab"]:
         new = tokens.shape[1]
+        if mask is None:
+            mask = tokens.new_ones(len(tokens), cache.entries[0].past_keys.shape[1] + new)
         cache.previous_attention_mask = mask[:, :-new]
         return self.model(tokens, return_type="logits", past_kv_cache=cache, attention_mask=mask[:, -new:])[:, -1]

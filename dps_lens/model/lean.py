@@ -4,8 +4,6 @@ A `TransformerBridge` puts a component with hook points around every module of t
 in a decoding step of a small model they cost a third of the time.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,51 +14,62 @@ from torch import Tensor, nn
 from dps_lens.model.attention import HookedModel, is_bridge
 
 _FEW_ROWS = range(2, 5)
+_CAPTURING = ("use_hook_mlp_in", "use_attn_in", "use_split_qkv_input")
 
 
-@contextmanager
-def lean_steps(model: HookedModel) -> Iterator[None]:
-    """Let components without hooks stand aside, so that the plain modules inside them run.
+class LeanSteps:
+    """A context in which components without hooks stand aside, so that the plain modules inside them run.
 
-    What has a hook when the context is entered fires; hooks that are added inside may not. In float32 on
-    a CPU, products with 2 to 4 rows take the form that is fast there. A `HookedTransformer` runs as it is.
+    What has a hook when this is made fires; hooks that are added later may not. In float32 on a CPU,
+    products with 2 to 4 rows take the form that is fast there. Outside the context the model is as it was; it
+    can be entered again and again. A `HookedTransformer`, or a bridge in compatibility mode, runs as it is.
     """
-    if not is_bridge(model):
-        yield
-        return
-    with ExitStack() as undo:
-        _bypass(model.original_model, undo)
-        for module in model.original_model.modules():
-            if type(module) is nn.Linear and _is_plain(module):
-                # The bridge forwards plain attribute assignment to the wrapped module.
-                object.__setattr__(module, "forward", partial(_linear, module))
-                undo.callback(object.__delattr__, module, "forward")
-        yield
 
+    def __init__(self, model: HookedModel) -> None:
+        self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self._linears: list[nn.Linear] = []
+        if not is_bridge(model) or getattr(model, "compatibility_mode", False):
+            return
+        # Blocks hang these on their norms at the first pass, for hook points that are off unless asked for.
+        handles = [handle for block in model.blocks for handle in getattr(block, "_capture_hook_handles", ())]
+        used = any(getattr(model.cfg, name, False) for name in _CAPTURING)
+        self._ignored = set() if used else {handle.id for handle in handles}
+        self._walk(model.original_model)
 
-def _bypass(parent: nn.Module, undo: ExitStack) -> None:
-    for name, child in list(parent._modules.items()):
-        if child is None:
-            continue
-        plain: Any = child
-        while _is_component(plain) and not _is_used(plain):
-            plain = plain.original_component
-        if plain is not child:
+    def _walk(self, parent: nn.Module) -> None:
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            plain: Any = child
+            while _is_component(plain) and not self._is_used(plain):
+                plain = plain.original_component
+            if plain is not child:
+                self._places.append((parent, name, child, plain))
+            if type(plain) is nn.Linear and _is_plain(plain):
+                self._linears.append(plain)
+            self._walk(plain.original_component if _is_component(plain) else plain)
+
+    def _is_used(self, component: Any) -> bool:
+        """Whether something hangs on a component, or on parts of it that are not in the Hugging Face model."""
+        inside = {*component.original_component.modules()}
+        own = (module for module in component.modules() if module not in inside)
+        return any({*module._forward_hooks, *module._forward_pre_hooks} - self._ignored for module in own)
+
+    def __enter__(self) -> None:
+        for parent, name, _, plain in self._places:
             parent._modules[name] = plain
-            undo.callback(parent._modules.__setitem__, name, child)
-        _bypass(plain.original_component if _is_component(plain) else plain, undo)
+        for linear in self._linears:
+            linear.forward = partial(_linear, linear)  # type: ignore[method-assign]
+
+    def __exit__(self, *error: object) -> None:
+        for linear in self._linears:
+            vars(linear).pop("forward", None)
+        for parent, name, component, _ in self._places:
+            parent._modules[name] = component
 
 
 def _is_component(module: nn.Module) -> bool:
     return "_original_component" in module._modules
-
-
-def _is_used(component: nn.Module) -> bool:
-    """Whether something hangs on the component itself; those inside it are asked in their turn."""
-    from transformer_lens.hook_points import HookPoint
-
-    points = [module for module in component._modules.values() if isinstance(module, HookPoint)]
-    return any(module._forward_hooks or module._forward_pre_hooks for module in (component, *points))
 
 
 def _is_plain(linear: nn.Linear) -> bool:

@@ -117,8 +117,8 @@ class Runner(ABC):
         """One block alone; gradients flow through it."""
 
     @abstractmethod
-    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
-        """A growing cache that holds row `rows[i]` of `prompt` as its row i."""
+    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"], room: int = 64) -> Any:
+        """A growing cache that holds row `rows[i]` of `prompt` as its row i, with room for so many tokens more."""
 
     @abstractmethod
     def select(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
@@ -126,14 +126,14 @@ class Runner(ABC):
 
     @abstractmethod
     def step(
-        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]
+        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"] | None
     ) -> Float[Tensor, "row d_vocab"]:
         """Append `tokens` to a growing cache; logits of the last position.
 
         Args:
             tokens: token ids, one row a sequence.
             cache: from `start_decoding`; extended in place.
-            mask: 1 where a position, cached or new, is a token; 0 where it is padding.
+            mask: 1 where a position, cached or new, is a token; 0 where it is padding; None where there is none.
         """
 
 
@@ -141,8 +141,11 @@ class BridgeRunner(Runner):
     """Runs a `TransformerBridge` with the cache objects of Hugging Face."""
 
     def __init__(self, model: HookedModel) -> None:
+        from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
+
         super().__init__(model)
         self._takes = inspect.signature(model.original_model.forward).parameters
+        self._derives_positions = accepts_mask_derived_position_ids(model.original_model)
 
     def _forward(self, tokens: Tensor, *, keep: int | None, **kwargs: Any) -> Tensor:
         if keep is not None and "logits_to_keep" in self._takes:
@@ -234,18 +237,18 @@ class BridgeRunner(Runner):
             return stopped.residual
         raise AssertionError(f"block {layer} did not run")
 
-    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
-        return growing_cache(prompt.layers, rows)
+    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"], room: int = 64) -> Any:
+        return growing_cache(prompt.layers, rows, room)
 
     def select(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
         cache.batch_select_indices(rows)
 
     def step(
-        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"]
+        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"] | None
     ) -> Float[Tensor, "row d_vocab"]:
         # Straight to the Hugging Face model: what the bridge does around a pass costs as much as some layers.
         options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
-        if "position_ids" in self._takes:
+        if mask is not None and self._derives_positions:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         found = self.model.original_model(tokens, past_key_values=cache, attention_mask=mask, use_cache=True, **options)
         return found.logits[:, -1]

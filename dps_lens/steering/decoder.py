@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dps_lens.intervene import Ablation, Edit, Positions, Scale, Selection, attention_for, everywhere
 from dps_lens.model import HookedModel, Residuals, Runner
-from dps_lens.model.lean import lean_steps
+from dps_lens.model.lean import LeanSteps
 from dps_lens.model.runner import recorders
 
 Kind: TypeAlias = Literal["full", "edited", "without"]
@@ -55,6 +55,7 @@ class Decoder:
         ablation: Ablation = "zero",
         positions: Positions = "response",
         early: Sequence[int] = (),
+        room: int = 64,
     ) -> None:
         """Lay out the batch.
 
@@ -64,15 +65,16 @@ class Decoder:
             ablation: `"zero"` or `"uniform"`.
             positions: where heads are edited.
             early: layers whose entering residual stream also goes straight to the final norm and unembedding.
+            room: tokens that will be written.
         """
         self.model, self.runner = model, Runner.of(model)
-        self.ablation, self.positions = ablation, positions
+        self.ablation, self.positions, self._room = ablation, positions, room
         self._early: Residuals = dict.fromkeys(early)
         self.branches = list(branches)
         device = self.runner.device
         longest = max(len(branch.tokens) for branch in branches)
         pad = model.tokenizer.pad_token_id or 0
-        gaps = [longest - len(branch.tokens) for branch in branches]
+        self._gaps = gaps = [longest - len(branch.tokens) for branch in branches]
         padded = [
             torch.nn.functional.pad(branch.tokens, (gap, 0), value=pad)
             for branch, gap in zip(branches, gaps, strict=True)
@@ -109,7 +111,7 @@ class Decoder:
             self._hooks.enter_context(self._edit(everywhere).on(self.model))
         if self._early:
             self._hooks.enter_context(self.model.hooks(fwd_hooks=recorders(self._early)))
-        self._hooks.enter_context(lean_steps(self.model))
+        self._lean = LeanSteps(self.model)
 
     def _edit(self, where: "Scale | Edit | object") -> Scale | Edit:
         if self.ablation == "uniform":
@@ -123,14 +125,14 @@ class Decoder:
             _, same = rows.unique(dim=0, return_inverse=True)
             first = torch.stack([(same == index).nonzero()[0, 0] for index in range(int(same.max()) + 1)])
             prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first, :-1])
-            return self.runner.start_decoding(prompt, same)
+            return self.runner.start_decoding(prompt, same, self._room)
 
         def profile(n_pos: int) -> Selection:
             return self._profile
 
         with self._edit(profile if self.positions == "profile" else everywhere).on(self.model):
             prompt = self.runner.prefill(self.tokens[:, :-1], self.mask[:, :-1])
-        return self.runner.start_decoding(prompt, torch.arange(len(self.tokens), device=self.tokens.device))
+        return self.runner.start_decoding(prompt, torch.arange(len(self.tokens), device=self.tokens.device), self._room)
 
     @torch.inference_mode()
     def step(
@@ -144,7 +146,8 @@ class Decoder:
         if tokens is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         column = self.tokens[:, -1:] if tokens is None else tokens[:, None]
-        logits = self.runner.step(column, self.cache, self.mask).float()
+        with self._lean:
+            logits = self.runner.step(column, self.cache, self.mask if any(self._gaps) else None).float()
         if not self._early:
             return logits, logits.new_empty(0, *logits.shape)
         stacked = torch.cat(list(self._early.values()))
@@ -156,6 +159,7 @@ class Decoder:
         """Let the other rows leave the batch."""
         index = rows.nonzero().flatten().to(self.mask.device)
         self.branches = [branch for branch, stays in zip(self.branches, rows.tolist(), strict=True) if stays]
+        self._gaps = [gap for gap, stays in zip(self._gaps, rows.tolist(), strict=True) if stays]
         self.mask, self.factors = self.mask[index], self.factors[index]
         self.runner.select(self.cache, index)
         self._install()

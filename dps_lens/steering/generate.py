@@ -1,6 +1,5 @@
 """Generate with Differential Preference Steering, or a rule to compare it with, for many users at once."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -17,7 +16,7 @@ from dps_lens.model import HookedModel
 from dps_lens.steering.decoder import Branch, Decoder, Kind
 from dps_lens.steering.generation import Generation, Steps, TextStream
 from dps_lens.steering.mixing import Mixer
-from dps_lens.steering.rules import Rule, find_rule
+from dps_lens.steering.rules import Rule, check_strength, find_rule
 from dps_lens.steering.sampling import Sampler, choose
 
 Heads: TypeAlias = HeadSet | Mapping[Head, float]
@@ -116,17 +115,18 @@ def generate(
     early = _early_layers(model, early_layers) if found.early else []
     ends = _end_tokens(model) if stop_at_eos else set()
     settings: dict[str, Any] = {"rule": rule, "gamma": gammas, "alpha": alphas, "heads": [_names(one) for one in sets]}
-    settings |= {"ablation": ablation, "positions": positions, "plausibility": plausibility, "max_shift": max_shift}
+    settings |= {"ablation": ablation, "positions": positions, "early_layers": early, "max_gamma": max_gamma}
+    settings |= {"plausibility": plausibility, "max_shift": max_shift, "seed": seed, **sampling}
     steps = Steps(
         model.tokenizer,
         len(batch),
         keep_delta_logits,
         keep_alternatives,
-        settings | {"max_gamma": max_gamma, "seed": seed},
+        settings,
     )
 
     mixer = Mixer(found, gammas, alphas, max_gamma, plausibility, max_shift)
-    decoder = Decoder(model, branches, ablation=ablation, positions=positions, early=early)
+    decoder = Decoder(model, branches, ablation=ablation, positions=positions, early=early, room=max_new_tokens)
     written = _decode(decoder, mixer, samplers, generators, steps, max_new_tokens, ends, progress)
     if stream:
         return TextStream(written, steps)
@@ -262,11 +262,10 @@ def _check(
         raise SteeringError(f"generate: rule {name!r} scales z; it takes no ablation but the default")
     if max_new_tokens < 1:
         raise SteeringError(f"generate: max_new_tokens {max_new_tokens} asks for no token")
-    # NaN fails every comparison.
-    if wrong := [gamma for gamma in gammas if not -1 <= gamma < math.inf]:
-        raise SteeringError(f"generate: gamma {wrong[0]} is not a number from -1 (the masked model) up")
-    if wrong := [alpha for alpha in alphas if not 0 <= alpha < math.inf]:
-        raise SteeringError(f"generate: alpha {wrong[0]} is not a number from 0 up")
+    for gamma in gammas:
+        check_strength("gamma", gamma)
+    for alpha in alphas:
+        check_strength("alpha", alpha)
     if max_gamma is not None and max_gamma <= 0:
         raise SteeringError(f"generate: max_gamma {max_gamma} leaves no contrast; it is a cap above 0")
     if plausibility is not None and not 0 < plausibility <= 1:

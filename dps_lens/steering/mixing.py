@@ -16,7 +16,7 @@ class Mixer:
     """A rule with each request's strengths.
 
     Where the branches of a request stand in the batch, and its strengths, are laid out once on the device, and
-    again when rows leave: a step moves nothing between host and device.
+    again when rows leave, so that a step moves nothing between host and device.
 
     Attributes:
         rule: what is contrasted.

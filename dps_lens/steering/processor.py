@@ -11,6 +11,7 @@ from dps_lens.errors import SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Edit, attention_for, row_masks
 from dps_lens.model import HookedModel, Runner, is_bridge
+from dps_lens.steering.rules import check_strength
 
 
 def logits_processor(
@@ -55,8 +56,7 @@ def logits_processor(
             f"logits_processor: positions {positions!r} are not offered here; use 'response' or 'all' "
             "('profile' needs the prompt's spans: dps.generate)"
         )
-    if not gamma >= -1:
-        raise SteeringError(f"logits_processor: gamma {gamma} is below -1, the masked model")
+    check_strength("gamma", gamma)
     return DPSLogitsProcessor(model, heads, gamma, ablation, positions, attention_mask)
 
 

@@ -72,6 +72,17 @@ def find_rule(name: str) -> Rule:
     return Rule(one.heads, True, False, one.amplify, one.adaptive, one.uniform)
 
 
+def check_strength(name: str, value: float) -> None:
+    """Refuse a γ below −1 (the masked model), an α below 0, and what is not a number.
+
+    Raises:
+        SteeringError: names the value.
+    """
+    least = {"gamma": -1, "alpha": 0}[name]
+    if not least <= value < math.inf:
+        raise SteeringError(f"{name} {value} is not a number from {least} up")
+
+
 def entropy(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
     """Entropy of each row's distribution, nats."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)
