@@ -96,6 +96,7 @@ def test_requests_from_a_file_resume(scored, model, tmp_path):
     assert (lines[0]["id"], lines[1]["user"], lines[2]["top_k"]) == ("a", "asker-bread", 20)
     assert lines[1]["kl"] is None, "the full model did not run"
     assert lines[1]["reference"]
+    assert lines[1]["model"] == model
 
     # One at a time gives the same texts: neither the batch nor the sampling of others matters.
     kept = tmp_path / "out" / "steered.jsonl"
@@ -107,6 +108,9 @@ def test_requests_from_a_file_resume(scored, model, tmp_path):
     assert run(*common, "--out", kept).returncode == 0
     resumed = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [(line["line"], line["steered"]) for line in resumed] == [(line["line"], line["steered"]) for line in lines]
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text("not of this command\n")
+    assert "was not written by this command" in run(*common, "--out", foreign).stderr.replace("\n", " ")
     other = run(*common, "--gamma", 3, "--out", kept)
     assert other.returncode == 2
     assert "line 2" not in other.stderr
@@ -125,6 +129,10 @@ def test_requests_from_a_file_resume(scored, model, tmp_path):
         ({"gamma": 1}, "line 1: give either 'prompt' or 'user'"),
         ({"user": "nobody"}, "line 1: field 'user' is 'nobody', who is not among --users"),
         ({"user": "asker-bread", "example": "none"}, "line 1: field 'example' is 'none'; the user has"),
+        ({"prompt": "x", "example": "e"}, "line 1: field 'example' needs 'user'"),
+        ({"prompt": "x", "heads": "L0X"}, "line 1: Head.parse: 'L0X' is not a head"),
+        ({"prompt": "x", "gamma": -2}, "line 1: gamma -2 is not a number from -1 up"),
+        ({"prompt": "x", "do_sample": True, "top_k": 0}, "line 1: top_k 0 keeps no token"),
     ],
 )
 def test_a_malformed_request_names_its_field(record, message, tmp_path):
@@ -133,11 +141,19 @@ def test_a_malformed_request_names_its_field(record, message, tmp_path):
     assert f"r.jsonl, {message}" in done.stderr
 
 
-def test_chat_answers_turn_by_turn(model):
+def test_chat_answers_turn_by_turn(model, tmp_path):
     said = "hello there\n/gamma 0\n/gamma x\nmore of it\n/plain\n/new\nhello there\n/what\n/quit\nnever read\n"
     common = ("steer", "--chat", "--heads", "L0H1,L2H3", "--model", model, "--max-new-tokens", 5, "--gamma", 2)
-    done = run(*common, said=said)
+    out = tmp_path / "said.jsonl"
+    done = run(*common, "--out", out, said=said)
     assert done.returncode == 0, done.stderr
+    noted = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["prompt"], line["gamma"]) for line in noted] == [
+        ("hello there", 2.0),
+        ("more of it", 0.0),
+        ("more of it", 0.0),
+        ("hello there", 0.0),
+    ]
     assert "never read" not in done.stdout
     assert "needs a number" in done.stderr
     one = json.loads(run("steer", "hello there", *common[2:]).stdout)

@@ -74,6 +74,8 @@ def test_steering_is_shown_beside_its_control():
     kl = {name: torch.full((1, 2), 0.4).double() for name in change}
     sweep = SteeringSweep((1.0,), ("a", "b"), ("a", "b"), torch.zeros(2).double(), change, kl)
     (line,) = at_equal_kl(sweep).splitlines()[2:]
-    assert line.startswith("| dps | −0.010 ")
-    assert "| −0.050 (−0.368 to 0.268) | −0.063 (" in line, "at KL 0.1, a quarter of the way; then against random heads"
+    assert line.startswith("| dps | −0.045 ")
+    assert "| −0.100 (−0.735 to 0.535) | −0.125 (" in line, (
+        "a quarter of the KL is half of the way; then against random"
+    )
     assert "−0.200 (" in at_strengths(sweep)

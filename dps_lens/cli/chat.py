@@ -1,24 +1,28 @@
 """`dps-lens steer --chat`."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
 
-from dps_lens.cli.requests import STRENGTHS
+from dps_lens.cli.requests import STRENGTHS, append_line
 
 HELP = "/plain answers the last message unsteered, /gamma 2 and /alpha 1 set strengths, /new starts over, /quit ends."
 
 
-def chat(model: Any, options: Mapping[str, Any]) -> None:
+def chat(model: Any, options: Mapping[str, Any], out: Path | None = None) -> None:
     """Read messages until the input ends; answers come as they are written.
 
     Args:
         model: a hooked model.
         options: of `dps_lens.generate`.
+        out: gets a JSON line for every answer, with its settings.
     """
     import dps_lens as dps
     from dps_lens.errors import DPSLensError
+    from dps_lens.steering.rules import check_strength
 
     options, message = dict(options), ""
     turns: list[tuple[str, str]] = []
@@ -36,14 +40,17 @@ def chat(model: Any, options: Mapping[str, Any]) -> None:
             turns, message = [], ""
         elif command.startswith("/") and name in STRENGTHS:
             try:
+                check_strength(name, float(value))
                 options[name] = float(value)
-            except ValueError:
+            except ValueError:  # SteeringError is one
                 typer.echo(f"{command} needs a number, such as {command} 1.5", err=True)
         elif command == "/plain":
             if not message:
                 typer.echo("there is no message yet", err=True)
                 continue
-            _say(dps.generate(model, dps.chat_prompt(model, message, turns[:-1]), **options | _UNSTEERED, stream=True))
+            unsteered = options | _UNSTEERED
+            stream = dps.generate(model, dps.chat_prompt(model, message, turns[:-1]), **unsteered, stream=True)
+            _note(out, message, _say(stream), unsteered)
         elif command.startswith("/"):
             typer.echo(HELP, err=True)
         elif line:
@@ -54,9 +61,16 @@ def chat(model: Any, options: Mapping[str, Any]) -> None:
                 continue
             message = line
             turns = [*turns, (line, _say(stream))]
+            _note(out, line, turns[-1][1], options)
 
 
 _UNSTEERED = {"rule": "dps", "gamma": 0.0, "plausibility": None, "max_shift": None}
+
+
+def _note(out: Path | None, message: str, answer: str, options: Mapping[str, Any]) -> None:
+    if out is not None:
+        line = {"prompt": message, "text": answer, **options, "heads": str(options["heads"])}
+        append_line(out, json.dumps(line, ensure_ascii=False))
 
 
 def _say(stream: Any) -> str:

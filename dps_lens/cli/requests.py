@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dps_lens.data import Example, User
+    from dps_lens.steering.rules import Rule
 
 STRENGTHS: dict[str, type] = {"gamma": float, "alpha": float}
 SAMPLING: dict[str, type] = {"do_sample": bool, "temperature": float, "top_k": int, "top_p": float, "seed": int}
@@ -32,11 +33,11 @@ class Request:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, Any]) -> list[Request]:
-    """Requests of a file, one JSON object a line.
+def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, Any], rule: "Rule") -> list[Request]:
+    """Requests of a file, one JSON object a line; all are checked before the first is answered.
 
     A line holds `prompt`, or `user` with, if wanted, the `example` (the newest by default); and, if wanted, `id`,
-    `heads`, `gamma`, `alpha`, `do_sample`, `temperature`, `top_k`, `top_p`, `seed`.
+    `heads`, `gamma`, `alpha`, `do_sample`, `temperature`, `top_k`, `top_p`, `seed`; null where there is no limit.
 
     Raises:
         DataError: a line is malformed; names file, line and field.
@@ -56,12 +57,17 @@ def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, An
         for name, value in record.items():
             if name not in kinds:
                 raise DataError(f"{where}: field {name!r} is unknown; use some of {', '.join(kinds)}")
+            if value is None and name in ("top_k", "top_p"):
+                continue
             whole = kinds[name] is float and isinstance(value, int)
             if (not isinstance(value, kinds[name]) and not whole) or (isinstance(value, bool) != (kinds[name] is bool)):
                 raise DataError(f"{where}: field {name!r} is {value!r}, not {_WORDS[kinds[name]]}")
         if ("prompt" in record) == ("user" in record):
             raise DataError(f"{where}: give either 'prompt' or 'user'")
+        if "example" in record and "user" not in record:
+            raise DataError(f"{where}: field 'example' needs 'user'")
         settings = dict(defaults) | {name: record[name] for name in record if name in defaults}
+        _check(where, record, settings, rule)
         about = {name: record[name] for name in ("id", "prompt", "user", "example") if name in record}
         example = _example(where, record, by_id) if "user" in record else None
         if example:
@@ -70,6 +76,26 @@ def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, An
     if not found:
         raise DataError(f"{path.name}: no requests")
     return found
+
+
+def _check(where: str, record: Mapping[str, Any], settings: Mapping[str, Any], rule: "Rule") -> None:
+    """What `generate` would refuse when it comes to this line."""
+    from dps_lens.errors import DataError, DPSLensError
+    from dps_lens.heads import HeadSet
+    from dps_lens.steering.rules import check_strength
+    from dps_lens.steering.sampling import Sampler
+
+    try:
+        heads = HeadSet.parse(settings["heads"])
+        for name in STRENGTHS:
+            check_strength(name, settings[name])
+        Sampler(*(settings[name] for name in SAMPLING if name != "seed"))
+    except DPSLensError as error:
+        raise DataError(f"{where}: {error}") from error
+    if rule.needs_heads and not len(heads):
+        raise DataError(f"{where}: no heads; give 'heads', or --run or --heads for all lines")
+    if rule.prompt and "user" not in record:
+        raise DataError(f"{where}: this rule needs prompts with a profile; give 'user' instead of 'prompt'")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -123,11 +149,16 @@ class Lines:
         from dps_lens.files import write_text
 
         assert self._out is not None
-        text = self._out.read_text(encoding="utf-8")
-        # A line without its end was being written when the command was stopped.
-        whole = text.split("\n")[:-1]
+        # A line without its end was being written when the command was stopped, perhaps inside a character.
+        *whole, torn = self._out.read_bytes().split(b"\n")
         for number, (line, request) in enumerate(zip(whole, requests, strict=False), start=1):
-            found, row = json.loads(line), json.loads(json.dumps(self.row(request)))
+            row = json.loads(json.dumps(self.row(request)))
+            try:
+                found = dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise RunError(
+                    f"{self._out}, line {number} was not written by this command; use another file"
+                ) from error
             changed = [name for name, value in row.items() if found.get(name) != value]
             if changed:
                 raise RunError(
@@ -136,8 +167,8 @@ class Lines:
                 )
         if len(whole) > len(requests):
             raise RunError(f"{self._out} holds {len(whole)} lines for {len(requests)} requests; use another file")
-        if whole != text.split("\n"):
-            write_text(self._out, "".join(f"{line}\n" for line in whole))
+        if torn:
+            write_text(self._out, "".join(f"{line.decode()}\n" for line in whole))
         return len(whole)
 
     def write(self, request: Request, written: Mapping[str, Any]) -> None:
@@ -148,6 +179,11 @@ class Lines:
         if self._out is None:
             typer.echo(line)
             return
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        with self._out.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        append_line(self._out, line)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, which is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")

@@ -59,7 +59,10 @@ def steer(
     top_p: float | None = None,
     seed: int = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="Write here instead of printing; goes on where it stopped.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write here instead of printing, and go on where it stopped; with --chat, add the answers."),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Drop what --out holds.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -83,17 +86,18 @@ def steer(
     defaults = {"heads": str(chosen), "gamma": gamma, "alpha": alpha, **sampling}
     shared: dict[str, Any] = {"rule": rule, "positions": positions.value, "max_new_tokens": max_new_tokens}
     shared |= {"plausibility": plausibility, "max_shift": max_shift}
-    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, defaults)
+    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, defaults, found)
     if out is not None and force:
         out.unlink(missing_ok=True)
-    lines = Lines(out, asked, shared)
+    about = {"model": model, "dtype": dtype, **shared}
+    lines = Lines(None if chat else out, asked, about)
     if not chat and lines.done == len(asked):
         return
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
     if scores:
         check_same_model("steer", scores, loaded_model)
     if chat:
-        talk(loaded_model, {**shared, **defaults, "heads": chosen})
+        talk(loaded_model, {**shared, **defaults, "heads": chosen}, out)
         return
     bar = tqdm(total=len(asked), initial=lines.done, desc="steering", unit="prompt", disable=None if out else True)
     with bar:
@@ -111,13 +115,14 @@ def _asked(
     outputs: Path | None,
     max_users: int | None,
     defaults: Mapping[str, Any],
+    rule: "Rule",
 ) -> list[Request]:
     import dps_lens as dps
 
     if prompt is not None:
         return [Request({"prompt": prompt}, prompt, settings=defaults)]
     if requests is not None:
-        return read_requests(requests, dps.load_users(users, outputs=outputs, max_users=max_users), defaults)
+        return read_requests(requests, dps.load_users(users, outputs=outputs, max_users=max_users), defaults, rule)
     examples = [user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users or 3)]
     return [
         Request(
@@ -132,7 +137,6 @@ def _asked(
 def _write(model: Any, batch: Sequence[Request], rule: "Rule", shared: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Plain and steered text of each request, and how hard it was steered."""
     import dps_lens as dps
-    from dps_lens.errors import SteeringError
 
     prompts: list[Any] = [
         dps.build_prompt(model, one.example) if one.example else dps.chat_prompt(model, one.prompt or "")
@@ -140,15 +144,9 @@ def _write(model: Any, batch: Sequence[Request], rule: "Rule", shared: Mapping[s
     ]
     without = None
     if rule.prompt:
-        if strangers := [one for one in batch if one.example is None]:
-            raise SteeringError(
-                f"steer: this rule needs prompts with a profile; give 'user' instead of {strangers[0].prompt!r}"
-            )
         without = [dps.build_prompt(model, one.example, "none") for one in batch if one.example]
     each: dict[str, list[Any]] = {name: [one.settings[name] for one in batch] for name in batch[0].settings}
     each["heads"] = [dps.HeadSet.parse(names) for names in each["heads"]]
-    if rule.needs_heads and not all(len(heads) for heads in each["heads"]):
-        raise SteeringError("steer: a request has no heads; give them in its line, or --run or --heads for all")
     plain_options = {name: shared[name] for name in ("positions", "max_new_tokens")}
     plain: Any = dps.generate(model, prompts, **each | {"gamma": 0.0}, **plain_options)
     steered: Any = dps.generate(model, prompts, without=without, **each, **shared)
