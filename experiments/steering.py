@@ -178,7 +178,12 @@ def writing(e: Experiment, out: Path) -> str:
     families |= {"heads scored against others": e.against_others()}
     families |= {"induction": refs["induction"], "retrieval": refs["retrieval"]}
     ranked, _ = rankings("writing", families, users, (K,), {"own Preference Heads": "user"})
-    manifest = {"sets": str(ranked), "written": WRITTEN, "tokens": TOKENS, "prompt": PROMPT.to_dict()}
+    manifest = {
+        "sets": {n: {u: str(h[0]) for u, h in of.items()} for n, of in ranked.items()},
+        "written": WRITTEN,
+        "tokens": TOKENS,
+        "prompt": PROMPT.to_dict(),
+    }
     plan = settings({**{name: dps.HeadSet() for name in ranked}, **{name: dps.HeadSet() for name in RANDOM}})
     folder = RunFolder(out / "writing", manifest | {"model": describe_model(e.model), "plan": str(plan)})
     rows, special = [], {*e.model.tokenizer.all_special_ids}
@@ -201,16 +206,18 @@ def writing(e: Experiment, out: Path) -> str:
                 rows.append({"user": user.id, "method": merged(label), "strength": strength, **measured})
     frame = pd.DataFrame(rows)
     by_user = frame.groupby(["method", "strength", "user"], sort=False).mean(numeric_only=True)
-    plain = by_user.loc[("greedy", 0.0)]
+    plain = by_user.sort_index().loc[("greedy", 0.0)]
     lines = []
     for (method, strength), of in by_user.groupby(level=["method", "strength"], sort=False):
         own = of.droplevel(["method", "strength"]).loc[plain.index]
         difference = interval((own["ROUGE-L"] - plain["ROUGE-L"]).to_numpy())
         shown = [cell(interval(own["ROUGE-L"].to_numpy())), cell(difference) if method != "greedy" else ""]
-        shown += [f"{own[name].mean():.2f}" for name in ("distinct-1", "distinct-2", "repeated", "tokens", "KL")]
+        for name in ("distinct-1", "distinct-2", "repeated", "KL"):
+            shown.append(cell(interval(own[name].to_numpy()), digits=2))
+        shown.append(f"{own['tokens'].mean():.1f}")
         lines.append([method, f"{strength:g}", *shown])
-    head = ["method", "strength", "ROUGE-L", "difference to greedy", "distinct-1", "distinct-2", "repeated", "tokens"]
-    return table([*head, "KL a step"], lines)
+    head = ["method", "strength", "ROUGE-L", "difference to greedy", "distinct-1", "distinct-2", "repeated"]
+    return table([*head, "KL a step", "tokens"], lines)
 
 
 def merged(label: str) -> str:
@@ -227,11 +234,11 @@ def write(e: Experiment, example: Any, heads: Mapping[str, dps.HeadSet]) -> dict
     own, none = (dps.build_prompt(e.model, example, which, config=PROMPT) for which in ("own", "none"))
     found: dict[str, torch.Tensor] = {}
     for rows in settings(heads).values():
-        options = dict(rows[0][3])
+        options = {"rule": "dps", **rows[0][3]}
         strengths = [row[2] for row in rows]
-        if options.get("rule") in ("cad",):
+        if options["rule"] == "cad":
             options |= {"alpha": strengths, "without": [none] * len(rows)}
-        elif options.get("rule") not in ("dola",):
+        elif options["rule"] != "dola":
             options |= {"gamma": strengths, "heads": [heads[row[1]] for row in rows]}
         written: Any = dps.generate(e.model, [own] * len(rows), max_new_tokens=TOKENS, **options)
         for tokens, kl in zip(written.tokens, written.kl, strict=True):

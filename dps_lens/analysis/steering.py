@@ -205,7 +205,7 @@ def steering_sweep(
             if folder:
                 folder.put(key, unit)
         units.append(unit)
-    names = [name.removeprefix("change.") for name in units[0] if name.startswith("change.")]
+    names = [label for name in methods for label in (name, _random(name)) if f"change.{label}" in units[0]]
     return SteeringSweep(
         tuple(strengths),
         tuple(example.user_id for example in sets.examples),
