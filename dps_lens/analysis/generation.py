@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from dps_lens.analysis.effects import FULL
 from dps_lens.analysis.intervals import crossed_interval, interval
@@ -110,25 +110,23 @@ def ablated_generation(
     )
     manifest = sets.fingerprint() | {"max_new_tokens": max_new_tokens}
     folder = RunFolder(out, manifest, force=force) if out is not None else None
+
+    def write(_: int, example: Example) -> dict[str, Tensor]:
+        heads = _sets_of(sets, example)[1]
+        written: Any = generate(
+            model,
+            [sets.build(example, "own")] * len(heads),
+            heads=heads,
+            gamma=[-1.0 if len(chosen) else 0.0 for chosen in heads],
+            ablation=sets.ablation,
+            positions=sets.positions,
+            max_new_tokens=max_new_tokens or example.task.max_new_tokens,
+        )
+        return {str(index): tokens for index, tokens in enumerate(written.tokens)}
+
     rows = []
-    for example in tqdm(sets.examples, desc="writing", unit="example", disable=None if progress else True):
-        labels, heads = _sets_of(sets, example)
-        key = f"{example.user_id}|{example.id}"
-        unit = folder.get(key) if folder else None
-        if unit is None:
-            written: Any = generate(
-                model,
-                [sets.build(example, "own")] * len(heads),
-                heads=heads,
-                gamma=[-1.0 if len(chosen) else 0.0 for chosen in heads],
-                ablation=sets.ablation,
-                positions=sets.positions,
-                max_new_tokens=max_new_tokens or example.task.max_new_tokens,
-            )
-            unit = {str(index): tokens for index, tokens in enumerate(written.tokens)}
-            if folder:
-                folder.put(key, unit)
-        for index, (family, draw) in enumerate(labels):
+    for example, unit in zip(sets.examples, sets.units(folder, write, "writing", progress), strict=True):
+        for index, (family, draw) in enumerate(_sets_of(sets, example)[0]):
             text = model.tokenizer.decode(unit[str(index)], skip_special_tokens=True).strip()
             about = {"user": example.user_id, "example": example.id, "family": family, "draw": draw}
             rows.append(about | {"text": text, "reference": example.reference, "score": score_text(example, text)})

@@ -229,20 +229,33 @@ class SetSweep:
         if out is not None and force:
             (Path(out) / "effects.json").unlink(missing_ok=True)  # else old effects load when this run is cut short
         folder = RunFolder(out, manifest, force=force) if out is not None else None
-        units = []
-        bar = tqdm(self.examples, desc="editing heads", unit="example", disable=None if progress else True)
-        for number, example in enumerate(bar):
-            key = f"{example.user_id}|{example.id}"
-            unit = folder.get(key) if folder else None
-            if unit is None:
-                unit = self.unit(number, conditions(number, example))
-                if folder:
-                    folder.put(key, unit)
-            units.append(unit)
+        units = self.units(
+            folder, lambda number, example: self.unit(number, conditions(number, example)), "editing heads", progress
+        )
         effects = self.collect(units, manifest)
         if out is not None:
             effects.save(out)
         return effects
+
+    def units(
+        self,
+        folder: RunFolder | None,
+        measure: Callable[[int, Example], dict[str, Tensor]],
+        description: str,
+        progress: bool,
+    ) -> list[dict[str, Tensor]]:
+        """What `measure` gives for every example and its number; finished ones are read from the folder."""
+        units = []
+        bar = tqdm(self.examples, desc=description, unit="example", disable=None if progress else True)
+        for number, example in enumerate(bar):
+            key = f"{example.user_id}|{example.id}"
+            unit = folder.get(key) if folder else None
+            if unit is None:
+                unit = measure(number, example)
+                if folder:
+                    folder.put(key, unit)
+            units.append(unit)
+        return units
 
     def collect(self, units: Sequence[Mapping[str, Tensor]], manifest: dict[str, Any]) -> SetEffects:
         user_ids = tuple(example.user_id for example in self.examples)

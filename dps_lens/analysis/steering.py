@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dps_lens.analysis.intervals import interval, user_means
 from dps_lens.analysis.rankings import Family, Select
@@ -195,16 +194,7 @@ def steering_sweep(
     named = {name: method if isinstance(method, str) else method[0] for name, method in methods.items()}
     manifest = sets.fingerprint() | {"strengths": list(strengths), "rules": named}
     folder = RunFolder(out, manifest, force=force) if out is not None else None
-    units = []
-    bar = tqdm(sets.examples, desc="steering", unit="example", disable=None if progress else True)
-    for number, example in enumerate(bar):
-        key = f"{example.user_id}|{example.id}"
-        unit = folder.get(key) if folder else None
-        if unit is None:
-            unit = _measure(sets, number, rules, strengths)
-            if folder:
-                folder.put(key, unit)
-        units.append(unit)
+    units = sets.units(folder, lambda number, _: _measure(sets, number, rules, strengths), "steering", progress)
     names = [label for name in methods for label in (name, _random(name)) if f"change.{label}" in units[0]]
     return SteeringSweep(
         tuple(strengths),

@@ -124,13 +124,14 @@ class Decoder:
             rows = torch.cat([self.tokens, self.mask], dim=1)
             _, same = rows.unique(dim=0, return_inverse=True)
             first = torch.stack([(same == index).nonzero()[0, 0] for index in range(int(same.max()) + 1)])
-            prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first, :-1])
+            with LeanSteps(self.model):
+                prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first, :-1])
             return self.runner.start_decoding(prompt, same, self._room)
 
         def profile(n_pos: int) -> Selection:
             return self._profile
 
-        with self._edit(profile if self.positions == "profile" else everywhere).on(self.model):
+        with self._edit(profile if self.positions == "profile" else everywhere).on(self.model), LeanSteps(self.model):
             prompt = self.runner.prefill(self.tokens[:, :-1], self.mask[:, :-1])
         return self.runner.start_decoding(prompt, torch.arange(len(self.tokens), device=self.tokens.device), self._room)
 
