@@ -117,14 +117,7 @@ def generate(
     settings: dict[str, Any] = {"rule": rule, "gamma": gammas, "alpha": alphas, "heads": [_names(one) for one in sets]}
     settings |= {"ablation": ablation, "positions": positions, "early_layers": early, "max_gamma": max_gamma}
     settings |= {"plausibility": plausibility, "max_shift": max_shift, "seed": seed, **sampling}
-    steps = Steps(
-        model.tokenizer,
-        len(batch),
-        keep_delta_logits,
-        keep_alternatives,
-        settings,
-    )
-
+    steps = Steps(model.tokenizer, len(batch), keep_delta_logits, keep_alternatives, settings)
     mixer = Mixer(found, gammas, alphas, max_gamma, plausibility, max_shift)
     decoder = Decoder(model, branches, ablation=ablation, positions=positions, early=early, room=max_new_tokens)
     written = _decode(decoder, mixer, samplers, generators, steps, max_new_tokens, ends, progress)
