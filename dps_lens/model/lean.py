@@ -21,8 +21,9 @@ class LeanSteps:
     """A context in which components without hooks stand aside, so that the plain modules inside them run.
 
     What has a hook when this is made fires; hooks that are added later may not. In float32 on a CPU,
-    products with 2 to 4 rows take the form that is fast there. Outside the context the model is as it was; it
-    can be entered again and again. A `HookedTransformer`, or a bridge in compatibility mode, runs as it is.
+    products with 2 to 4 rows take the form that is fast there. Inside, run the Hugging Face model, not the bridge
+    around it; outside, the model is as it was. The context can be entered again and again. A
+    `HookedTransformer`, or a bridge in compatibility mode, runs as it is.
     """
 
     def __init__(self, model: HookedModel) -> None:

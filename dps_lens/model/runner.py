@@ -194,7 +194,7 @@ class BridgeRunner(Runner):
         from transformers import DynamicCache
 
         cache: Any = DynamicCache()
-        self._forward(tokens, keep=1, past_key_values=cache, attention_mask=mask)
+        self._direct(tokens, cache, mask)
         return PromptCache([(layer.keys, layer.values) for layer in cache.layers], tokens.shape[1])
 
     def logits(
@@ -246,7 +246,14 @@ class BridgeRunner(Runner):
     def step(
         self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"] | None
     ) -> Float[Tensor, "row d_vocab"]:
-        # Straight to the Hugging Face model: what the bridge does around a pass costs as much as some layers.
+        return self._direct(tokens, cache, mask)
+
+    def _direct(self, tokens: Tensor, cache: Any, mask: Tensor | None) -> Float[Tensor, "row d_vocab"]:
+        """Append `tokens` to a cache; logits of the last position.
+
+        Straight to the Hugging Face model: what the bridge does around a pass costs as much as some layers, and
+        leaves notes to components that may stand aside (`LeanSteps`).
+        """
         options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
         if mask is not None and self._derives_positions:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
