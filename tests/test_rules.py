@@ -276,6 +276,36 @@ def test_rules_equal_naive_decoding_of_the_embedded_model(real, probe, rule):
     check(Naive(SimpleNamespace(plain=plain, hooked=real), rule, own, **options, **layers), out, 0)
 
 
+@pytest.mark.real
+def test_sampling_in_a_mixed_batch_equals_naive_sampling_of_the_embedded_model(real, probe):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(real.original_model.config._name_or_path).eval()
+    cases = [(probe[0], 40), (probe[5], 25)]
+    own, none = (
+        [
+            build_prompt(
+                real, user.examples[0], which, config=dps.PromptConfig(items=1, profile_tokens=n, task_tokens=n)
+            )
+            for user, n in cases
+        ]
+        for which in ("own", "none")
+    )
+    assert len(own[0].prompt_tokens) != len(own[1].prompt_tokens)
+    sets, gammas, alphas, seeds = [HeadSet.parse("L14H3,L2H1"), HeadSet.parse("L9H8")], [0.8, -0.5], [0.0, 0.7], [5, 6]
+    sampling = {"temperature": 0.8, "top_k": 20}
+    out = dps.generate(
+        real, own, rule="dps+cad", heads=sets, gamma=gammas, without=none, alpha=alphas, do_sample=True, seed=seeds,
+        max_new_tokens=3, stop_at_eos=False, **sampling,
+    )  # fmt: skip
+    for row, prompt in enumerate(own):
+        generator = torch.Generator().manual_seed(seeds[row])
+
+        def choose(steered, generator=generator):
+            return draw(steered, float(torch.rand((), dtype=torch.float64, generator=generator)), **sampling)
+
+        each = {"heads": sets[row], "gamma": gammas[row], "without": none[row], "alpha": alphas[row]}
+        check(Naive(SimpleNamespace(plain=plain, hooked=real), "dps+cad", prompt, **each), out, row, choose)
+
+
 @pytest.mark.parametrize(("rule", "cap"), [("dps-entropy", 2.0), ("dps-entropy", 6.02), ("decore", 6.02)])
 def test_entropy_is_capped_where_it_is_above_max_gamma(llama, requests_of, rule, cap):
     own, none = requests_of(llama.hooked)

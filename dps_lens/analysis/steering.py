@@ -1,6 +1,7 @@
 """How steering moves the probability of users' own text: rules × strengths, teacher-forced."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -293,9 +294,8 @@ class Forced:
 
     def logits(self, edit: Edit | Scale | None = None) -> Float[Tensor, "pos d_vocab"]:
         """Of the full model, or under an edit."""
-        edit = edit or Scale(torch.ones(1, self.runner.cfg.n_layers, self.runner.cfg.n_heads))
-        uniform = isinstance(edit, Edit) and edit.ablation == "uniform"
-        with attention_for(self.runner.model, "uniform" if uniform else "zero"), edit.on(self.runner.model):
+        model, uniform = self.runner.model, isinstance(edit, Edit) and edit.ablation == "uniform"
+        with attention_for(model, "uniform" if uniform else "zero"), edit.on(model) if edit else nullcontext():
             return self.runner.logits(self.tokens, prompt=self.cache, keep=len(self.targets))[0].float()
 
     def edited(self, rule: Rule, heads: HeadSet) -> Float[Tensor, "pos d_vocab"]:
