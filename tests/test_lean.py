@@ -8,7 +8,7 @@ from oracles import columns_replaced
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import ablate
 from dps_lens.model import Runner, native_attention
-from dps_lens.model.lean import LeanSteps
+from dps_lens.model.lean import LeanSteps, reused_logits
 
 TOKENS = torch.arange(5, 17)[None]
 
@@ -116,3 +116,20 @@ def test_an_error_inside_leaves_the_model_as_it_was(llama):
     after = components(llama.hooked)
     assert all(before[name] is after[name] for name in before)
     assert not any("forward" in vars(module) for module in llama.hooked.original_model.modules())
+
+
+def test_logits_written_over_those_before_are_the_same(tiny):
+    model, passes = tiny.hooked, [TOKENS[:, :8], TOKENS, TOKENS[:, 3:9]]
+    with torch.inference_mode(), reused_logits(model):
+        found = [model(tokens, return_type="logits").clone() for tokens in passes]
+    for tokens, logits in zip(passes, found, strict=True):
+        torch.testing.assert_close(logits, model(tokens, return_type="logits"))
+    assert not any("forward" in vars(m) for m in components(model).values() if isinstance(m, torch.nn.Linear))
+
+
+def test_logits_that_need_gradients_have_memory_of_their_own(tiny):
+    with reused_logits(tiny.hooked):
+        first = tiny.hooked(TOKENS, return_type="logits")
+        kept = first.detach().clone()
+        tiny.hooked(TOKENS + 1, return_type="logits").sum().backward()
+    torch.testing.assert_close(first.detach(), kept)

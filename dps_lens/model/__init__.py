@@ -3,11 +3,13 @@
 from dps_lens.model.attention import HookedModel, is_bridge, native_attention, runs_native
 from dps_lens.model.check import check_model
 from dps_lens.model.describe import describe_model
+from dps_lens.model.lean import LeanSteps, reused_logits
 from dps_lens.model.load import load_model, wrap_model
 from dps_lens.model.runner import PromptCache, Residuals, Runner
 
 __all__ = [
     "HookedModel",
+    "LeanSteps",
     "PromptCache",
     "Residuals",
     "Runner",
@@ -16,6 +18,7 @@ __all__ = [
     "is_bridge",
     "load_model",
     "native_attention",
+    "reused_logits",
     "runs_native",
     "wrap_model",
 ]

@@ -18,11 +18,12 @@ from torch import Tensor
 from dps_lens.data import Prompt
 from dps_lens.errors import ScoreError
 from dps_lens.intervene import Ablation, Edit, Positions, Where, attention_for, everywhere, window
-from dps_lens.model import PromptCache, Residuals, Runner
+from dps_lens.model import PromptCache, Residuals, Runner, reused_logits
 
 BatchSize: TypeAlias = int | Literal["auto"]
 _CPU_TOKENS, _GPU_TOKENS = 512, 16384
 _RESIDUAL_BYTES = 4 * 2**30
+_CACHED_ROWS = 16
 
 
 def token_losses(logits: Float[Tensor, "pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
@@ -32,13 +33,15 @@ def token_losses(logits: Float[Tensor, "pos d_vocab"], targets: Int[Tensor, " po
     biased by about 1e-5 a token against it.
     """
     logits = logits.float()
-    return logits.logsumexp(-1) - logits.gather(-1, targets.to(logits.device)[:, None])[:, 0]
+    # In parts whose temporaries stay in the processor's cache.
+    total = torch.cat([part.logsumexp(-1) for part in logits.split(_CACHED_ROWS)])
+    return total - logits.gather(-1, targets.to(logits.device)[:, None])[:, 0]
 
 
 def row_losses(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float64[Tensor, "row pos"]:
     """−log p of each response token in each row, nats."""
     # Row by row: over a large vocabulary the temporaries of a whole batch would be fresh memory every time.
-    return torch.stack([token_losses(row, targets).cpu().double() for row in logits])
+    return torch.stack([token_losses(row, targets) for row in logits]).cpu().double()
 
 
 def response_nll(logits: Float[Tensor, "row pos d_vocab"], targets: Int[Tensor, " pos"]) -> Float64[Tensor, " row"]:
@@ -156,6 +159,7 @@ class Branches:
         order = [int(row) for row in first.argsort(stable=True) if first[row] >= 0]
         with ExitStack() as stack:
             stack.enter_context(attention_for(self.runner.model, self.ablation))
+            stack.enter_context(reused_logits(self.runner.model))
             while order:
                 rows = order[: self.batch_size]
                 try:
