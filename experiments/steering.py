@@ -4,8 +4,9 @@
 
 Uses the scores and reference heads of `experiments.families` (in `--families`; made where they are missing).
 `text`: NLL of the users' own text, teacher-forced, the newest headlines (at most 4 a blogger), 8 random sets a method.
-`sizes`: the same for 3 and 30 heads. `writing`: greedy headlines, 2 a blogger, 24 tokens, 3 random sets; there the
-entropy γ is not capped, and counts leave out the end token.
+`sizes`: the same for 3 and 30 heads. `weights`: 10 and 30 heads, each edited in proportion to its score. `places`:
+heads left out of the whole pass, or of the profile only; the newest 2 headlines, 4 random sets. `writing`: greedy
+headlines, 2 a blogger, 24 tokens, 3 random sets; there the entropy γ is not capped, and counts leave out the end token.
 Every step resumes; `--out/results.md` holds the tables, `mean (low to high)` being 95% intervals over users.
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -122,10 +124,51 @@ def sizes(e: Experiment, out: Path) -> str:
     return "\n\n".join(parts)
 
 
-def at_equal_kl(sweep: SteeringSweep) -> str:
-    """Change of the NLL at equal KL, and the difference to random heads."""
+def weights(e: Experiment, out: Path) -> str:
+    """Heads edited in proportion to their score."""
+    parts = []
+    for k in (K, SIZES[-1]):
+        methods = {f"{rule}, {k} weighted Preference Heads": (rule, e.scores("govblog")) for rule in ("dps", "amplify")}
+        sweep = dps.steering_sweep(
+            e.model,
+            e.users["govblog"],
+            methods,
+            strengths=STRENGTHS,
+            k=k,
+            n_random=8,
+            weighted=tuple(methods),
+            max_examples=HELD_OUT["govblog"],
+            prompt=PROMPT,
+            out=out / f"weights_{k}",
+        )
+        parts.append(at_equal_kl(sweep))
+    return "\n\n".join(parts)
+
+
+def places(e: Experiment, out: Path) -> str:
+    """Heads left out where they write, and of the whole pass."""
+    parts, heads = [], {"Preference Heads": e.heads("govblog"), "induction": e.refs()["induction"].top(K)}
+    for positions in ("all", "profile"):
+        sweep = dps.steering_sweep(
+            e.model,
+            e.users["govblog"],
+            {f"dps at {positions}, {name}": ("dps", chosen) for name, chosen in heads.items()},
+            strengths=STRENGTHS,
+            k=K,
+            n_random=4,
+            positions=positions,  # type: ignore[arg-type]
+            max_examples=2,
+            prompt=PROMPT,
+            out=out / f"places_{positions}",
+        )
+        parts.append(at_equal_kl(sweep))
+    return "\n\n".join(parts)
+
+
+def at_equal_kl(sweep: SteeringSweep, what: str = "change of NLL") -> str:
+    """Changes at equal KL, and the difference to random heads."""
     found = {kl: sweep.at_kl(kl).set_index("method").to_dict("index") for kl in AT_KL}
-    head = ["change of NLL"]
+    head = [what]
     head += [name for kl in AT_KL for name in (f"KL {kl}", "difference to random heads")]
     lines = []
     for method in sweep.methods:
@@ -203,7 +246,8 @@ def writing(e: Experiment, out: Path) -> str:
                 answer = e.model.tokenizer.decode(tokens).strip()
                 measured = {"ROUGE-L": score_text(example, answer), **variety(tokens)}
                 measured["KL"] = float(unit[f"kl.{index}"])
-                rows.append({"user": user.id, "method": merged(label), "strength": strength, **measured})
+                asked = {"user": user.id, "example": example.id, "method": merged(label), "strength": strength}
+                rows.append(asked | measured)
     frame = pd.DataFrame(rows)
     by_user = frame.groupby(["method", "strength", "user"], sort=False).mean(numeric_only=True)
     plain = by_user.sort_index().loc[("greedy", 0.0)]
@@ -217,7 +261,26 @@ def writing(e: Experiment, out: Path) -> str:
         shown.append(f"{own['tokens'].mean():.1f}")
         lines.append([method, f"{strength:g}", *shown])
     head = ["method", "strength", "ROUGE-L", "difference to greedy", "distinct-1", "distinct-2", "repeated"]
-    return table([*head, "KL a step", "tokens"], lines)
+    return f"{written_at_kl(frame)}\n\n{table([*head, 'KL a step', 'tokens'], lines)}"
+
+
+def written_at_kl(frame: pd.DataFrame) -> str:
+    """ROUGE-L less that of greedy decoding, at equal realised KL, for the methods that were run at every strength."""
+    values = frame.groupby(["method", "strength", "user", "example"], sort=False)[["ROUGE-L", "KL"]].mean()
+    greedy = values.loc[("greedy", 0.0), "ROUGE-L"]
+    strengths, change, kl = (0.5, 1.0, 2.0), {}, {}
+    for method in dict.fromkeys(frame["method"]):
+        if all((method, strength) in values.index for strength in strengths) and method != "amplify, random":
+            of = [values.loc[(method, strength)].reindex(greedy.index) for strength in strengths]
+            if not of[0]["KL"].isna().any():
+                change[method] = torch.tensor(np.stack([one["ROUGE-L"] - greedy for one in of]))
+                kl[method] = torch.tensor(np.stack([one["KL"] for one in of]))
+    for part in (change, kl):
+        if "dps, random" in part:
+            part["dps, Preference Heads (random)"] = part.pop("dps, random")
+    users, examples = (tuple(greedy.index.get_level_values(level)) for level in ("user", "example"))
+    nll = torch.zeros(len(users), dtype=torch.float64)
+    return at_equal_kl(SteeringSweep(strengths, users, examples, nll, change, kl), "change of ROUGE-L")
 
 
 def merged(label: str) -> str:
@@ -254,7 +317,7 @@ def variety(tokens: list[int]) -> dict[str, float]:
     return {"distinct-1": share[1], "distinct-2": share[2], "repeated": 1 - share[3], "tokens": float(len(tokens))}
 
 
-STEPS = {"text": text, "sizes": sizes, "writing": writing}
+STEPS = {"text": text, "sizes": sizes, "weights": weights, "places": places, "writing": writing}
 
 if __name__ == "__main__":
     main()

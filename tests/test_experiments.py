@@ -1,6 +1,7 @@
 """The experiments: the control of published detectors against a plain model, and the tables."""
 
 import pytest
+import pandas as pd
 import torch
 from oracles import attention_modules, nll, output_projection
 
@@ -12,7 +13,7 @@ from dps_lens.model import Runner
 from dps_lens.scoring import single_heads
 from experiments import tables
 from experiments.output_slices import SliceBranches, score_slices
-from experiments.steering import at_equal_kl, at_strengths, variety
+from experiments.steering import at_equal_kl, at_strengths, variety, written_at_kl
 
 
 def slice_oracle(plain, prompt, layer, number, width):
@@ -79,3 +80,17 @@ def test_steering_is_shown_beside_its_control():
         "a quarter of the KL is half of the way; then against random"
     )
     assert "−0.200 (" in at_strengths(sweep)
+
+
+def test_written_texts_meet_at_equal_kl():
+    rows = [("greedy", 0.0, 0.1, 0.0)]
+    rows += [("dps, Preference Heads", s, 0.1 + 0.1 * s, 0.36 * s**2) for s in (0.5, 1.0, 2.0)]
+    rows += [("dps, random", s, 0.1, 0.36 * s**2) for s in (0.5, 1.0, 2.0)]
+    rows += [("dola", 1.0, 0.5, 0.1)]
+    names = ("method", "strength", "ROUGE-L", "KL", "user", "example")
+    frame = pd.DataFrame([(*row, user, f"{user}1") for row in rows for user in "ab"], columns=names)
+    first, random = written_at_kl(frame).splitlines()[2:], "dps, random"
+    assert len(first) == 1, "random heads are the control, and one strength alone is not compared"
+    assert random not in first[0]
+    # KL 0.1 lies at strength 0.527, where ROUGE-L is up by 0.053.
+    assert "0.053 (0.053 to 0.053) | 0.053 (" in first[0]

@@ -263,23 +263,12 @@ def test_rules_equal_naive_decoding(tinies, requests_of, architecture, rule):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("rule", [rule for rule in CONTRASTS if rule not in ("dps", "cos")])
-def test_rules_equal_naive_decoding_of_the_embedded_model(real, probe, rule):
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rule", CONTRASTS)
+def test_rules_in_a_mixed_batch_equal_naive_decoding_of_the_embedded_model(real, probe, rule, sampled):
+    """Two users, lengths, head sets, strengths; γ = −1 and α = 0 among them where sampling."""
     plain = transformers.AutoModelForCausalLM.from_pretrained(real.original_model.config._name_or_path).eval()
-    config = dps.PromptConfig(items=1, profile_tokens=40, task_tokens=20)
-    own, none = (build_prompt(real, probe[0].examples[0], which, config=config) for which in ("own", "none"))
-    heads = HeadSet.parse("L14H3,L2H1,L9H8,L21H0")
-    options = {"heads": heads, "gamma": 0.8} if rule not in ("cad", "dola") else {}
-    options |= {"without": none, "alpha": 0.7} if "cad" in rule else {}
-    layers = {"layers": range(2, 16, 2)} if rule == "dola" else {}
-    out = dps.generate(real, own, rule=rule, max_new_tokens=3, stop_at_eos=False, **options)
-    check(Naive(SimpleNamespace(plain=plain, hooked=real), rule, own, **options, **layers), out, 0)
-
-
-@pytest.mark.real
-def test_sampling_in_a_mixed_batch_equals_naive_sampling_of_the_embedded_model(real, probe):
-    plain = transformers.AutoModelForCausalLM.from_pretrained(real.original_model.config._name_or_path).eval()
-    cases = [(probe[0], 40), (probe[5], 25)]
+    cases = [(probe[0], 24), (probe[5], 14)]
     own, none = (
         [
             build_prompt(
@@ -290,20 +279,25 @@ def test_sampling_in_a_mixed_batch_equals_naive_sampling_of_the_embedded_model(r
         for which in ("own", "none")
     )
     assert len(own[0].prompt_tokens) != len(own[1].prompt_tokens)
-    sets, gammas, alphas, seeds = [HeadSet.parse("L14H3,L2H1"), HeadSet.parse("L9H8")], [0.8, -0.5], [0.0, 0.7], [5, 6]
-    sampling = {"temperature": 0.8, "top_k": 20}
-    out = dps.generate(
-        real, own, rule="dps+cad", heads=sets, gamma=gammas, without=none, alpha=alphas, do_sample=True, seed=seeds,
-        max_new_tokens=3, stop_at_eos=False, **sampling,
-    )  # fmt: skip
+    options = {}
+    if rule not in ("cad", "cos", "dola"):
+        options["heads"] = [HeadSet.parse("L14H3,L2H1,L21H0"), HeadSet.parse("L9H8")]
+        options["gamma"] = [0.8, -1.0 if sampled else 1.3]
+    if "cad" in rule or rule == "cos":
+        options |= {"without": none, "alpha": [0.0 if sampled and rule != "cos" else 0.4, 0.7]}
+    sampling, seeds = {"temperature": 0.8, "top_k": 20}, [5, 6]
+    drawn = {"do_sample": True, "seed": seeds, **sampling} if sampled else {}
+    out = dps.generate(real, own, rule=rule, max_new_tokens=2, stop_at_eos=False, **options, **drawn)
+    layers = {"layers": range(2, 16, 2)} if rule == "dola" else {}
     for row, prompt in enumerate(own):
         generator = torch.Generator().manual_seed(seeds[row])
 
         def choose(steered, generator=generator):
             return draw(steered, float(torch.rand((), dtype=torch.float64, generator=generator)), **sampling)
 
-        each = {"heads": sets[row], "gamma": gammas[row], "without": none[row], "alpha": alphas[row]}
-        check(Naive(SimpleNamespace(plain=plain, hooked=real), "dps+cad", prompt, **each), out, row, choose)
+        each = {name: values[row] for name, values in options.items()} | layers
+        naive = Naive(SimpleNamespace(plain=plain, hooked=real), rule, prompt, **each)
+        check(naive, out, row, choose if sampled else largest)
 
 
 @pytest.mark.parametrize(("rule", "cap"), [("dps-entropy", 2.0), ("dps-entropy", 6.02), ("decore", 6.02)])

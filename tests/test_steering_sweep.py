@@ -15,6 +15,7 @@ from dps_lens.errors import ScoreError, SteeringError
 from dps_lens.families import draw_seed, random_heads
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots import steering
+from dps_lens.scores import HeadScores
 
 HEADS = HeadSet.parse("L1H2,L0H1")
 STRENGTHS = (0.5, 2.0)
@@ -30,14 +31,18 @@ OPTIONS = {"k": 2, "strengths": STRENGTHS, "prompt": PROMPT, "max_examples": 1, 
 
 
 @torch.no_grad()
-def logits_of(plain, prompt, d_head, heads=(), factor=0.0):
-    """Of the response, float64, the heads' z multiplied from the last prompt token on."""
+def logits_of(plain, prompt, d_head, heads=(), factor=0.0, positions="response"):
+    """Of the response, float64, the heads' z multiplied at these positions; one factor, or one a head."""
     start, stop = prompt.spans["response"]
-    positions = slice(start - 1, None)
+    positions = {"response": slice(start - 1, None), "all": slice(None), "profile": slice(*prompt.spans["profile"])}[
+        positions
+    ]
     with ExitStack() as stack:
         for layer, head in heads:
-            columns = slice(head * d_head, (head + 1) * d_head)
-            new = lambda z, columns=columns: factor * z[:, :, columns]  # noqa: E731
+            columns, times = slice(head * d_head, (head + 1) * d_head), factor
+            if isinstance(heads, dict):
+                times = factor[heads[layer, head]]
+            new = lambda z, columns=columns, times=times: times * z[:, :, columns]  # noqa: E731
             stack.enter_context(columns_replaced(plain, layer, head, d_head, positions, new))
         return plain(input_ids=prompt.tokens[None]).logits[0, start - 1 : stop - 1].double()
 
@@ -154,6 +159,63 @@ def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
     resumed = dps.steering_sweep(llama.hooked, users, methods, n_random=0, out=tmp_path, **OPTIONS)
     assert calls == [1], "only the example that was missing"
     assert torch.equal(resumed.change["dps"], whole.change["dps"])
+
+
+@pytest.mark.parametrize("positions", ["all", "profile"])
+def test_heads_are_edited_where_it_is_asked_for(llama, probe, positions):
+    methods, user = {"dps": ("dps", HEADS), "decore": ("decore", HEADS), "amplify": ("amplify", HEADS)}, probe[0]
+    sweep = dps.steering_sweep(llama.hooked, [user], methods, n_random=0, positions=positions, **OPTIONS)
+    own, d_head = dps.build_prompt(llama.hooked, user.examples[-1], config=PROMPT), llama.hooked.cfg.d_head
+    full = logits_of(llama.plain, own, d_head)
+    nll = float(cross_entropy(full, own.response_tokens))
+    masked = logits_of(llama.plain, own, d_head, HEADS, positions=positions)
+    for row, strength in enumerate(STRENGTHS):
+        found = float(cross_entropy(full + strength * (full - masked), own.response_tokens)) - nll
+        assert float(sweep.change["dps"][row, 0]) == pytest.approx(found, abs=1e-4)
+        amplified = logits_of(llama.plain, own, d_head, HEADS, 1 + strength, positions)
+        found = float(cross_entropy(amplified, own.response_tokens)) - nll
+        assert float(sweep.change["amplify"][row, 0]) == pytest.approx(found, abs=1e-4)
+    by_generation = dps.generate(
+        llama.hooked, own, rule="decore", heads=HEADS, max_gamma=0.5, positions=positions, max_new_tokens=1,
+        keep_delta_logits=True,
+    )  # fmt: skip
+    steered = full[0] + by_generation.delta_logits[0][0].double()
+    first = dps.PromptConfig(**{**PROMPT.to_dict(), "response_tokens": 1})
+    options = {**OPTIONS, "prompt": first, "strengths": (0.5,), "positions": positions}
+    once = dps.steering_sweep(llama.hooked, [user], {"decore": methods["decore"]}, n_random=0, **options)
+    target = own.response_tokens[:1]
+    expected = cross_entropy(steered[None], target) - cross_entropy(full[:1], target)
+    assert float(once.change["decore"][0, 0]) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_heads_weigh_what_other_users_say(llama, probe):
+    """Weights of a user come from the scores of the others; a random head takes those of the head it stands for."""
+    users = list(probe[:2])
+    values = torch.zeros(2, llama.hooked.cfg.n_layers, llama.hooked.cfg.n_heads)
+    values[0, 1, 2], values[0, 0, 1] = 0.2, 0.1
+    values[1, 1, 2], values[1, 0, 1] = 0.3, 0.4
+    scores = HeadScores(values, example_ids=["x", "y"], user_ids=[user.id for user in users])
+    methods = {"weighted": ("dps", scores), "flat": ("dps", scores)}
+    sweep = dps.steering_sweep(llama.hooked, users, methods, n_random=1, weighted=("weighted",), **OPTIONS)
+    d_head, shares = llama.hooked.cfg.d_head, [{(0, 1): 1.0, (1, 2): 0.75}, {(0, 1): 0.5, (1, 2): 1.0}]
+    for index, (user, weights) in enumerate(zip(users, shares, strict=True)):
+        own = dps.build_prompt(llama.hooked, user.examples[-1], config=PROMPT)
+        full, target = logits_of(llama.plain, own, d_head), own.response_tokens
+        drawn = sorted(random_heads(llama.hooked, HEADS, match="nearest", seed=draw_seed(0, 0)))
+        controls = dict(zip(drawn, [weights[0, 1], weights[1, 2]], strict=True))
+        for label, heads in (
+            ("weighted", weights),
+            ("weighted (random)", controls),
+            ("flat", dict.fromkeys(weights, 1.0)),
+        ):
+            masked = logits_of(llama.plain, own, d_head, heads, {w: 1 - w for w in heads.values()})
+            for row, strength in enumerate(STRENGTHS):
+                steered = full + strength * (full - masked)
+                expected = cross_entropy(steered, target) - cross_entropy(full, target)
+                assert float(sweep.change[label][row, index]) == pytest.approx(float(expected), abs=1e-4)
+    for method in (("dps", HEADS), ("decore", scores), "cad"):
+        with pytest.raises(SteeringError, match="cannot be weighted"):
+            dps.steering_sweep(llama.hooked, users, {"x": method}, weighted=("x",), **OPTIONS)
 
 
 def test_users_with_more_examples_than_draws(llama, probe):

@@ -1,6 +1,6 @@
 """How steering moves the probability of users' own text: rules × strengths, teacher-forced."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,14 @@ from torch import Tensor
 from dps_lens.analysis.intervals import interval, user_means
 from dps_lens.analysis.rankings import Family, Select
 from dps_lens.analysis.set_sweep import SetSweep
-from dps_lens.data import Example, Prompt, PromptConfig, User
+from dps_lens.data import Prompt, PromptConfig, User
 from dps_lens.errors import ScoreError, SteeringError
 from dps_lens.families import draw_seed, random_heads
-from dps_lens.heads import HeadSet
-from dps_lens.intervene import Edit, Scale, attention_for
+from dps_lens.heads import Head, HeadSet
+from dps_lens.intervene import Edit, Positions, Scale, attention_for, everywhere, window
 from dps_lens.model import Runner
 from dps_lens.runs import RunFolder
+from dps_lens.scores import HeadScores
 from dps_lens.scoring.branches import token_losses
 from dps_lens.steering.rules import Rule, divergence, entropy, find_rule
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 Method: TypeAlias = str | tuple[str, Family]
 """A rule, such as `"cad"`; or a rule of heads with its heads, `("dps", scores)`."""
+
+Weights: TypeAlias = Mapping[Head, float]
+"""Heads and how much of the edit each gets, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,8 @@ def steering_sweep(
     n_random: int = 8,
     select: Select | Mapping[str, Select] = "global",
     exclude: Mapping[str, HeadSet] | None = None,
+    weighted: Collection[str] = (),
+    positions: Positions = "response",
     max_examples: int | None = None,
     prompt: PromptConfig | None = None,
     seed: int = 0,
@@ -148,8 +154,8 @@ def steering_sweep(
 ) -> SteeringSweep:
     """NLL of the users' own held-out text under rules of `generate`, and how hard each rule steers.
 
-    Teacher-forced with `positions="response"`: a prompt runs once, a set of heads once for all strengths (`amplify`:
-    once each).
+    Teacher-forced: a set of heads runs once for all strengths (`amplify`: once each), and with
+    `positions="response"` the prompt once for all sets.
     Methods are compared at equal KL with `.at_kl`, because a strength means something else in every rule.
 
     Args:
@@ -162,6 +168,9 @@ def steering_sweep(
         n_random: layer-matched random sets of every method with heads, spread over a user's examples.
         select: as in `ablation_curve`; method → either, or one for all.
         exclude: as in `ablation_curve`.
+        weighted: methods whose heads are edited in proportion to their score, the best one wholly: scores of the
+            other users, so that none is weighted by its own.
+        positions: where heads are edited: `"response"`, `"profile"` or `"all"`.
         max_examples: the newest so many evaluation examples of each user.
         prompt: how prompts are built; by default as for the scores.
         seed: of folds and random sets.
@@ -170,20 +179,26 @@ def steering_sweep(
         progress: show a progress bar.
 
     Raises:
-        SteeringError: a rule is unknown, rules tokens out (`dola`: their NLL is infinite), or lacks its heads.
+        SteeringError: a rule is unknown, rules tokens out (`dola`: their NLL is infinite), or lacks its heads; a
+            weighted method has no scores or spreads attention evenly (`decore`), which has no parts.
         ScoreError: scores were measured on one of these examples, or at other positions.
     """
     if not strengths or min(strengths) <= 0 or list(strengths) != sorted({*strengths}):
         raise SteeringError(f"steering_sweep: strengths {list(strengths)} are not positive and ascending")
     rules = {name: _rule_of(name, method) for name, method in methods.items()}
     families = {name: method[1] for name, method in methods.items() if not isinstance(method, str)}
+    for name in weighted:
+        if not isinstance(families.get(name), HeadScores) or rules[name].uniform:
+            raise SteeringError(
+                f"steering_sweep: method {name!r} cannot be weighted; it needs scores, and a rule but decore"
+            )
     sets = SetSweep.of(
         "steering_sweep",
         model,
         users,
         families,
         (k,),
-        positions="response",
+        positions=positions,
         prompt=prompt,
         n_random=n_random,
         select=select,
@@ -194,8 +209,12 @@ def steering_sweep(
     )
     named = {name: method if isinstance(method, str) else method[0] for name, method in methods.items()}
     manifest = sets.fingerprint() | {"strengths": list(strengths), "rules": named}
+    if weighted:
+        manifest["weighted"] = sorted(weighted)
     folder = RunFolder(out, manifest, force=force) if out is not None else None
-    units = sets.units(folder, lambda number, _: _measure(sets, number, rules, strengths), "steering", progress)
+    units = sets.units(
+        folder, lambda number, _: _measure(sets, number, rules, strengths, weighted), "steering", progress
+    )
     names = [label for name in methods for label in (name, _random(name)) if f"change.{label}" in units[0]]
     return SteeringSweep(
         tuple(strengths),
@@ -220,11 +239,11 @@ def _rule_of(name: str, method: Method) -> Rule:
 
 @torch.inference_mode()
 def _measure(
-    sets: SetSweep, number: int, rules: Mapping[str, Rule], strengths: Sequence[float]
+    sets: SetSweep, number: int, rules: Mapping[str, Rule], strengths: Sequence[float], weighted: Collection[str]
 ) -> dict[str, Float64[Tensor, "..."]]:
     """One example: `nll`, and by method `change.…` and `kl.…`, `[strength]`."""
     example = sets.examples[number]
-    forced = Forced(sets.runner, sets.build(example, "own"))
+    forced = Forced(sets.runner, sets.build(example, "own"), sets.positions)
     without = None
     if any(rule.prompt for rule in rules.values()):
         without = Forced(sets.runner, sets.build(example, "none")).logits()
@@ -232,7 +251,7 @@ def _measure(
     nll = token_losses(full, forced.targets).double().mean().cpu()
     found: dict[str, Tensor] = {"nll": nll}
     for name, rule in rules.items():
-        for label, chosen in _sets_of(sets, number, name, example).items():
+        for label, chosen in _sets_of(sets, number, name, name in weighted).items():
             measured = []
             for heads in chosen:
                 edited = forced.edited(rule, heads) if rule.heads else None
@@ -247,18 +266,30 @@ def _measure(
     return found
 
 
-def _sets_of(sets: SetSweep, number: int, name: str, example: Example) -> dict[str, list[HeadSet]]:
+def _sets_of(sets: SetSweep, number: int, name: str, weighted: bool) -> dict[str, list[Weights]]:
     """What runs under a method's name, and its random sets; a rule without heads runs once, with none."""
     if name not in sets.families:
-        return {name: [HeadSet()]}
+        return {name: [{}]}
     if name not in sets.ranked[0]:
         return {}  # the family is not defined
-    (heads,) = sets.ranked[0][name][example.user_id]
+    user = sets.examples[number].user_id
+    (heads,) = sets.ranked[0][name][user]
     draws = [*sets.draws_of(number)]
     if not draws and sets.n_random:
         draws = [number % sets.n_random]  # a user with more examples than there are draws
     drawn = [random_heads(sets.model, heads, match="nearest", seed=draw_seed(sets.seed, draw)) for draw in draws]
-    return {name: [heads]} | ({_random(name): drawn} if drawn else {})
+    # By layer, so that a random head has the weight of the one that it stands for.
+    chosen = sorted(heads)
+    weights = _scored(sets.families[name], user, chosen) if weighted else [1.0] * len(chosen)
+    found = {name: [chosen]} | ({_random(name): [sorted(one) for one in drawn]} if drawn else {})
+    return {label: [dict(zip(one, weights, strict=True)) for one in of] for label, of in found.items()}
+
+
+def _scored(scores: HeadScores, user: str, heads: Sequence[Head]) -> list[float]:
+    """Scores of heads by other users, as shares of the largest; 0 where one is negative."""
+    mean = scores.without({user}).mean()
+    values = torch.stack([mean[head] for head in heads]).clamp(min=0)
+    return (values / values.max().clamp(min=1e-12)).tolist()
 
 
 def combine(
@@ -279,32 +310,40 @@ def combine(
 
 
 class Forced:
-    """Logits of one prompt's response, token by token, under edits that begin at the last prompt token."""
+    """Logits of one prompt's response, token by token, also with heads edited."""
 
-    def __init__(self, runner: Runner, prompt: Prompt) -> None:
+    def __init__(self, runner: Runner, prompt: Prompt, positions: Positions = "response") -> None:
         self.runner = runner
         start, stop = prompt.spans["response"]
         if stop <= start:
             raise ScoreError(f"example {prompt.example_id!r}: the prompt has no response to score")
         tokens = prompt.tokens[None].to(runner.device)
         self.targets = tokens[0, start:stop]
-        self.tokens = tokens[:, start - 1 : stop - 1]
+        # Edits that begin at the last prompt token share what is before it.
+        shared = start - 1 if positions == "response" else 0
+        self.tokens = tokens[:, shared : stop - 1]
+        self.where = everywhere if positions == "response" else window(prompt, positions)
         with attention_for(runner.model, "zero"):
-            self.cache = runner.prefill(tokens[:, : start - 1])
+            self.cache = runner.prefill(tokens[:, :shared]) if shared else None
 
     def logits(self, edit: Edit | Scale | None = None) -> Float[Tensor, "pos d_vocab"]:
         """Of the full model, or under an edit."""
-        model, uniform = self.runner.model, isinstance(edit, Edit) and edit.ablation == "uniform"
+        model, uniform = self.runner.model, isinstance(edit, Edit)
         with attention_for(model, "uniform" if uniform else "zero"), edit.on(model) if edit else nullcontext():
             return self.runner.logits(self.tokens, prompt=self.cache, keep=len(self.targets))[0].float()
 
-    def edited(self, rule: Rule, heads: HeadSet) -> Float[Tensor, "pos d_vocab"]:
+    def edited(self, rule: Rule, heads: Weights) -> Float[Tensor, "pos d_vocab"]:
         """Without heads, as a rule leaves them out."""
-        return self.logits(Edit(heads.mask(self.runner.cfg)[None], "uniform" if rule.uniform else "zero"))
+        if rule.uniform:
+            return self.logits(Edit(HeadSet(heads).mask(self.runner.cfg)[None], "uniform", self.where))
+        return self.amplified(heads, -1.0)
 
-    def amplified(self, heads: HeadSet, strength: float) -> Float[Tensor, "pos d_vocab"]:
-        """With the heads' z multiplied by 1 + strength."""
-        return self.logits(Scale(1 + strength * heads.mask(self.runner.cfg)[None].float()))
+    def amplified(self, heads: Weights, strength: float) -> Float[Tensor, "pos d_vocab"]:
+        """With the z of each head multiplied by 1 + weight · strength."""
+        factors = torch.ones(self.runner.cfg.n_layers, self.runner.cfg.n_heads)
+        for head, weight in heads.items():
+            factors[head] += weight * strength
+        return self.logits(Scale(factors[None], self.where))
 
 
 def _random(name: str) -> str:
