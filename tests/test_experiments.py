@@ -1,7 +1,7 @@
 """The experiments: the control of published detectors against a plain model, and the tables."""
 
-import pytest
 import pandas as pd
+import pytest
 import torch
 from oracles import attention_modules, nll, output_projection
 
