@@ -10,6 +10,7 @@ _API = {
     "HeadSet": "heads",
     "PromptConfig": "data",
     "SetEffects": "analysis",
+    "SteeringVector": "steering",
     "ablate": "intervene",
     "ablated_generation": "analysis",
     "ablation_cost": "analysis",
@@ -18,6 +19,7 @@ _API = {
     "chat_prompt": "data",
     "check_model": "model",
     "cluster_users": "analysis",
+    "evaluate": "evaluation",
     "export_lora": "steering.lora",
     "generate": "steering",
     "held_out_effects": "analysis",
@@ -38,6 +40,7 @@ _API = {
     "split_half": "analysis",
     "stability": "analysis",
     "steering_sweep": "analysis",
+    "style_vector": "steering",
     "vector_recovery": "analysis",
 }
 

@@ -39,3 +39,7 @@ class RunError(DPSLensError):
 
 class SteeringError(DPSLensError, ValueError):
     """Generation was asked for something that is not defined."""
+
+
+class EvaluationError(DPSLensError, ValueError):
+    """An evaluation that is not defined for what it was asked of."""

@@ -179,8 +179,8 @@ def steering_sweep(
         progress: show a progress bar.
 
     Raises:
-        SteeringError: a rule is unknown, rules tokens out (`dola`: their NLL is infinite), or lacks its heads; a
-            weighted method has no scores or spreads attention evenly (`decore`), which has no parts.
+        SteeringError: a rule is unknown, rules tokens out (`dola`: their NLL is infinite), adds vectors, or lacks its
+            heads; a weighted method has no scores or spreads attention evenly (`decore`), which has no parts.
         ScoreError: scores were measured on one of these examples, or at other positions.
     """
     if not strengths or min(strengths) <= 0 or list(strengths) != sorted({*strengths}):
@@ -231,6 +231,8 @@ def _rule_of(name: str, method: Method) -> Rule:
     rule = find_rule(method if isinstance(method, str) else method[0])
     if rule.early:
         raise SteeringError(f"steering_sweep: method {name!r} rules tokens out, so that NLL is infinite; use generate")
+    if rule.vector:
+        raise SteeringError(f"steering_sweep: method {name!r} adds vectors, which are not offered here; use generate")
     if rule.needs_heads == isinstance(method, str):
         wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
         raise SteeringError(f"steering_sweep: the rule of method {name!r} {wanted}")
@@ -280,7 +282,10 @@ def _sets_of(sets: SetSweep, number: int, name: str, weighted: bool) -> dict[str
     drawn = [random_heads(sets.model, heads, match="nearest", seed=draw_seed(sets.seed, draw)) for draw in draws]
     # By layer, so that a random head has the weight of the one that it stands for.
     chosen = sorted(heads)
-    weights = _scored(sets.families[name], user, chosen) if weighted else [1.0] * len(chosen)
+    scores = sets.families[name]
+    weights = [1.0] * len(chosen)
+    if weighted and isinstance(scores, HeadScores):
+        weights = _scored(scores, user, chosen)
     found = {name: [chosen]} | ({_random(name): [sorted(one) for one in drawn]} if drawn else {})
     return {label: [dict(zip(one, weights, strict=True)) for one in of] for label, of in found.items()}
 

@@ -2,5 +2,6 @@
 
 from dps_lens.steering.generate import generate
 from dps_lens.steering.generation import Generation, TextStream
+from dps_lens.steering.vector import SteeringVector, style_vector
 
-__all__ = ["Generation", "TextStream", "generate"]
+__all__ = ["Generation", "SteeringVector", "TextStream", "generate", "style_vector"]

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,6 +29,7 @@ class Branch:
         tokens: ids that it starts from.
         profile: where the profile stands in them, `(start, stop)`.
         factors: `Float[Tensor, "layer head"]`, what z of each head is multiplied by; 1 changes nothing.
+        vector: a layer, and `Float[Tensor, "d_model"]` that is added to what leaves it, from the last prompt token on.
     """
 
     request: int
@@ -35,6 +37,7 @@ class Branch:
     tokens: Int[Tensor, " pos"]
     profile: tuple[int, int]
     factors: Float[Tensor, "layer head"]
+    vector: tuple[int, Float[Tensor, " d_model"]] | None = None
 
 
 class Decoder:
@@ -82,6 +85,7 @@ class Decoder:
         self.tokens = torch.stack(padded).to(device)
         self.mask = torch.stack([(torch.arange(longest) >= gap).long() for gap in gaps]).to(device)
         self.factors = torch.stack([branch.factors for branch in branches]).to(device)
+        self._vectors = _by_layer(branches, model.cfg.d_model, device)
         self._profile = torch.zeros(len(branches), longest - 1, dtype=torch.bool)
         for row, (branch, gap) in enumerate(zip(branches, gaps, strict=True)):
             self._profile[row, gap + branch.profile[0] : gap + branch.profile[1]] = True
@@ -109,6 +113,8 @@ class Decoder:
         self._hooks.close()
         if self.positions != "profile":
             self._hooks.enter_context(self._edit(everywhere).on(self.model))
+        if self._vectors:
+            self._hooks.enter_context(self.model.hooks(fwd_hooks=_adding(self._vectors)))
         if self._early:
             self._hooks.enter_context(self.model.hooks(fwd_hooks=recorders(self._early)))
         self._lean = LeanSteps(self.model)
@@ -162,5 +168,28 @@ class Decoder:
         self.branches = [branch for branch, stays in zip(self.branches, rows.tolist(), strict=True) if stays]
         self._gaps = [gap for gap, stays in zip(self._gaps, rows.tolist(), strict=True) if stays]
         self.mask, self.factors = self.mask[index], self.factors[index]
+        left = {layer: vectors[index] for layer, vectors in self._vectors.items()}
+        self._vectors = {layer: vectors for layer, vectors in left.items() if vectors.any()}
         self.runner.select(self.cache, index)
         self._install()
+
+
+def _by_layer(
+    branches: Sequence[Branch], d_model: int, device: torch.device
+) -> dict[int, Float[Tensor, "row d_model"]]:
+    """The vectors of all rows, by the layer that they are added at; 0 where a row has none there."""
+    found: dict[int, Tensor] = {}
+    for row, branch in enumerate(branches):
+        if branch.vector is not None:
+            layer, values = branch.vector
+            found.setdefault(layer, torch.zeros(len(branches), d_model, device=device))[row] = values.to(device)
+    return found
+
+
+def _adding(vectors: dict[int, Tensor]) -> list[tuple[str, Any]]:
+    """Hooks that add a vector to every row's residual stream."""
+
+    def add(residual: Tensor, hook: Any, layer: int) -> Tensor:
+        return residual + vectors[layer][:, None].to(residual)
+
+    return [(f"blocks.{layer}.hook_resid_post", partial(add, layer=layer)) for layer in vectors]

@@ -18,6 +18,7 @@ from dps_lens.steering.generation import Generation, Steps, TextStream
 from dps_lens.steering.mixing import Mixer
 from dps_lens.steering.rules import Rule, check_strength, find_rule
 from dps_lens.steering.sampling import Sampler, choose
+from dps_lens.steering.vector import SteeringVector
 
 Heads: TypeAlias = HeadSet | Mapping[Head, float]
 """A set of heads, or heads with weights from 0 (untouched) to 1 (all of the edit)."""
@@ -28,6 +29,7 @@ def generate(
     prompts: "Prompt | str | Sequence[Prompt | str]",
     *,
     heads: "Heads | Sequence[Heads] | None" = None,
+    vectors: SteeringVector | Sequence[SteeringVector] | None = None,
     gamma: float | Sequence[float] = 1.0,
     rule: str = "dps",
     without: "Prompt | str | Sequence[Prompt | str] | None" = None,
@@ -60,7 +62,8 @@ def generate(
     | `cad`, `cos` | `(1 + α) · full − α · without`, the prompt without its profile | arXiv 2305.14739, 2405.01768 |
     | `dola` | `log p − log p_early`, of the farthest early layer; tokens under 0.1 · max p are out | arXiv 2309.03883 |
     | `amplify` | of the model whose heads' z is multiplied by 1 + γ; no second branch | |
-    | `dps+cad` | `full + γ (full − masked) + α (full − without)`; any rule of heads with `cad` | |
+    | `vector` | of the model to whose residual stream γ times a steering vector is added; no second branch | |
+    | `dps+cad` | `full + γ (full − masked) + α (full − without)`; any rule of heads, or `vector`, with `cad` | |
 
     All branches run as rows of one batch with a KV cache; a row that ends leaves it.
 
@@ -69,7 +72,8 @@ def generate(
         prompts: of `build_prompt`, or texts that are given to the model as they are. Prompts may differ
             in length; a reference answer in them is not shown to the model.
         heads: one set for all prompts, or one a prompt; heads with weights (`{Head(3, 1): 0.5}`) are edited in part.
-        gamma: strength of the heads, one for all prompts or one a prompt, at least −1. 0 is the model's own
+        vectors: for `vector`, such as `style_vector(…)`: one for all prompts, or one a prompt.
+        gamma: strength of the heads or vectors, one for all prompts or one a prompt, at least −1. 0 is the model's own
             decoding and costs nothing extra; −1 is the masked model, in one branch.
         rule: see above.
         without: for `cad` and `cos`, each prompt without its profile: `build_prompt(…, profile="none")`.
@@ -102,7 +106,7 @@ def generate(
     found = find_rule(rule)
     ablation = "uniform" if found.uniform else ablation
     batch = _as_list(prompts)
-    gammas = _per_row("gamma", gamma, len(batch)) if found.needs_heads else [0.0] * len(batch)
+    gammas = _per_row("gamma", gamma, len(batch)) if found.edits else [0.0] * len(batch)
     alphas = _per_row("alpha", alpha, len(batch)) if found.prompt else [0.0] * len(batch)
     _check(found, rule, ablation, max_new_tokens, gammas, alphas, plausibility, max_shift, max_gamma)
     sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -110,7 +114,9 @@ def generate(
     samplers = [Sampler(*values) for values in zip(*each, strict=True)]
     generators = [torch.Generator().manual_seed(int(value)) for value in _per_row("seed", seed, len(batch))]
     sets = _sets(heads, len(batch), found)
-    branches = _branches(model, batch, _others(without, batch, found), sets, gammas, alphas, found, ablation, positions)
+    added = _vectors(model, vectors, len(batch), found, positions)
+    others = _others(without, batch, found)
+    branches = _branches(model, batch, others, sets, added, gammas, alphas, found, ablation, positions)
     _check_length(model, branches, max_new_tokens)
     early = _early_layers(model, early_layers) if found.early else []
     ends = _end_tokens(model) if stop_at_eos else set()
@@ -172,6 +178,7 @@ def _branches(
     batch: Sequence[Prompt | str],
     others: Sequence[Prompt | str],
     sets: Sequence[Heads],
+    added: Sequence[SteeringVector | None],
     gammas: Sequence[float],
     alphas: Sequence[float],
     rule: Rule,
@@ -181,17 +188,18 @@ def _branches(
     """Rows of the batch: the full model, then what it is contrasted with, for the requests that need it."""
     untouched = torch.ones(model.cfg.n_layers, model.cfg.n_heads)
     found: dict[Kind, list[Branch]] = {"full": [], "edited": [], "without": []}
-    for row, (prompt, other, heads) in enumerate(zip(batch, others, sets, strict=True)):
+    for row, (prompt, other, heads, vector) in enumerate(zip(batch, others, sets, added, strict=True)):
         tokens, profile = _ids(model, prompt), _profile(prompt)
-        alone = rule.amplify or (rule.heads and not rule.adaptive and not rule.prompt and gammas[row] == -1)
-        edits = rule.needs_heads and gammas[row] != 0
+        alone = rule.alone or (rule.heads and not rule.adaptive and not rule.prompt and gammas[row] == -1)
+        edits = rule.edits and gammas[row] != 0
         if edits and positions == "profile" and profile[0] == profile[1]:
             raise SteeringError("generate: positions='profile' needs prompts that show a profile")
         if not (alone and edits):
             found["full"].append(Branch(row, "full", tokens, profile, untouched))
         factors = _factors(model, heads, gammas[row] if rule.amplify else -1.0, ablation)
         if edits:
-            found["edited"].append(Branch(row, "edited", tokens, profile, factors))
+            scaled = (vector.layer, gammas[row] * vector.values) if vector else None
+            found["edited"].append(Branch(row, "edited", tokens, profile, factors, scaled))
         if rule.prompt and alphas[row]:
             ids = _ids(model, other)
             if ids.tolist() == tokens.tolist():
@@ -227,6 +235,27 @@ def _sets(heads: "Heads | Sequence[Heads] | None", rows: int, rule: Rule) -> lis
     return sets
 
 
+def _vectors(
+    model: HookedModel, vectors: Any, rows: int, rule: Rule, positions: Positions
+) -> Sequence[SteeringVector | None]:
+    if not rule.vector:
+        return [None] * rows
+    if vectors is None:
+        raise SteeringError("generate: this rule needs vectors=, such as style_vector(model, user)")
+    if positions != "response":
+        raise SteeringError("generate: vectors are added from the last prompt token on; use positions='response'")
+    found: list[Any] = [vectors] * rows if isinstance(vectors, SteeringVector) else list(vectors)
+    if len(found) != rows:
+        raise SteeringError(f"generate: {rows} prompts and {len(found)} vectors; give one for each prompt")
+    for vector in found:
+        if not 0 <= vector.layer < model.cfg.n_layers or vector.values.shape != (model.cfg.d_model,):
+            raise SteeringError(
+                f"generate: a vector {list(vector.values.shape)} at layer {vector.layer} is not of this model, "
+                f"[{model.cfg.d_model}] in {model.cfg.n_layers} layers"
+            )
+    return found
+
+
 def _others(without: Any, batch: Sequence[Prompt | str], rule: Rule) -> Sequence[Prompt | str]:
     if not rule.prompt:
         return batch
@@ -251,8 +280,8 @@ def _check(
 ) -> None:
     if ablation not in ("zero", "uniform"):
         raise SteeringError(f"generate: ablation {ablation!r} is not offered here; use 'zero' or 'uniform'")
-    if rule.amplify and ablation != "zero":
-        raise SteeringError(f"generate: rule {name!r} scales z; it takes no ablation but the default")
+    if rule.alone and ablation != "zero":
+        raise SteeringError(f"generate: rule {name!r} ablates nothing; it takes no ablation but the default")
     if max_new_tokens < 1:
         raise SteeringError(f"generate: max_new_tokens {max_new_tokens} asks for no token")
     for gamma in gammas:
@@ -266,7 +295,7 @@ def _check(
     if max_shift is not None:
         if max_shift <= 0:
             raise SteeringError(f"generate: max_shift {max_shift} leaves nothing to steer; it is a KL above 0, in nats")
-        if rule.amplify or rule.early or -1 in gammas or plausibility is not None:
+        if rule.alone or rule.early or -1 in gammas or plausibility is not None:
             raise SteeringError(
                 "generate: max_shift draws back to the full model; it goes with contrasts of heads or prompts, without "
                 "plausibility, and not with gamma -1"

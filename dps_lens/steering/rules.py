@@ -5,7 +5,7 @@ and log-probabilities differ by a constant a row, so that both give the same dis
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ class Rule:
         prompt: with the prompt without its profile, strength α.
         early: with an early layer of the full model.
         amplify: no contrast; the heads' z is scaled by 1 + γ.
+        vector: no contrast; γ times a steering vector is added.
         adaptive: γ is the entropy of the full distribution, at every step anew.
         uniform: the heads' attention is spread evenly instead of z set to zero.
     """
@@ -33,12 +34,23 @@ class Rule:
     prompt: bool = False
     early: bool = False
     amplify: bool = False
+    vector: bool = False
     adaptive: bool = False
     uniform: bool = False
 
     @property
     def needs_heads(self) -> bool:
         return self.heads or self.amplify
+
+    @property
+    def edits(self) -> bool:
+        """A branch is edited, with strength γ."""
+        return self.needs_heads or self.vector
+
+    @property
+    def alone(self) -> bool:
+        """The edited branch is what is written from; the full model does not run."""
+        return self.amplify or self.vector
 
 
 RULES = {
@@ -49,11 +61,12 @@ RULES = {
     "cos": Rule(prompt=True),
     "dola": Rule(early=True),
     "amplify": Rule(amplify=True),
+    "vector": Rule(vector=True),
 }
 
 
 def find_rule(name: str) -> Rule:
-    """A rule by name, or two stacked: one that contrasts heads and one that contrasts prompts, `"dps+cad"`.
+    """A rule by name, or two stacked: one that edits and one that contrasts prompts, `"dps+cad"`.
 
     Raises:
         SteeringError: a rule is unknown, or the two do not stack.
@@ -65,11 +78,10 @@ def find_rule(name: str) -> Rule:
     rules = [RULES[part] for part in parts]
     if len(rules) == 1:
         return rules[0]
-    heads, prompts = ([rule for rule in rules if kind(rule)] for kind in (lambda r: r.needs_heads, lambda r: r.prompt))
-    if len(rules) != 2 or len(heads) != 1 or len(prompts) != 1:
+    edits, prompts = ([rule for rule in rules if kind(rule)] for kind in (lambda r: r.edits, lambda r: r.prompt))
+    if len(rules) != 2 or len(edits) != 1 or len(prompts) != 1:
         raise SteeringError(f"generate: {name!r} does not stack; give one rule of heads and one of prompts, 'dps+cad'")
-    one = heads[0]
-    return Rule(one.heads, True, False, one.amplify, one.adaptive, one.uniform)
+    return replace(edits[0], prompt=True)
 
 
 def check_strength(name: str, value: float) -> None:

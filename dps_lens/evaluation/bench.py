@@ -1,0 +1,325 @@
+"""The benchmark table: methods × metrics on the users' own tasks, settings chosen on discovery examples."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dps_lens.analysis.ablation import check_held_out
+from dps_lens.analysis.rankings import Rankings, Select, rankings
+from dps_lens.analysis.set_sweep import shared_settings
+from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
+from dps_lens.errors import EvaluationError
+from dps_lens.evaluation.answers import fluency, measured, text_of, words
+from dps_lens.evaluation.cost import answer_flops
+from dps_lens.evaluation.methods import Asked, Method, Row, Setting, describe, find_method, write
+from dps_lens.evaluation.metrics import lower_is_better, metrics_of, score_example, summary_of
+from dps_lens.evaluation.result import Evaluation
+from dps_lens.evaluation.style import StyleMeasure
+from dps_lens.heads import HeadSet
+from dps_lens.model import HookedModel, describe_model
+from dps_lens.runs import RunFolder
+from dps_lens.scores import HeadScores
+from dps_lens.scoring.sweep import data_digest
+from dps_lens.steering import SteeringVector
+from dps_lens.steering.vector import style_differences
+
+COSTS = ("seconds a token", "FLOPs a token")
+_TIMED = 3
+
+
+def evaluate(
+    model: HookedModel,
+    users: Sequence[User],
+    methods: Mapping[str, Asked],
+    *,
+    strengths: Sequence[float] = (0.25, 0.5, 1.0),
+    ks: Sequence[int] = (10,),
+    layers: Sequence[int] | None = None,
+    choose_on: int = 1,
+    vector_examples: int | None = 8,
+    select: "Select | Mapping[str, Select]" = "global",
+    exclude: Mapping[str, HeadSet] | None = None,
+    max_examples: int | None = None,
+    max_new_tokens: int | None = None,
+    prompt: PromptConfig | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Let every method answer the users' evaluation examples, and measure the answers.
+
+    All methods share the prompts and the decoding loop of `generate`, greedily. What a method leaves open (strength,
+    K, layer) is chosen for all users at once, by the task's first metric on discovery examples.
+
+    | method | |
+    |---|---|
+    | `"plain"` | the task input alone |
+    | `"rag"` | with the profile: the user's documents that retrieval finds |
+    | `"cad"`, `"cos"`, `"dola"` | rules of `generate`, with the profile |
+    | `("dps", scores)`, `("decore", scores)`, `("amplify", scores)`, … | rules of heads, with the profile |
+    | `"stylevector"`, `"rag+stylevector"` | a style vector, without and with the profile |
+    | `("dps+cad", scores)`, … | stacks |
+
+    Args:
+        model: a hooked model.
+        users: of one task; their evaluation examples are answered.
+        methods: name → method, in the order of the table.
+        strengths: the grid of γ and α.
+        ks: the grid of numbers of heads.
+        layers: the grid of a vector's layer; a third, half and two thirds of the way up by default.
+        choose_on: the newest so many discovery examples of each user choose; 0 where no method has a choice.
+        vector_examples: the newest so many discovery examples that a style vector is the mean of; those that choose
+            are left out while choosing.
+        select: as in `ablation_curve`.
+        exclude: as in `ablation_curve`.
+        max_examples: the newest so many evaluation examples of each user.
+        max_new_tokens: by default what the task needs.
+        prompt: how prompts are built; by default as for the scores.
+        seed: of the folds that select heads.
+        out: a run folder; a run that is started again there resumes.
+        force: drop what `out` holds.
+        progress: show progress bars.
+
+    Raises:
+        EvaluationError: users of several tasks, an unknown method, nothing to choose on, or a reference that is not
+            of the task's form.
+        ScoreError: as `ablation_curve`.
+    """
+    depth = model.cfg.n_layers
+    grid = tuple(dict.fromkeys((depth // 3, depth // 2, 2 * depth // 3))) if layers is None else tuple(layers)
+    found = {name: find_method(name, asked, strengths, ks, grid) for name, asked in methods.items()}
+    families = {name: method.family for name, method in found.items() if method.family is not None}
+    shared = shared_settings("evaluate", families, ablation=None, positions=None, prompt=prompt)
+    bench = Bench(
+        model, list(users), found, tuple(ks), choose_on, vector_examples, select, exclude or {}, max_examples,
+        max_new_tokens, shared["prompt"], seed, progress,
+    )  # fmt: skip
+    manifest = bench.fingerprint()
+    return bench.run(RunFolder(out, manifest, force=force) if out is not None else None, manifest)
+
+
+@dataclass
+class Bench:
+    """One setting of `evaluate`."""
+
+    model: HookedModel
+    users: list[User]
+    methods: dict[str, Method]
+    ks: tuple[int, ...]
+    choose_on: int
+    vector_examples: int | None
+    select: "Select | Mapping[str, Select]"
+    exclude: Mapping[str, HeadSet]
+    max_examples: int | None
+    max_new_tokens: int | None
+    prompt: PromptConfig
+    seed: int
+    progress: bool
+
+    def __post_init__(self) -> None:
+        if not self.users or not self.methods:
+            raise EvaluationError("evaluate: give at least one user and one method")
+        tasks = sorted({user.task.name for user in self.users})
+        if len(tasks) > 1:
+            raise EvaluationError(f"evaluate: users of several tasks ({', '.join(tasks)}); evaluate one at a time")
+        self.task = self.users[0].task
+        for user in self.users:
+            if not user.examples:
+                raise EvaluationError(f"evaluate: user {user.id!r} has no evaluation example; leave the user out")
+        open_methods = [name for name, method in self.methods.items() if len(method.settings) > 1]
+        if open_methods and self.choose_on < 1:
+            raise EvaluationError(
+                f"evaluate: method {open_methods[0]!r} has several settings and choose_on={self.choose_on} leaves "
+                "nothing to choose on; give one strength, K and layer, or raise choose_on"
+            )
+        for family in (method.family for method in self.methods.values()):
+            if isinstance(family, HeadScores):
+                check_held_out("evaluate", family, self.examples)
+        if open_methods or any(method.rule.vector for method in self.methods.values()):
+            least = self.choose_on + 1 if any(m.rule.vector for m in self.methods.values()) else 1
+            for user in self.users:
+                if len(self.discovery(user)) < least:
+                    raise EvaluationError(
+                        f"evaluate: user {user.id!r} has {len(self.discovery(user))} discovery examples, {least} are "
+                        "needed; leave the user out"
+                    )
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """Evaluation examples, user by user."""
+        most = self.max_examples
+        return [e for user in self.users for e in (user.examples[-most:] if most else user.examples)]
+
+    def discovery(self, user: User) -> tuple[Example, ...]:
+        return user.discovery_examples() if self.task.has_pairs else ()
+
+    @cached_property
+    def choosing(self) -> list[Example]:
+        """Discovery examples that settings are chosen on."""
+        return [example for user in self.users for example in self.discovery(user)[-self.choose_on :]]
+
+    @cached_property
+    def ranked(self) -> Rankings:
+        families = {name: method.family for name, method in self.methods.items() if method.family is not None}
+        if not families:
+            return {}
+        select = self.select
+        return rankings("evaluate", families, self.users, self.ks, select, dict(self.exclude), self.seed)[0]
+
+    @cached_property
+    def defined(self) -> dict[str, Method]:
+        """Methods whose heads exist."""
+        return {n: method for n, method in self.methods.items() if method.family is None or n in self.ranked}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides the result, for the run folder and the manifest."""
+        tested = {n: {user: [str(h) for h in of] for user, of in by.items()} for n, by in self.ranked.items()}
+        return {
+            "call": "evaluate",
+            "task": self.task.name,
+            "methods": describe(self.defined),
+            "sets": tested,
+            "choose_on": self.choose_on,
+            "vector_examples": self.vector_examples,
+            "max_new_tokens": self.max_new_tokens or self.task.max_new_tokens,
+            "prompt": self.prompt.to_dict(),
+            "seed": self.seed,
+            "model": describe_model(self.model),
+            "examples": [example.id for example in self.examples],
+            "data": data_digest(self.users, self.examples),
+        }
+
+    def run(self, folder: RunFolder | None, manifest: dict[str, Any]) -> Evaluation:
+        """Vectors, choice, answers, costs."""
+        differences = self.differences(folder)
+        choice, choices = self.choose(folder, differences)
+        rows: list[dict[str, Any]] = []
+        style = StyleMeasure(self.users)
+        for example in self.bar(self.examples, "answering"):
+            chosen = self.rows_of(example, choice, differences)
+            unit = self.unit(folder, f"answer|{example.user_id}|{example.id}", partial(self.answer, example, chosen))
+            rows += measured(self.model, example, [row.method.name for row in chosen], unit, style)
+        costs = self.unit(folder, "costs", lambda: self.costs(choice, differences))
+        columns = {name: costs[name].tolist() for name in COSTS}
+        frame = pd.DataFrame({"method": list(self.defined), **columns})
+        return Evaluation(pd.DataFrame(rows), choices, frame, self.task, manifest)
+
+    def bar(self, items: Any, what: str) -> Any:
+        return tqdm(items, desc=what, unit="example", disable=None if self.progress else True)
+
+    def unit(self, folder: RunFolder | None, key: str, make: Any) -> dict[str, Tensor]:
+        found = folder.get(key) if folder else None
+        if found is None:
+            found = make()
+            if folder:
+                folder.put(key, found)
+        return found
+
+    def differences(self, folder: RunFolder | None) -> dict[str, Float[Tensor, "example layer d_model"]]:
+        """By user, what a style vector is the mean of, oldest example first."""
+        if not any(method.rule.vector for method in self.methods.values()):
+            return {}
+        found = {}
+        for user in self.bar(self.users, "style vectors"):
+            most = self.vector_examples and self.vector_examples + self.choose_on
+            examples = self.discovery(user)[-most:] if most else self.discovery(user)
+            units = [self.unit(folder, f"style|{user.id}|{e.id}", partial(self.difference, e)) for e in examples]
+            found[user.id] = torch.stack([unit["style"] for unit in units])
+        return found
+
+    def difference(self, example: Example) -> dict[str, Tensor]:
+        length = self.max_new_tokens
+        return {"style": style_differences(self.model, [example], prompt=self.prompt, max_new_tokens=length)[0]}
+
+    def vector(self, user: str, layer: int, differences: Mapping[str, Tensor], leave_out: int) -> SteeringVector:
+        """The mean of the newest examples, after those that are left out."""
+        of = differences[user][:, layer]
+        of = of[: len(of) - leave_out] if leave_out else of
+        return SteeringVector(of[-self.vector_examples :].mean(0) if self.vector_examples else of.mean(0), layer)
+
+    def rows_of(
+        self, example: Example, settings: Mapping[str, Setting], differences: Mapping[str, Tensor]
+    ) -> list[Row]:
+        return [self.row(example, self.defined[name], one, differences, 0) for name, one in settings.items()]
+
+    def row(
+        self, example: Example, method: Method, setting: Setting, differences: Mapping[str, Tensor], leave_out: int
+    ) -> Row:
+        """A method with a setting, for the user of an example."""
+        heads, vector = HeadSet(), None
+        if method.family is not None and setting.k is not None:
+            heads = self.ranked[method.name][example.user_id][self.ks.index(setting.k)]
+        if method.rule.vector and setting.layer is not None:
+            vector = self.vector(example.user_id, setting.layer, differences, leave_out)
+        return Row(method, setting, heads, vector)
+
+    def choose(
+        self, folder: RunFolder | None, differences: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Setting], pd.DataFrame]:
+        """The setting of every method with the best mean over users, the first of equals; and the whole grid."""
+        several = {name: method for name, method in self.defined.items() if len(method.settings) > 1}
+        metric = metrics_of(self.task)[0]
+        plan = [(name, setting) for name, method in several.items() for setting in method.settings]
+        rows = []
+        for example in self.bar(self.choosing if several else [], "choosing"):
+            ready = [self.row(example, self.defined[n], one, differences, self.choose_on) for n, one in plan]
+            unit = self.unit(folder, f"choose|{example.user_id}|{example.id}", partial(self.write, example, ready))
+            for index, (name, setting) in enumerate(plan):
+                score = score_example(example, text_of(self.model, unit[f"tokens.{index}"]))[metric]
+                rows.append({"method": name, "setting": setting, "user": example.user_id, metric: score})
+        chosen, table = {}, []
+        for name, method in self.defined.items():
+            values = {}
+            for setting in method.settings if name in several else ():
+                own = pd.DataFrame([r for r in rows if (r["method"], r["setting"]) == (name, setting)])
+                values[setting] = summary_of(metric, self.task)(own)
+            sign = -1 if lower_is_better(metric) else 1
+            chosen[name] = max(values, key=lambda one: sign * values[one]) if values else method.settings[0]
+            for setting in method.settings:
+                about = {"method": name, "setting": str(setting), metric: values.get(setting, float("nan"))}
+                table.append(about | {"chosen": setting == chosen[name]})
+        return chosen, pd.DataFrame(table)
+
+    def write(self, example: Example, rows: Sequence[Row]) -> dict[str, Tensor]:
+        own, none = self.prompts(example)
+        length = self.max_new_tokens or self.task.max_new_tokens
+        return {f"tokens.{i}": t for i, t in enumerate(write(self.model, own, none, rows, length))}
+
+    def prompts(self, example: Example) -> tuple[Prompt, Prompt]:
+        own = build_prompt(self.model, example, "own", config=self.prompt)
+        return own, build_prompt(self.model, example, "none", config=self.prompt)
+
+    def answer(self, example: Example, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Tokens of every row, and how the unsteered model likes them, and what the user wrote, without a profile."""
+        found = self.write(example, rows)
+        none = self.prompts(example)[1]
+        answers = [words(self.model, found[f"tokens.{index}"]) for index in range(len(rows))]
+        return found | {"fluency": fluency(self.model, none, [*answers, none.response_tokens])}
+
+    def costs(self, choice: Mapping[str, Setting], differences: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Seconds and FLOPs of a token, prompt included, each method alone on the first example, interleaved."""
+        example = self.examples[0]
+        own, none = self.prompts(example)
+        rows = self.rows_of(example, choice, differences)
+        seconds = [float("inf")] * len(rows)
+        flops = [0.0] * len(rows)
+        for _ in range(_TIMED):
+            for index, row in enumerate(rows):
+                begun = time.perf_counter()
+                (tokens,) = write(self.model, own, none, [row], self.max_new_tokens or self.task.max_new_tokens)
+                seconds[index] = min(seconds[index], (time.perf_counter() - begun) / len(tokens))
+                shown, without = (len(p.prompt_tokens) for p in (own if row.method.shows else none, none))
+                total = answer_flops(self.model.cfg, row.method.rule, shown, without, len(tokens))
+                flops[index] = total / len(tokens)
+        as_double = (torch.tensor(values, dtype=torch.float64) for values in (seconds, flops))
+        return dict(zip(COSTS, as_double, strict=True))

@@ -1,0 +1,35 @@
+"""What an answer costs: floating-point operations, counted."""
+
+from typing import Any
+
+from dps_lens.steering.rules import Rule
+
+
+def forward_flops(cfg: Any, n_new: int, n_before: int, n_logits: int) -> float:
+    """FLOPs of a pass over `n_new` tokens after `n_before` cached ones: matrix products and attention, two a
+    multiply-add."""
+    kv_heads = cfg.n_key_value_heads or cfg.n_heads
+    projections = cfg.d_model * cfg.d_head * (2 * cfg.n_heads + 2 * kv_heads)
+    mlp = cfg.d_model * cfg.d_mlp * (3 if cfg.gated_mlp else 2)
+    seen = sum(range(n_before + 1, n_before + n_new + 1))
+    blocks = cfg.n_layers * (2 * n_new * (projections + mlp) + 4 * seen * cfg.n_heads * cfg.d_head)
+    return float(blocks + 2 * n_logits * cfg.d_model * cfg.d_vocab)
+
+
+def answer_flops(cfg: Any, rule: Rule, prompt: int, without: int, n_new: int) -> float:
+    """FLOPs of an answer of `n_new` tokens.
+
+    Args:
+        cfg: of the model.
+        rule: its branches each run every step; those of heads share the prompt's pass.
+        prompt: tokens of the prompt.
+        without: tokens of the prompt without its profile.
+        n_new: tokens written.
+    """
+    rows = 2 if rule.heads else 1
+    cost = forward_flops(cfg, prompt - 1, 0, 0) + rows * forward_flops(cfg, n_new, prompt - 1, n_new)
+    if rule.prompt:
+        cost += forward_flops(cfg, without - 1, 0, 0) + forward_flops(cfg, n_new, without - 1, n_new)
+    # DoLa reads off every second layer of the lower half.
+    read = cfg.n_layers // 4 if rule.early else 0
+    return cost + 2.0 * read * n_new * cfg.d_model * cfg.d_vocab

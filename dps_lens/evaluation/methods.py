@@ -1,0 +1,145 @@
+"""Ways to answer: what is in the prompt, which rule decodes, and the settings that are to be chosen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from jaxtyping import Int
+from torch import Tensor
+
+from dps_lens.analysis.rankings import Family
+from dps_lens.data import Prompt
+from dps_lens.errors import EvaluationError
+from dps_lens.heads import HeadSet
+from dps_lens.model import HookedModel
+from dps_lens.steering import SteeringVector, generate
+from dps_lens.steering.rules import Rule, find_rule
+
+Asked: TypeAlias = str | tuple[str, Family]
+"""`"plain"`, `"rag"`, a rule such as `"cad"`, `"stylevector"`; or a rule of heads with its heads, `("dps", scores)`."""
+
+GREEDY = Rule()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is chosen for a method.
+
+    Attributes:
+        strength: γ and α, whichever the rule has.
+        k: number of heads.
+        layer: of a vector.
+    """
+
+    strength: float = 0.0
+    k: int | None = None
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        parts = {"strength": self.strength or None, "K": self.k, "layer": self.layer}
+        return ", ".join(f"{name} {value:g}" for name, value in parts.items() if value is not None) or "none"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to answer.
+
+    Attributes:
+        name: as it is called in the table.
+        rule: how it decodes; greedy decoding is a rule without parts.
+        rule_name: as `generate` calls it; empty for greedy decoding.
+        shows: the profile is in the prompt.
+        family: heads of the rule.
+        settings: the grid.
+    """
+
+    name: str
+    rule: Rule
+    rule_name: str
+    shows: bool
+    family: Family | None
+    settings: tuple[Setting, ...]
+
+    @property
+    def call(self) -> tuple[str, bool]:
+        """Settings of methods that share this are rows of one `generate`."""
+        return ("" if self.rule == GREEDY else self.rule_name, self.shows)
+
+
+def find_method(
+    name: str, asked: Asked, strengths: Sequence[float], ks: Sequence[int], layers: Sequence[int]
+) -> Method:
+    """A method with its grid.
+
+    `plain` answers greedily without a profile, `rag` with it. `stylevector` adds its vector without a profile,
+    `rag+stylevector` with it. Rules that have no strength (`dola`, entropy γ) have no grid of strengths.
+
+    Raises:
+        EvaluationError: the method is unknown, or lacks its heads.
+    """
+    rule_name, family = (asked, None) if isinstance(asked, str) else asked
+    if rule_name in ("plain", "rag"):
+        rule, shows = GREEDY, rule_name == "rag"
+    elif rule_name in ("stylevector", "rag+stylevector"):
+        rule, shows, rule_name = find_rule("vector"), rule_name != "stylevector", "vector"
+    else:
+        rule, shows = find_rule(rule_name), True
+        if rule.vector:
+            raise EvaluationError(f"evaluate: method {name!r}: ask for 'stylevector' or 'rag+stylevector'")
+    if rule.needs_heads != (family is not None):
+        wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
+        raise EvaluationError(f"evaluate: method {name!r} {wanted}")
+    grid: list[Setting] = [Setting()]
+    if rule.prompt or (rule.edits and not rule.adaptive):
+        grid = [Setting(strength) for strength in strengths]
+    elif rule.adaptive:
+        grid = [Setting(1.0)]
+    if rule.needs_heads:
+        grid = [Setting(one.strength, k) for one in grid for k in ks]
+    if rule.vector:
+        grid = [Setting(one.strength, None, layer) for one in grid for layer in layers]
+    return Method(name, rule, rule_name, shows, family, tuple(grid))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with one setting, ready to be written by."""
+
+    method: Method
+    setting: Setting
+    heads: HeadSet
+    vector: SteeringVector | None = None
+
+
+def write(
+    model: HookedModel, own: Prompt, none: Prompt, rows: Sequence[Row], max_new_tokens: int
+) -> list[Int[Tensor, " _"]]:
+    """The answers of one example by every row, in order: greedily, by one decoding loop."""
+    found: dict[int, Tensor] = {}
+    calls: dict[tuple[str, bool], list[int]] = {}
+    for index, row in enumerate(rows):
+        calls.setdefault(row.method.call, []).append(index)
+    for (rule_name, shows), members in calls.items():
+        chosen = [rows[index] for index in members]
+        rule, strengths = chosen[0].method.rule, [row.setting.strength for row in chosen]
+        options: dict[str, Any] = {"rule": rule_name} if rule_name else {"heads": HeadSet(), "gamma": 0.0}
+        if rule.edits:
+            options["gamma"] = strengths
+        if rule.needs_heads:
+            options["heads"] = [row.heads for row in chosen]
+        if rule.vector:
+            options["vectors"] = [row.vector for row in chosen]
+        if rule.prompt:
+            options |= {"alpha": strengths, "without": [none] * len(chosen)}
+        prompts = [own if shows else none] * len(chosen)
+        written: Any = generate(model, prompts, max_new_tokens=max_new_tokens, **options)
+        found |= dict(zip(members, written.tokens, strict=True))
+    return [found[index] for index in range(len(rows))]
+
+
+def describe(methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Grid and rule of every method, for a manifest."""
+    return {
+        name: {"rule": method.rule_name, "profile": method.shows, "grid": [str(one) for one in method.settings]}
+        for name, method in methods.items()
+    }

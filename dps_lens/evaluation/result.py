@@ -1,0 +1,94 @@
+"""What `evaluate` returns: every answer, and the table of methods × metrics."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dps_lens.data.tasks import TASKS, Task
+from dps_lens.errors import EvaluationError
+from dps_lens.evaluation.metrics import jackknife, metrics_of, summary_of
+from dps_lens.files import write_json
+
+REFERENCE = "reference"
+OTHERS = ("style", "NLL", "repeated", "tokens")
+"""Measures of every task, beside its own metrics."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers and what they are worth.
+
+    Attributes:
+        rows: one row an answer: `user`, `example`, `method`, `text`, `reference`, the task's metrics, `style`
+            (similarity to the user's own texts minus that to other users'), `NLL` (of the answer under the unsteered
+            model without a profile, nats per token), `repeated` (share of 3-grams that were there before), `tokens`.
+            Method `"reference"` is what the user wrote.
+        choices: the grid of every method, its score on discovery examples, and what was chosen.
+        costs: seconds and FLOPs a token of every method, the prompt included.
+        task: what was asked.
+        manifest: settings.
+    """
+
+    rows: pd.DataFrame
+    choices: pd.DataFrame
+    costs: pd.DataFrame
+    task: Task
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The task's metrics that were measured, then those of every task."""
+        own = (name for name in metrics_of(self.task) if name != "METEOR" or "METEOR" in self.rows)
+        return (*own, *OTHERS)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """In the order of the table; what the user wrote comes last."""
+        return tuple(dict.fromkeys(self.rows["method"]))
+
+    def to_frame(self, level: float = 0.95) -> pd.DataFrame:
+        """One row a method and metric: `mean` (of user means; RMSE and macro-F1 over all answers) with its interval
+        over users."""
+        return pd.DataFrame(
+            {"method": method, "metric": metric, **jackknife(summary_of(metric, self.task), rows, level)}
+            for method, rows in self.rows.groupby("method", sort=False)
+            for metric in self.metrics
+            if metric in OTHERS or method != REFERENCE
+        )
+
+    def differences(self, baseline: str = "rag", level: float = 0.95) -> pd.DataFrame:
+        """One row a method and metric: its difference to a baseline, paired by user, with its interval over users.
+
+        Raises:
+            EvaluationError: the baseline is not among the methods.
+        """
+        if baseline not in self.methods:
+            raise EvaluationError(f"differences: {baseline!r} is not among {', '.join(self.methods)}")
+        plain = self.rows[self.rows["method"] == baseline]
+        found = []
+        for method, rows in self.rows.groupby("method", sort=False):
+            for metric in self.metrics if method not in (baseline, REFERENCE) else ():
+                summary = summary_of(metric, self.task)
+                both = pd.concat([rows.assign(side=1), plain.assign(side=0)])
+
+                def difference(of: pd.DataFrame, summary: Any = summary) -> float:
+                    return summary(of[of["side"] == 1]) - summary(of[of["side"] == 0])
+
+                found.append({"method": method, "metric": metric, **jackknife(difference, both, level)})
+        return pd.DataFrame(found)
+
+    def save(self, folder: str | Path) -> None:
+        """Write rows, choices, costs and manifest; `load` reads them."""
+        folder = Path(folder)
+        parts = {name: getattr(self, name).to_dict("split", index=False) for name in ("rows", "choices", "costs")}
+        write_json(folder / "evaluation.json", {**parts, "task": self.task.name, "manifest": self.manifest})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Evaluation":
+        """Read what `save` wrote."""
+        found = json.loads((Path(folder) / "evaluation.json").read_text(encoding="utf-8"))
+        rows, choices, costs = (pd.DataFrame(**found[name]) for name in ("rows", "choices", "costs"))
+        return cls(rows, choices, costs, TASKS[found["task"]], found["manifest"])

@@ -1,0 +1,47 @@
+"""How much a text looks like one user's and not like the others'."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from dps_lens.data import User
+
+
+class StyleMeasure:
+    """Similarity of a text's characters to what a user wrote, above its similarity to what the others wrote.
+
+    Cosine of TF-IDF weights of 2- to 4-grams of characters (`sklearn`, case kept, words' edges included): to the
+    mean of the user's own texts, minus the mean over the other users. The texts are those that the history holds
+    and no evaluation example asks for. NaN where there is one user only.
+
+    Args:
+        users: whose histories are compared.
+    """
+
+    def __init__(self, users: Sequence[User]) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        texts = [written_by(user) for user in users]
+        self._users = [user.id for user in users]
+        self._vectorizer = TfidfVectorizer(
+            analyzer="char_wb", ngram_range=(2, 4), lowercase=False, sublinear_tf=True, dtype=np.float64
+        )
+        weights = self._vectorizer.fit_transform([text for own in texts for text in own])
+        ends = np.cumsum([0, *(len(own) for own in texts)])
+        centres = np.vstack([np.asarray(weights[begin:end].mean(axis=0)) for begin, end in pairwise(ends)])
+        self._centres = centres / np.linalg.norm(centres, axis=1, keepdims=True).clip(min=1e-12)
+
+    def __call__(self, user_id: str, text: str) -> float:
+        """Similarity to the user's own texts minus that to the others'; above 0 the text is rather the user's."""
+        if len(self._users) < 2:
+            return float("nan")
+        similar = self._vectorizer.transform([text]) @ self._centres.T
+        own = self._users.index(user_id)
+        return float(similar[0, own] - np.delete(similar[0], own).mean())
+
+
+def written_by(user: User) -> list[str]:
+    """What a user wrote: what the task asks for, or a document's body where the history holds no pairs."""
+    name = user.task.target or user.task.body
+    return [str(document.fields[name]) for document in user.discovery_pool]

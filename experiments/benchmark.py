@@ -1,0 +1,127 @@
+"""Who writes most like the user? Every method on held-out headlines, posts and abstracts, settings chosen beforehand.
+
+    python -m experiments.benchmark --govblog DATA/govblog/lamp4_questions.json \\
+        --topics DATA/govblog/longlamp_topic.jsonl --acl DATA/acl/longlamp_abstract.jsonl
+
+Uses the scores and reference heads of `experiments.families` (in `--families`; made where they are missing): 10 heads,
+chosen by other users. Strengths 0.25, 0.5 and 1, and for style vectors three layers, are chosen on one discovery example
+a user. Greedy answers: headlines, the newest 2 of each blogger, 24 tokens; posts, the newest of each blogger, and
+abstracts, one of each of 16 authors, 48 tokens. A corpus is a run folder under `--out` and resumes; `--out/results.md`
+holds the tables, `mean (low to high)` being 95% intervals over users.
+"""
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import dps_lens as dps
+from dps_lens.evaluation import Evaluation
+from dps_lens.families import draw_seed, random_heads
+from experiments.families import PROMPT, Experiment, K
+from experiments.tables import cell, table
+
+STRENGTHS = (0.25, 0.5, 1.0)
+ANSWERED = {"govblog": 2, "topics": 1, "acl": 1}
+TOKENS = {"govblog": 24, "topics": 48, "acl": 48}
+VECTOR_EXAMPLES = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--govblog", required=True, help="LaMP-4 questions, outputs beside them")
+    parser.add_argument("--topics", help="LongLaMP topics of the same bloggers")
+    parser.add_argument("--acl", required=True, help="LongLaMP abstracts")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--families", type=Path, default=Path("runs/families"))
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sources = {"govblog": arguments.govblog, "acl": arguments.acl}
+    found = Experiment(dps.load_model(arguments.model), sources, arguments.families)
+    parts = [__doc__ or ""]
+    for corpus in ("govblog", "acl", *(("topics",) if arguments.topics else ())):
+        users = found.users[corpus] if corpus in found.users else dps.load_users(arguments.topics)
+        done = evaluation(found, corpus, users, arguments.out / corpus)
+        done.save(arguments.out / corpus)
+        parts.append(f"## {corpus}\n\n{metrics(done)}\n\n{chosen(done)}\n")
+        (arguments.out / "results.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def evaluation(e: Experiment, corpus: str, users: list[dps.data.User], out: Path) -> Evaluation:
+    """All methods on one corpus; users with too few discovery examples for a style vector are left out."""
+    users = [user for user in users if len(user.discovery_examples()) > 1]
+    heads: dict[str, Any] = {name: scores.top(K) for name, scores in e.refs().items() if scores.defined}
+    heads["Preference Heads"] = e.scores(corpus) if corpus in e.users else by_others(e, users)
+    ranked = by_others(e, users) if corpus != "acl" else dict.fromkeys((u.id for u in users), e.scores("acl").top(K))
+    heads["random heads"] = {
+        user: random_heads(e.model, of, match="nearest", seed=draw_seed(0, index))
+        for index, (user, of) in enumerate(ranked.items())
+    }
+    methods: dict[str, Any] = {"plain": "plain", "rag": "rag", "cad": "cad", "dola": "dola"}
+    methods |= {f"dps, {name}": ("dps", of) for name, of in heads.items() if name != "function_vector"}
+    methods |= {
+        "dps-entropy, Preference Heads": ("dps-entropy", heads["Preference Heads"]),
+        "decore, retrieval": ("decore", heads["retrieval"]),
+        "amplify, Preference Heads": ("amplify", heads["Preference Heads"]),
+        "dps+cad, Preference Heads": ("dps+cad", heads["Preference Heads"]),
+        "stylevector": "stylevector",
+        "rag+stylevector": "rag+stylevector",
+    }
+    return dps.evaluate(
+        e.model,
+        users,
+        methods,
+        strengths=STRENGTHS,
+        ks=(K,),
+        vector_examples=VECTOR_EXAMPLES,
+        max_examples=ANSWERED[corpus],
+        max_new_tokens=TOKENS[corpus],
+        prompt=PROMPT,
+        out=out,
+    )
+
+
+def by_others(e: Experiment, users: list[dps.data.User]) -> dict[str, dps.HeadSet]:
+    """Each blogger's heads, chosen by the others on their headlines."""
+    scores = e.scores("govblog")
+    return {user.id: scores.without({user.id}).top(K) for user in users}
+
+
+def metrics(done: Evaluation) -> str:
+    """Metrics with intervals, differences to `rag`, and costs relative to `rag`."""
+    means = done.to_frame().set_index(["method", "metric"]).to_dict("index")
+    changes = done.differences("rag").set_index(["method", "metric"]).to_dict("index")
+    costs = done.costs.set_index("method")
+    costs = costs / costs.loc["rag"]
+    names = [name for name in done.metrics if name != "tokens"]
+    head = [
+        "method",
+        *(part for name in names for part in (name, *(["to rag"] if name in names[:1] or name == "style" else []))),
+    ]
+    lines = []
+    for method in done.methods:
+        line = [method]
+        for name in names:
+            line.append(cell(means.get((method, name), {"mean": float("nan")})))
+            if name in names[:1] or name == "style":
+                line.append(cell(changes.get((method, name), {"mean": float("nan")})))
+        known = method in costs.index
+        lines.append([*line, *(f"{costs.loc[method, column]:.2f}" if known else "" for column in costs.columns)])
+    return table([*head, "time", "FLOPs"], lines)
+
+
+def chosen(done: Evaluation) -> str:
+    """What was chosen, and the grid's range on discovery examples."""
+    metric = done.metrics[0]
+    grids = done.choices.groupby("method", sort=False)
+    lines = []
+    for method, grid in grids:
+        if len(grid) > 1:
+            best = grid[grid["chosen"]].iloc[0]
+            lines.append([method, best["setting"], f"{best[metric]:.3f}", f"{grid[metric].min():.3f}", str(len(grid))])
+    return table(["method", "chosen", f"{metric} on discovery", "least in the grid", "settings"], lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The benchmark table: the same answers as by hand, choices that see discovery examples only, and runs that resume."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toy
+from torch.utils.flop_counter import FlopCounterMode
+
+import dps_lens as dps
+from dps_lens.data import User
+from dps_lens.errors import EvaluationError, ScoreError
+from dps_lens.evaluation import Evaluation, bench, evaluate, rouge
+from dps_lens.evaluation.cost import answer_flops, forward_flops
+from dps_lens.heads import Head, HeadSet
+from dps_lens.steering.rules import find_rule
+from dps_lens.steering.vector import SteeringVector, style_differences
+
+HEADS = HeadSet.parse("L1H2,L0H1,L2H0")
+PROMPT = dps.PromptConfig(items=2, profile_tokens=60, task_tokens=20, response_tokens=6)
+METHODS = {
+    "plain": "plain",
+    "rag": "rag",
+    "cad": "cad",
+    "dola": "dola",
+    "dps": ("dps", HEADS),
+    "dps-entropy": ("dps-entropy", HEADS),
+    "amplify": ("amplify", HEADS),
+    "dps+cad": ("dps+cad", HEADS),
+    "stylevector": "stylevector",
+    "rag+stylevector": "rag+stylevector",
+}
+ONE = {"strengths": (0.5,), "ks": (2,), "layers": (1,), "choose_on": 0, "vector_examples": 2}
+OPTIONS = {"prompt": PROMPT, "max_new_tokens": 6, "max_examples": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tinies, probe):
+    return dps.evaluate(tinies("llama").hooked, probe[:3], METHODS, **ONE, **OPTIONS)
+
+
+def by_hand(model, user, name):
+    """One call of `generate`, one prompt."""
+    example = user.examples[-1]
+    own, none = (dps.build_prompt(model, example, which, config=PROMPT) for which in ("own", "none"))
+    differences = style_differences(model, user.discovery_examples()[-2:], prompt=PROMPT, max_new_tokens=6)
+    vector = SteeringVector(differences[:, 1].mean(0), 1)
+    heads = HEADS[:2]
+    how = {
+        "plain": (none, {"heads": heads, "gamma": 0.0}),
+        "rag": (own, {"heads": heads, "gamma": 0.0}),
+        "cad": (own, {"rule": "cad", "without": none, "alpha": 0.5}),
+        "dola": (own, {"rule": "dola"}),
+        "dps": (own, {"heads": heads, "gamma": 0.5}),
+        "dps-entropy": (own, {"rule": "dps-entropy", "heads": heads}),
+        "amplify": (own, {"rule": "amplify", "heads": heads, "gamma": 0.5}),
+        "dps+cad": (own, {"rule": "dps+cad", "heads": heads, "gamma": 0.5, "without": none, "alpha": 0.5}),
+        "stylevector": (none, {"rule": "vector", "vectors": vector, "gamma": 0.5}),
+        "rag+stylevector": (own, {"rule": "vector", "vectors": vector, "gamma": 0.5}),
+    }
+    prompt, options = how[name]
+    return dps.generate(model, prompt, max_new_tokens=6, **options).texts[0].strip()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_answers_are_those_of_generate(evaluated, llama, probe, name):
+    rows = evaluated.rows[evaluated.rows["method"] == name].set_index("user")
+    for user in probe[:3]:
+        text = by_hand(llama.hooked, user, name)
+        assert rows.loc[user.id, "text"] == text
+        found = rouge(user.examples[-1].reference, text)
+        assert rows.loc[user.id, "ROUGE-L"] == found["ROUGE-L"]
+        assert rows.loc[user.id, "ROUGE-1"] == found["ROUGE-1"]
+
+
+def test_methods_differ(evaluated):
+    texts = evaluated.rows.groupby("method", sort=False)["text"].agg(tuple)
+    assert len({*texts}) > len(METHODS) // 2
+
+
+@torch.no_grad()
+def test_fluency_is_the_plain_models_nll_without_a_profile(evaluated, llama, probe):
+    user = probe[0]
+    prompt = dps.build_prompt(llama.hooked, user.examples[-1], "none", config=PROMPT)
+    rows = evaluated.rows[evaluated.rows["user"] == user.id].set_index("method")
+
+    def nll(tokens):
+        logits = llama.plain(input_ids=torch.cat([prompt.prompt_tokens, tokens])[None]).logits[0]
+        start = len(prompt.prompt_tokens)
+        return float(torch.nn.functional.cross_entropy(logits[start - 1 : -1], tokens))
+
+    out = dps.generate(llama.hooked, prompt, heads=HEADS, gamma=0.0, max_new_tokens=6)
+    words = out.tokens[0][~torch.isin(out.tokens[0], torch.tensor(llama.hooked.tokenizer.all_special_ids))]
+    assert rows.loc["plain", "NLL"] == pytest.approx(nll(words), abs=1e-4)
+    assert rows.loc["plain", "tokens"] == len(words)
+    assert rows.loc["reference", "NLL"] == pytest.approx(nll(prompt.response_tokens), abs=1e-4)
+
+
+def test_the_table_and_its_differences(evaluated):
+    table = evaluated.to_frame().set_index(["method", "metric"])
+    by_user = evaluated.rows.pivot_table(index="user", columns="method", values="ROUGE-L", sort=False)
+    assert table.loc[("dps", "ROUGE-L"), "mean"] == pytest.approx(by_user["dps"].mean())
+    assert ("reference", "ROUGE-L") not in table.index
+    assert ("reference", "style") in table.index
+    differences = evaluated.differences("plain").set_index(["method", "metric"])
+    change = (by_user["rag"] - by_user["plain"]).to_numpy()
+    found = differences.loc[("rag", "ROUGE-L")]
+    assert found["mean"] == pytest.approx(change.mean())
+    # t with 2 degrees of freedom, paired.
+    assert found["high"] - found["mean"] == pytest.approx(4.302653 * change.std(ddof=1) / math.sqrt(3), rel=1e-4)
+    with pytest.raises(EvaluationError, match="'nothing' is not among plain, rag"):
+        evaluated.differences("nothing")
+
+
+def test_a_table_is_saved_whole(evaluated, tmp_path):
+    evaluated.save(tmp_path)
+    again = Evaluation.load(tmp_path)
+    pd.testing.assert_frame_equal(again.rows, evaluated.rows)
+    pd.testing.assert_frame_equal(again.to_frame(), evaluated.to_frame())
+    pd.testing.assert_frame_equal(again.choices, evaluated.choices)
+    pd.testing.assert_frame_equal(again.costs, evaluated.costs)
+    assert again.manifest == evaluated.manifest
+
+
+def test_settings_are_chosen_on_discovery_examples(llama, probe):
+    """By hand: every setting answers each user's newest discovery example; the first best mean wins."""
+    model, users = llama.hooked, list(probe[:3])
+    methods = {"rag": "rag", "dps": ("dps", HEADS), "stylevector": "stylevector"}
+    grid = {"strengths": (0.5, 2.0), "ks": (1, 3), "layers": (0, 2), "vector_examples": 2}
+    found = dps.evaluate(model, users, methods, choose_on=1, **grid, **OPTIONS)
+    scores = {}
+    for user in users:
+        *earlier, example = user.discovery_examples()
+        own, none = (dps.build_prompt(model, example, which, config=PROMPT) for which in ("own", "none"))
+        differences = style_differences(model, earlier[-2:], prompt=PROMPT, max_new_tokens=6)
+        for strength in grid["strengths"]:
+            for k in grid["ks"]:
+                out = dps.generate(model, own, heads=HEADS[:k], gamma=strength, max_new_tokens=6)
+                scores.setdefault(("dps", f"strength {strength:g}, K {k}"), []).append(out.texts[0])
+            for layer in grid["layers"]:
+                vector = SteeringVector(differences[:, layer].mean(0), layer)
+                out = dps.generate(model, none, rule="vector", vectors=vector, gamma=strength, max_new_tokens=6)
+                scores.setdefault(("stylevector", f"strength {strength:g}, layer {layer}"), []).append(out.texts[0])
+    references = [user.discovery_examples()[-1].reference for user in users]
+    choices = found.choices.set_index(["method", "setting"])
+    means = {}
+    for key, texts in scores.items():
+        values = [rouge(reference, text.strip())["ROUGE-L"] for reference, text in zip(references, texts, strict=True)]
+        means[key] = np.mean(values)
+        assert choices.loc[key, "ROUGE-L"] == pytest.approx(means[key])
+    for name in ("dps", "stylevector"):
+        own = {key: value for key, value in means.items() if key[0] == name}
+        best = max(own, key=own.get)
+        assert choices.loc[best, "chosen"]
+        assert choices.loc[name]["chosen"].sum() == 1
+    assert choices.loc[("rag", "none"), "chosen"]
+
+
+def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
+    methods = {"rag": "rag", "stylevector": "stylevector"}
+    options = {"strengths": (0.5, 1.0), "layers": (1,), "vector_examples": 1, **OPTIONS}
+    whole = dps.evaluate(llama.hooked, probe[:2], methods, **options)
+    calls, stops, real = [], [True], bench.write
+
+    def counted(*arguments):
+        if len(calls) == 3 and stops:
+            raise KeyboardInterrupt
+        calls.append(len(arguments[3]))
+        return real(*arguments)
+
+    monkeypatch.setattr(bench, "write", counted)
+    with pytest.raises(KeyboardInterrupt):
+        dps.evaluate(llama.hooked, probe[:2], methods, out=tmp_path, **options)
+    assert calls == [2, 2, 2], "the grid for two users, the answers of the first"
+    stops.clear()
+    resumed = dps.evaluate(llama.hooked, probe[:2], methods, out=tmp_path, **options)
+    assert calls[3:] == [2] + [1] * 6, "the answers of the second, then three rounds of costs"
+    pd.testing.assert_frame_equal(resumed.rows, whole.rows)
+    calls.clear()
+    monkeypatch.setattr(bench, "write", lambda *_: pytest.fail("everything is there"))
+    again = dps.evaluate(llama.hooked, probe[:2], methods, out=tmp_path, **options)
+    pd.testing.assert_frame_equal(again.costs, resumed.costs)
+    with pytest.raises(dps.DPSLensError, match="made with other settings: .*methods was"):
+        dps.evaluate(llama.hooked, probe[:2], {"rag": "rag"}, out=tmp_path, **options)
+
+
+def test_a_profile_helps_where_it_is_known_to(toy_model, toy_users):
+    """The toy model writes the user's signature if it sees the profile, or if the carrier is not left out."""
+    carrier = HeadSet([Head(*toy.CARRIER)])
+    methods = {"plain": "plain", "rag": "rag", "masked": ("dps", carrier)}
+    found = dps.evaluate(
+        toy_model, toy_users, methods, strengths=(-1.0,), ks=(1,), choose_on=0, max_new_tokens=1, progress=False
+    )
+    pairs = zip(found.rows["text"], found.rows["reference"], strict=True)
+    first = found.rows.assign(first=[text.split()[:1] == reference.split()[:1] for text, reference in pairs])
+    right = first.groupby("method")["first"].mean()
+    assert right["rag"] == 1.0
+    assert right["plain"] < 0.5
+    assert right["masked"] < 0.5
+    rag = found.differences("plain").set_index(["method", "metric"]).loc[("rag", "ROUGE-1")]
+    assert rag["low"] > 0
+
+
+@torch.no_grad()
+def test_flops_are_those_that_torch_counts(llama):
+    cfg, tokens = llama.hooked.cfg, torch.arange(5, 25)[None]
+    llama.plain.set_attn_implementation("eager")  # torch does not count the fused kernel
+    with FlopCounterMode(display=False) as counter:
+        llama.plain(input_ids=tokens)
+    llama.plain.set_attn_implementation("sdpa")
+    # torch counts the full square of attention, of which a causal pass needs the lower half and the diagonal.
+    square = cfg.n_layers * 4 * cfg.n_heads * cfg.d_head
+    spared = square * (20 * 20 - 20 * 21 // 2)
+    assert forward_flops(cfg, 20, 0, 20) == counter.get_total_flops() - spared
+    whole = forward_flops(cfg, 12, 0, 0) + forward_flops(cfg, 8, 12, 8)
+    assert whole == forward_flops(cfg, 20, 0, 8)
+    # Two branches share the prompt, a prompt without profile is one more.
+    step = forward_flops(cfg, 8, 12, 8)
+    assert answer_flops(cfg, find_rule("dps"), 13, 7, 8) == pytest.approx(whole + step)
+    without = forward_flops(cfg, 6, 0, 0) + forward_flops(cfg, 8, 6, 8)
+    assert answer_flops(cfg, find_rule("cad"), 13, 7, 8) == pytest.approx(whole + without)
+
+
+def test_costs_name_every_method(evaluated):
+    costs = evaluated.costs.set_index("method")
+    assert [*costs.index] == [*METHODS]
+    assert bool((costs > 0).all().all())
+    assert costs.loc["dps", "FLOPs a token"] > costs.loc["rag", "FLOPs a token"]
+
+
+def test_bad_input_says_what_to_do(llama, probe):
+    model, users = llama.hooked, list(probe[:2])
+
+    def run(methods, **options):
+        return evaluate(model, users, methods, **{**ONE, **OPTIONS, **options})
+
+    with pytest.raises(EvaluationError, match=r"'x' needs heads, such as \('dps', scores\)"):
+        run({"x": "dps"})
+    with pytest.raises(EvaluationError, match="'x' takes no heads"):
+        run({"x": ("cad", HEADS)})
+    with pytest.raises(EvaluationError, match="ask for 'stylevector'"):
+        run({"x": "vector"})
+    with pytest.raises(dps.DPSLensError, match="'nonsense' is unknown"):
+        run({"x": "nonsense"})
+    with pytest.raises(EvaluationError, match="several settings and choose_on=0"):
+        run({"x": "cad"}, strengths=(0.5, 1.0))
+    with pytest.raises(EvaluationError, match="at least one user and one method"):
+        run({})
+    bare = User("bare", users[0].task, users[0].history[:2], users[0].examples)
+    with pytest.raises(EvaluationError, match="user 'bare' has 0 discovery examples, 1 are needed"):
+        evaluate(model, [bare], {"x": "stylevector"}, **ONE, **OPTIONS)
+    scores = dps.score_heads(model, users, discovery="labelled", prompt=PROMPT, max_examples=1, progress=False)
+    with pytest.raises(ScoreError, match="evaluate"):
+        run({"dps": ("dps", scores)})
