@@ -3,11 +3,11 @@
     python -m experiments.benchmark --govblog DATA/govblog/lamp4_questions.json \\
         --topics DATA/govblog/longlamp_topic.jsonl --acl DATA/acl/longlamp_abstract.jsonl
 
-Uses the scores and reference heads of `experiments.families` (in `--families`; made where they are missing): 10 heads,
-chosen by other users. Strengths 0.25, 0.5 and 1, and for style vectors three layers, are chosen on one discovery example
-a user. Greedy answers: headlines, the newest 2 of each blogger, 24 tokens; posts, the newest of each blogger, and
-abstracts, one of each of 16 authors, 48 tokens. A corpus is a run folder under `--out` and resumes; `--out/results.md`
-holds the tables, `mean (low to high)` being 95% intervals over users.
+Uses the scores and reference heads of `experiments.families` (in `--families`; made where they are missing): 10
+heads, chosen by other users. Strengths 0.25, 0.5 and 1, and for style vectors three layers, are chosen on one discovery
+example a user. Greedy answers: headlines, the newest 2 of each blogger, 24 tokens; posts, the newest of each blogger,
+and abstracts, one of each of 16 authors, 48 tokens. A corpus is a run folder under `--out` and resumes;
+`--out/results.md` holds the tables, `mean (low to high)` being 95% intervals over users.
 """
 
 import argparse
@@ -95,16 +95,17 @@ def metrics(done: Evaluation) -> str:
     costs = done.costs.set_index("method")
     costs = costs / costs.loc["rag"]
     names = [name for name in done.metrics if name != "tokens"]
+    compared = (names[0], "style")
     head = [
         "method",
-        *(part for name in names for part in (name, *(["to rag"] if name in names[:1] or name == "style" else []))),
+        *(part for name in names for part in (name, *(["to rag"] if name in compared else []))),
     ]
     lines = []
     for method in done.methods:
         line = [method]
         for name in names:
             line.append(cell(means.get((method, name), {"mean": float("nan")})))
-            if name in names[:1] or name == "style":
+            if name in compared:
                 line.append(cell(changes.get((method, name), {"mean": float("nan")})))
         known = method in costs.index
         lines.append([*line, *(f"{costs.loc[method, column]:.2f}" if known else "" for column in costs.columns)])

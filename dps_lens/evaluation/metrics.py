@@ -6,7 +6,6 @@ Closed tasks have accuracy and macro-F1, LaMP-3 the errors of a number, the othe
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +40,6 @@ LABELS = {
 """Answers of the classification tasks; what is none of them counts as wrong."""
 
 _SCORES = (1.0, 5.0)
-_WORDNET = ("/usr/share/wordnet", "/usr/local/share/wordnet")
 
 
 def rouge(reference: str, text: str) -> dict[str, float]:
@@ -76,20 +74,13 @@ def meteor(reference: str, text: str) -> float:
 
 @cache
 def _wordnet() -> Any:
-    import nltk
-    from nltk.corpus.reader import WordNetCorpusReader
-    from nltk.data import FileSystemPathPointer
+    from nltk.corpus import wordnet
 
-    for folder in _WORDNET:
-        if (Path(folder) / "index.sense").is_file():
-            return WordNetCorpusReader(FileSystemPathPointer(folder), None)
     try:
-        return WordNetCorpusReader(nltk.data.find("corpora/wordnet"), None)
+        wordnet.ensure_loaded()
     except LookupError:
-        raise EvaluationError(
-            "METEOR needs WordNet: python -m nltk.downloader wordnet (unzip it), or apt install wordnet-base "
-            "wordnet-sense-index"
-        ) from None
+        raise EvaluationError("METEOR needs WordNet; run: python -m nltk.downloader wordnet") from None
+    return wordnet
 
 
 def has_meteor() -> bool:
