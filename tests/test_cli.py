@@ -9,6 +9,7 @@ import pytest
 from conftest import write_jsonl
 
 import dps_lens as dps
+from dps_lens.evaluation import Evaluation
 
 
 def run(*arguments, cwd=None, said=None):
@@ -31,7 +32,7 @@ def scored(tmp_path_factory, model):
 def test_help_answers_at_once_and_names_every_command():
     done = run("--help")
     assert done.returncode == 0
-    for command in ("score", "steer", "demo", "compare", "ablate"):
+    for command in ("score", "steer", "demo", "compare", "ablate", "evaluate"):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
     loaded = subprocess.run(
@@ -302,3 +303,39 @@ def test_ablate_refuses_what_is_no_list(scored, model, tmp_path):
     done = run("ablate", "--run", scored[0], "--out", tmp_path, "--model", model, "--ks", "1;2", *KINDS)
     assert done.returncode == 2
     assert "write 1,5,10" in done.stderr
+
+
+def test_evaluate_prints_the_table_and_keeps_its_settings(scored, model, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {model}\nrun: {scored[0]}\nmax_users: 3\nheld_out: 1\nmax_new_tokens: 9\nlayers: [1]\nks: [2]\n"
+        "methods: [plain, rag, dps, 'dps:induction', 'dps:random', stylevector]\nstrengths: [0.5, 1.0]\n"
+    )
+    command = ["evaluate", "--config", config, "--out", tmp_path / "table", "--max-new-tokens", 4]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    for shown in ("dps:induction", "differences to rag with 95% intervals", "ROUGE-L"):
+        assert shown in done.stdout
+    found = Evaluation.load(tmp_path / "table")
+    assert found.methods == ("plain", "rag", "dps", "dps:induction", "dps:random", "stylevector", "reference")
+    assert found.rows["tokens"].groupby(found.rows["method"]).max()["rag"] <= 4, "the command line wins"
+    assert len((tmp_path / "table" / "answers.csv").read_text().splitlines()) > len(found.rows)
+    kept = tmp_path / "table" / "config.yaml"
+    again = run("evaluate", "--config", kept, "--out", tmp_path / "table")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+
+
+def test_evaluate_names_the_field_that_is_wrong(model, tmp_path):
+    config = tmp_path / "bad.yaml"
+    config.write_text("method: [rag]\n")
+    done = run("evaluate", "--config", config, "--out", tmp_path / "out", "--model", model)
+    assert done.returncode == 2
+    assert "bad.yaml: method: Extra inputs are not permitted; fields are model, users" in done.stderr
+    config.write_text("methods: [rag\n")
+    assert "not valid YAML" in run("evaluate", "--config", config, "--out", tmp_path / "out").stderr
+    done = run("evaluate", "--out", tmp_path / "out", "--model", model, "--methods", "dps")
+    assert "method 'dps' needs the scores of 'dps-lens score'; give --run" in done.stderr
+    done = run("evaluate", "--out", tmp_path / "out", "--model", model, "--strengths", "much")
+    assert "evaluate: strengths.0: Input should be a valid number" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dps_lens.analysis import AblationCost, Overlap, SetEffects
+    from dps_lens.evaluation import Evaluation
     from dps_lens.scores import HeadScores
 
 
@@ -80,6 +81,30 @@ def print_effects(effects: "SetEffects") -> None:
             ]
             table.add_row(*cells)
         console.print(table)
+
+
+def print_evaluation(evaluation: "Evaluation", baseline: str) -> None:
+    """One row a method: its setting, every metric, and the first one's difference to the baseline."""
+    from rich.console import Console
+    from rich.table import Table
+
+    means = evaluation.to_frame().set_index(["method", "metric"]).to_dict("index")
+    changes = evaluation.differences(baseline).set_index(["method", "metric"]).to_dict("index")
+    chosen = evaluation.choices[evaluation.choices["chosen"]].set_index("method")["setting"]
+    first, *others = evaluation.metrics
+    table = Table(title=f"{evaluation.task.name}: means over users, differences to {baseline} with 95% intervals")
+    for column in ("method", "setting", first, "difference", *others, "s a token"):
+        table.add_column(column, justify="left" if column in ("method", "setting") else "right")
+    seconds = evaluation.costs.set_index("method")["seconds a token"]
+    for method in evaluation.methods:
+        change = changes.get((method, first))
+        shown = f"{change['mean']:+.3f} ({change['low']:.3f} to {change['high']:.3f})" if change else ""
+        measured = [
+            f"{means[method, name]['mean']:.3f}" if (method, name) in means else "" for name in evaluation.metrics
+        ]
+        cost = f"{seconds[method]:.3f}" if method in seconds.index else ""
+        table.add_row(method, str(chosen.get(method, "")), measured[0], shown, *measured[1:], cost)
+    Console().print(table)
 
 
 def _span(row: Mapping[Hashable, Any], low: str, high: str) -> str:
