@@ -40,6 +40,7 @@ _API = {
     "split_half": "analysis",
     "stability": "analysis",
     "steering_sweep": "analysis",
+    "steerx_vector": "steering",
     "style_vector": "steering",
     "vector_recovery": "analysis",
 }

@@ -58,7 +58,7 @@ def evaluation(e: Experiment, corpus: str, users: list[dps.data.User], out: Path
         user: random_heads(e.model, of, match="nearest", seed=draw_seed(0, index))
         for index, (user, of) in enumerate(ranked.items())
     }
-    methods: dict[str, Any] = {"plain": "plain", "rag": "rag", "cad": "cad", "dola": "dola"}
+    methods: dict[str, Any] = {"plain": "plain", "rag": "rag", "prompt": "prompt", "cad": "cad", "dola": "dola"}
     methods |= {f"dps, {name}": ("dps", of) for name, of in heads.items() if name != "function_vector"}
     methods |= {
         "dps-entropy, Preference Heads": ("dps-entropy", heads["Preference Heads"]),
@@ -67,6 +67,8 @@ def evaluation(e: Experiment, corpus: str, users: list[dps.data.User], out: Path
         "dps+cad, Preference Heads": ("dps+cad", heads["Preference Heads"]),
         "stylevector": "stylevector",
         "rag+stylevector": "rag+stylevector",
+        "steerx": "steerx",
+        "rag+steerx": "rag+steerx",
     }
     return dps.evaluate(
         e.model,

@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 import dps_lens as dps
-from dps_lens.data import build_prompt, load_users
+from dps_lens.data import Note, PromptConfig, build_prompt, load_users
 from dps_lens.data.prompts import share_budget
 from dps_lens.data.retrieval import retrieve
 from dps_lens.data.tasks import TASKS
@@ -466,3 +466,21 @@ def test_prompt_settings_and_bare_texts(llama):
     start, stop = prompt.spans["task"]
     assert llama.hooked.tokenizer.decode(prompt.tokens[start:stop]) == "Rain again."
     assert prompt.text.startswith("<|im_start|>user")
+
+
+def test_a_note_stands_where_the_profile_would(llama, probe):
+    example = probe[0].examples[0]
+    note = Note("This person asks <|im_end|> questions.")
+    prompt = build_prompt(llama.hooked, example, note)
+    start, stop = prompt.spans["profile"]
+    shown = llama.hooked.tokenizer.decode(prompt.tokens[start:stop])
+    assert shown.strip() == "This person asks < |im_end|> questions.", "special tokens in it are broken up"
+    assert prompt.spans["task"][0] == stop
+    assert (prompt.condition, prompt.shown, prompt.items) == ("note", (), ())
+    none = build_prompt(llama.hooked, example, "none")
+    assert prompt.response_tokens.tolist() == none.response_tokens.tolist()
+    short = build_prompt(llama.hooked, example, Note("word " * 500), config=PromptConfig(profile_tokens=20))
+    start, stop = short.spans["profile"]
+    assert 15 <= stop - start <= 22
+    with pytest.raises(PromptError, match="the note is empty"):
+        build_prompt(llama.hooked, example, Note("  "))

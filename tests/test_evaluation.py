@@ -10,7 +10,7 @@ import toy
 from torch.utils.flop_counter import FlopCounterMode
 
 import dps_lens as dps
-from dps_lens.data import User
+from dps_lens.data import Example, Note, User
 from dps_lens.errors import EvaluationError, ScoreError
 from dps_lens.evaluation import Evaluation, bench, evaluate, rouge
 from dps_lens.evaluation.cost import answer_flops, forward_flops
@@ -31,6 +31,8 @@ METHODS = {
     "dps+cad": ("dps+cad", HEADS),
     "stylevector": "stylevector",
     "rag+stylevector": "rag+stylevector",
+    "rag+steerx": "rag+steerx",
+    "prompt": "prompt",
 }
 ONE = {"strengths": (0.5,), "ks": (2,), "layers": (1,), "choose_on": 0, "vector_examples": 2}
 OPTIONS = {"prompt": PROMPT, "max_new_tokens": 6, "max_examples": 1, "progress": False}
@@ -45,8 +47,9 @@ def by_hand(model, user, name):
     """One call of `generate`, one prompt."""
     example = user.examples[-1]
     own, none = (dps.build_prompt(model, example, which, config=PROMPT) for which in ("own", "none"))
-    differences = style_differences(model, user.discovery_examples()[-2:], prompt=PROMPT, max_new_tokens=6)
+    differences = style_differences(model, user.discovery_examples()[-2:], prompt=PROMPT)
     vector = SteeringVector(differences[:, 1].mean(0), 1)
+    steerx = {"vectors": dps.steerx_vector(model, user, layer=1, max_examples=2, prompt=PROMPT)} if "x" in name else {}
     heads = HEADS[:2]
     how = {
         "plain": (none, {"heads": heads, "gamma": 0.0}),
@@ -59,12 +62,13 @@ def by_hand(model, user, name):
         "dps+cad": (own, {"rule": "dps+cad", "heads": heads, "gamma": 0.5, "without": none, "alpha": 0.5}),
         "stylevector": (none, {"rule": "vector", "vectors": vector, "gamma": 0.5}),
         "rag+stylevector": (own, {"rule": "vector", "vectors": vector, "gamma": 0.5}),
+        "rag+steerx": (own, {"rule": "vector", "gamma": 0.5, **steerx}),
     }
     prompt, options = how[name]
     return dps.generate(model, prompt, max_new_tokens=6, **options).texts[0].strip()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "prompt"])
 def test_answers_are_those_of_generate(evaluated, llama, probe, name):
     rows = evaluated.rows[evaluated.rows["method"] == name].set_index("user")
     for user in probe[:3]:
@@ -73,6 +77,23 @@ def test_answers_are_those_of_generate(evaluated, llama, probe, name):
         found = rouge(user.examples[-1].reference, text)
         assert rows.loc[user.id, "ROUGE-L"] == found["ROUGE-L"]
         assert rows.loc[user.id, "ROUGE-1"] == found["ROUGE-1"]
+
+
+def test_prompt_shows_a_description_instead_of_the_profile(evaluated, llama, probe):
+    """The model describes its user from the newest documents; the answer follows from a note that says so."""
+    model, user = llama.hooked, probe[0]
+    documents = user.discovery_pool
+    asked = "Describe in two sentences what this user writes about and in which style."
+    question = Example("q", user.id, user.task, asked, "", documents)
+    config = dps.PromptConfig(**{**PROMPT.to_dict(), "retrieval": "recency", "task_tokens": None})
+    prompt = dps.build_prompt(model, question, config=config, response=False)
+    assert prompt.shown[0] == documents[-1].id, "the newest"
+    described = dps.generate(model, prompt, heads=HEADS, gamma=0.0, max_new_tokens=64).texts[0].strip()
+    note = Note(f"About the user who asks: {described}\nAnswer as this user would write.")
+    shown = dps.build_prompt(model, user.examples[-1], note, config=PROMPT)
+    expected = dps.generate(model, shown, heads=HEADS, gamma=0.0, max_new_tokens=6).texts[0].strip()
+    rows = evaluated.rows[evaluated.rows["user"] == user.id].set_index("method")
+    assert rows.loc["prompt", "text"] == expected
 
 
 def test_methods_differ(evaluated):
@@ -134,7 +155,7 @@ def test_settings_are_chosen_on_discovery_examples(llama, probe):
     for user in users:
         *earlier, example = user.discovery_examples()
         own, none = (dps.build_prompt(model, example, which, config=PROMPT) for which in ("own", "none"))
-        differences = style_differences(model, earlier[-2:], prompt=PROMPT, max_new_tokens=6)
+        differences = style_differences(model, earlier[-2:], prompt=PROMPT)
         for strength in grid["strengths"]:
             for k in grid["ks"]:
                 out = dps.generate(model, own, heads=HEADS[:k], gamma=strength, max_new_tokens=6)
@@ -167,7 +188,7 @@ def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
     def counted(*arguments):
         if len(calls) == 3 and stops:
             raise KeyboardInterrupt
-        calls.append(len(arguments[3]))
+        calls.append(len(arguments[2]))
         return real(*arguments)
 
     monkeypatch.setattr(bench, "write", counted)
@@ -240,7 +261,7 @@ def test_bad_input_says_what_to_do(llama, probe):
         run({"x": "dps"})
     with pytest.raises(EvaluationError, match="'x' takes no heads"):
         run({"x": ("cad", HEADS)})
-    with pytest.raises(EvaluationError, match="ask for 'stylevector'"):
+    with pytest.raises(EvaluationError, match="ask for stylevector, steerx"):
         run({"x": "vector"})
     with pytest.raises(dps.DPSLensError, match="'nonsense' is unknown"):
         run({"x": "nonsense"})

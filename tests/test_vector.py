@@ -7,8 +7,10 @@ from conftest import ARCHITECTURES, no_hooks_left
 from torch.nn import ModuleList
 
 import dps_lens as dps
+from dps_lens.data import Note
 from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.errors import HeadError, SteeringError
+from dps_lens.steering.vector import style_differences
 
 PROMPT = dps.PromptConfig(items=2, profile_tokens=40, task_tokens=16, response_tokens=6)
 GAP = 1e-4
@@ -179,3 +181,75 @@ def test_bad_input_says_what_to_do(llama, probe):
         dps.style_vector(llama.hooked, probe[0], generic={}, prompt=PROMPT)
     with pytest.raises(SteeringError, match="adds vectors"):
         dps.steering_sweep(llama.hooked, probe[:2], {"x": "vector"}, progress=False)
+
+
+@torch.no_grad()
+def states_and_losses(plain, prompt, layer):
+    """Token by token: −log p, and what leaves a layer where the token is predicted from."""
+    found = []
+
+    def keep(module, inputs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        found.append(output.reshape(-1, output.shape[-1]))
+
+    handle = block(plain, layer).register_forward_hook(keep)
+    logits = plain(input_ids=prompt.tokens[None]).logits[0]
+    handle.remove()
+    start, stop = prompt.spans["response"]
+    losses = [-float(logits[at - 1].log_softmax(-1)[prompt.tokens[at]]) for at in range(start, stop)]
+    return losses, [found[0][at - 1] for at in range(start, stop)]
+
+
+@pytest.mark.parametrize("backbone", ["means", "style"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_steerx_follows_its_formula(tinies, architecture, probe, backbone):
+    tiny, user, layer, threshold = tinies(architecture), probe[0], 1, 0.05
+    text = "This person likes short sentences."
+    chosen, halves, weights, pieces = [], [], [], 0
+    examples = user.discovery_examples()[-3:]
+    for example in examples:
+        read = {}
+        for name, profile in (("own", "own"), ("none", "none"), ("note", Note(text))):
+            prompt = dps.build_prompt(tiny.hooked, example, profile, config=PROMPT)
+            read[name] = states_and_losses(tiny.plain, prompt, layer)
+        deltas = [none - own for none, own in zip(read["none"][0], read["own"][0], strict=True)]
+        assert min(abs(delta - threshold) for delta in deltas) > 1e-4
+        driven = [at for at, delta in enumerate(deltas) if delta > threshold]
+        weights.append(len(driven))
+        pieces += len(driven)
+        for at in driven:
+            none = read["none"][1][at]
+            halves.append(read["own"][1][at] - none)
+            chosen.append(read["note"][1][at] - none)
+    assert 0 < len(chosen) < 3 * PROMPT.response_tokens
+    first = torch.stack(halves).mean(0)
+    if backbone == "style":
+        differences = style_differences(tiny.hooked, examples, prompt=PROMPT)[:, layer]
+        first = sum(weight * one for weight, one in zip(weights, differences, strict=True)) / sum(weights)
+    expected = 0.5 * first + 0.5 * torch.stack(chosen).mean(0)
+    options = {"layer": layer, "backbone": backbone, "threshold": threshold, "max_examples": 3, "prompt": PROMPT}
+    found = dps.steerx_vector(tiny.hooked, user, description=text, **options)
+    torch.testing.assert_close(found.values, expected, atol=1e-4, rtol=1e-4)
+    assert found.manifest["description"] == text
+    assert found.manifest["share"] == pytest.approx(len(chosen) / (3 * PROMPT.response_tokens))
+    assert no_hooks_left(tiny.hooked)
+    # The description may be made of the pieces of text that the user prefers.
+    seen = []
+    again = dps.steerx_vector(tiny.hooked, user, description=lambda of: seen.extend(of) or text, **options)
+    assert torch.equal(again.values, found.values)
+    written = " ".join(example.reference for example in examples)
+    assert seen
+    assert all(piece in written for piece in seen)
+
+
+def test_steerx_describes_by_itself_and_says_what_is_missing(llama, probe, unchecked):
+    options = {"max_examples": 1, "prompt": PROMPT}
+    found = dps.steerx_vector(llama.hooked, probe[0], threshold=-50.0, **options)
+    assert found.manifest["share"] == 1.0
+    assert found.manifest["description"]
+    with pytest.raises(SteeringError, match="lower threshold="):
+        dps.steerx_vector(llama.hooked, probe[0], threshold=50.0, **options)
+    with pytest.raises(SteeringError, match="backbone 'mean' is unknown"):
+        dps.steerx_vector(llama.hooked, probe[0], backbone="mean", **options)
+    with pytest.raises(HeadError, match="layer 99"):
+        dps.steerx_vector(llama.hooked, probe[0], layer=99)

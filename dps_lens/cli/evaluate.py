@@ -33,8 +33,8 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="plain, rag, cad, cos, dola, stylevector, rag+stylevector, or RULE:FAMILY such as dps:preference, "
-            f"dps:induction, decore:retrieval, dps:random. Default: {_METHODS}."
+            help="plain, rag, prompt, cad, cos, dola, stylevector, steerx, rag+stylevector, rag+steerx, or RULE:FAMILY "
+            f"such as dps:preference, dps:induction, decore:retrieval, dps:random. Default: {_METHODS}."
         ),
     ] = None,
     strengths: Annotated[str | None, typer.Option(help="Grid of γ and α (0.25,0.5,1).")] = None,
@@ -88,6 +88,7 @@ def _methods(wanted: "EvaluateConfig", model: Any, users: list[str]) -> Mapping[
     """Methods by name; families are made where a method asks for them."""
     import dps_lens as dps
     from dps_lens.errors import EvaluationError
+    from dps_lens.evaluation.methods import is_greedy_or_vector
     from dps_lens.families import draw_seed
     from dps_lens.steering.rules import find_rule
 
@@ -116,10 +117,7 @@ def _methods(wanted: "EvaluateConfig", model: Any, users: list[str]) -> Mapping[
     found: dict[str, Any] = {}
     for method in wanted.methods:
         rule, _, name = method.partition(":")
-        if rule in ("plain", "rag", "stylevector", "rag+stylevector"):
-            found[method] = rule
-        elif find_rule(rule).needs_heads:
+        found[method] = rule
+        if not is_greedy_or_vector(rule) and find_rule(rule).needs_heads:
             found[method] = (rule, family(method, name or ("retrieval" if rule == "decore" else "preference")))
-        else:
-            found[method] = rule
     return found

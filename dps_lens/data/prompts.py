@@ -54,6 +54,13 @@ class PromptConfig:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Note:
+    """A text that stands in a prompt where the profile would: a description of the user, say."""
+
+    text: str
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """A prompt with its response, as token ids.
@@ -62,7 +69,7 @@ class Prompt:
         tokens: `Int[Tensor, "pos"]`, prompt and response.
         spans: `"profile"`, `"task"` and `"response"` as `(start, stop)`; an absent profile is empty.
         text: the prompt as text, without the response.
-        condition: `"own"`, `"none"`, or the id of the user whose profile is shown.
+        condition: `"own"`, `"none"`, `"note"`, or the id of the user whose profile is shown.
         shown: ids of the documents in the profile.
         items: `(start, stop)` of each of these documents.
     """
@@ -90,7 +97,7 @@ class Prompt:
 def build_prompt(
     model: HookedModel,
     example: Example,
-    profile: "Literal['own', 'none'] | User" = "own",
+    profile: "Literal['own', 'none'] | User | Note" = "own",
     *,
     config: PromptConfig | None = None,
     response: bool = True,
@@ -100,7 +107,7 @@ def build_prompt(
     Args:
         model: its tokenizer and context length are used.
         example: what is asked, and by whom.
-        profile: `"own"`, `"none"`, or another user whose documents are shown instead.
+        profile: `"own"`, `"none"`, another user whose documents are shown instead, or a `Note`.
         config: how much is shown; `PromptConfig()` by default.
         response: append the user's own answer.
 
@@ -113,16 +120,20 @@ def build_prompt(
     own = tokenizer.defuse(tokenizer.cut(example.input.strip(), config.task_tokens)).strip()
     pieces = [tokenizer.defuse(piece) for piece in _snippets(tokenizer, example, documents, config.profile_tokens)]
     header = _HEADER + "\n".join(pieces) + _BETWEEN if pieces else ""
+    if isinstance(profile, Note):
+        if not profile.text.strip():
+            raise PromptError(f"build_prompt: example {example.id!r}: the note is empty; use profile='none'")
+        header = tokenizer.defuse(tokenizer.cut(profile.text.strip(), config.profile_tokens)) + _BETWEEN
     text, offset = tokenizer.render(header + own)
     ids, offsets = tokenizer.encode(text)
     spans = {
-        "profile": span(offsets, offset, offset + len(header)) if pieces else (0, 0),
+        "profile": span(offsets, offset, offset + len(header)) if header else (0, 0),
         "task": span(offsets, offset + len(header), offset + len(header) + len(own)),
     }
     answer = tokenizer.answer(example.reference, config.response_tokens) if response else []
     if response and not answer:
         raise PromptError(f"build_prompt: example {example.id!r} has an empty reference")
-    if not pieces:
+    if not header:
         spans["profile"] = (spans["task"][0], spans["task"][0])
     spans["response"] = (len(ids), len(ids) + len(answer))
     limit = model.cfg.n_ctx
@@ -131,7 +142,7 @@ def build_prompt(
             f"build_prompt: example {example.id!r} takes {len(ids) + len(answer)} tokens, the model's context is "
             f"{limit}; lower profile_tokens, task_tokens or response_tokens in PromptConfig"
         )
-    condition = profile.id if isinstance(profile, User) else profile
+    condition = profile.id if isinstance(profile, User) else "note" if isinstance(profile, Note) else profile
     shown = tuple(document.id for document in documents[: len(pieces)])
     items, begin = [], offset + len(_HEADER)
     for piece in pieces:
@@ -164,7 +175,7 @@ def chat_prompt(model: HookedModel, text: str, turns: Sequence[tuple[str, str]] 
 
 
 def _documents(example: Example, profile: Any, config: PromptConfig) -> tuple[Document, ...]:
-    if profile == "none":
+    if profile == "none" or isinstance(profile, Note):
         return ()
     task = example.task
     if isinstance(profile, User):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,6 +21,7 @@ from dps_lens.evaluation.answers import fluency, measured, text_of, words
 from dps_lens.evaluation.cost import answer_flops
 from dps_lens.evaluation.methods import Asked, Method, Row, Setting, describe, find_method, write
 from dps_lens.evaluation.metrics import lower_is_better, metrics_of, score_example, summary_of
+from dps_lens.evaluation.portraits import Portraits
 from dps_lens.evaluation.result import Evaluation
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.heads import HeadSet
@@ -29,8 +29,6 @@ from dps_lens.model import HookedModel, describe_model
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.sweep import data_digest
-from dps_lens.steering import SteeringVector
-from dps_lens.steering.vector import style_differences
 
 COSTS = ("seconds a token", "FLOPs a token")
 _TIMED = 3
@@ -65,9 +63,11 @@ def evaluate(
     |---|---|
     | `"plain"` | the task input alone |
     | `"rag"` | with the profile: the user's documents that retrieval finds |
+    | `"prompt"` | with the model's own description of the user in place of the profile |
     | `"cad"`, `"cos"`, `"dola"` | rules of `generate`, with the profile |
     | `("dps", scores)`, `("decore", scores)`, `("amplify", scores)`, … | rules of heads, with the profile |
-    | `"stylevector"`, `"rag+stylevector"` | a style vector, without and with the profile |
+    | `"stylevector"`, `"steerx"` | vectors of the user (`style_vector`, `steerx_vector`), without the profile |
+    | `"rag+stylevector"`, `"rag+steerx"` | the same, with the profile |
     | `("dps+cad", scores)`, … | stacks |
 
     Args:
@@ -78,8 +78,8 @@ def evaluate(
         ks: the grid of numbers of heads.
         layers: the grid of a vector's layer; a third, half and two thirds of the way up by default.
         choose_on: the newest so many discovery examples of each user choose; 0 where no method has a choice.
-        vector_examples: the newest so many discovery examples that a style vector is the mean of; those that choose
-            are left out while choosing.
+        vector_examples: the newest so many discovery examples that a vector is made of; those that choose are left
+            out while choosing.
         select: as in `ablation_curve`.
         exclude: as in `ablation_curve`.
         max_examples: the newest so many evaluation examples of each user.
@@ -99,7 +99,7 @@ def evaluate(
     grid = tuple(dict.fromkeys((depth // 3, depth // 2, 2 * depth // 3))) if layers is None else tuple(layers)
     found = {name: find_method(name, asked, strengths, ks, grid) for name, asked in methods.items()}
     families = {name: method.family for name, method in found.items() if method.family is not None}
-    shared = shared_settings("evaluate", families, ablation=None, positions=None, prompt=prompt)
+    shared = shared_settings("evaluate", families, ablation=None, positions="response", prompt=prompt)
     bench = Bench(
         model, list(users), found, tuple(ks), choose_on, vector_examples, select, exclude or {}, max_examples,
         max_new_tokens, shared["prompt"], seed, progress,
@@ -200,16 +200,16 @@ class Bench:
         }
 
     def run(self, folder: RunFolder | None, manifest: dict[str, Any]) -> Evaluation:
-        """Vectors, choice, answers, costs."""
-        differences = self.differences(folder)
-        choice, choices = self.choose(folder, differences)
+        """Choice, answers, costs."""
+        self.portraits = Portraits(self.model, self.users, self.prompt, newest=self.vector_examples, folder=folder)
+        choice, choices = self.choose(folder)
         rows: list[dict[str, Any]] = []
         style = StyleMeasure(self.users)
         for example in self.bar(self.examples, "answering"):
-            chosen = self.rows_of(example, choice, differences)
+            chosen = self.rows_of(example, choice)
             unit = self.unit(folder, f"answer|{example.user_id}|{example.id}", partial(self.answer, example, chosen))
             rows += measured(self.model, example, [row.method.name for row in chosen], unit, style)
-        costs = self.unit(folder, "costs", lambda: self.costs(choice, differences))
+        costs = self.unit(folder, "costs", lambda: self.costs(choice))
         columns = {name: costs[name].tolist() for name in COSTS}
         frame = pd.DataFrame({"method": list(self.defined), **columns})
         return Evaluation(pd.DataFrame(rows), choices, frame, self.task, manifest)
@@ -225,54 +225,26 @@ class Bench:
                 folder.put(key, found)
         return found
 
-    def differences(self, folder: RunFolder | None) -> dict[str, Float[Tensor, "example layer d_model"]]:
-        """By user, what a style vector is the mean of, oldest example first."""
-        if not any(method.rule.vector for method in self.methods.values()):
-            return {}
-        found = {}
-        for user in self.bar(self.users, "style vectors"):
-            most = self.vector_examples and self.vector_examples + self.choose_on
-            examples = self.discovery(user)[-most:] if most else self.discovery(user)
-            units = [self.unit(folder, f"style|{user.id}|{e.id}", partial(self.difference, e)) for e in examples]
-            found[user.id] = torch.stack([unit["style"] for unit in units])
-        return found
+    def rows_of(self, example: Example, settings: Mapping[str, Setting]) -> list[Row]:
+        return [self.row(example, self.defined[name], one) for name, one in settings.items()]
 
-    def difference(self, example: Example) -> dict[str, Tensor]:
-        length = self.max_new_tokens
-        return {"style": style_differences(self.model, [example], prompt=self.prompt, max_new_tokens=length)[0]}
-
-    def vector(self, user: str, layer: int, differences: Mapping[str, Tensor], leave_out: int) -> SteeringVector:
-        """The mean of the newest examples, after those that are left out."""
-        of = differences[user][:, layer]
-        of = of[: len(of) - leave_out] if leave_out else of
-        return SteeringVector(of[-self.vector_examples :].mean(0) if self.vector_examples else of.mean(0), layer)
-
-    def rows_of(
-        self, example: Example, settings: Mapping[str, Setting], differences: Mapping[str, Tensor]
-    ) -> list[Row]:
-        return [self.row(example, self.defined[name], one, differences, 0) for name, one in settings.items()]
-
-    def row(
-        self, example: Example, method: Method, setting: Setting, differences: Mapping[str, Tensor], leave_out: int
-    ) -> Row:
-        """A method with a setting, for the user of an example."""
+    def row(self, example: Example, method: Method, setting: Setting, leave_out: int = 0) -> Row:
+        """A method with a setting, for the user of an example; vectors without the newest discovery examples."""
         heads, vector = HeadSet(), None
         if method.family is not None and setting.k is not None:
             heads = self.ranked[method.name][example.user_id][self.ks.index(setting.k)]
-        if method.rule.vector and setting.layer is not None:
-            vector = self.vector(example.user_id, setting.layer, differences, leave_out)
+        if method.vector and setting.layer is not None:
+            vector = self.portraits.vector(method.vector, example.user_id, setting.layer, leave_out)
         return Row(method, setting, heads, vector)
 
-    def choose(
-        self, folder: RunFolder | None, differences: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Setting], pd.DataFrame]:
+    def choose(self, folder: RunFolder | None) -> tuple[dict[str, Setting], pd.DataFrame]:
         """The setting of every method with the best mean over users, the first of equals; and the whole grid."""
         several = {name: method for name, method in self.defined.items() if len(method.settings) > 1}
         metric = metrics_of(self.task)[0]
         plan = [(name, setting) for name, method in several.items() for setting in method.settings]
         rows = []
         for example in self.bar(self.choosing if several else [], "choosing"):
-            ready = [self.row(example, self.defined[n], one, differences, self.choose_on) for n, one in plan]
+            ready = [self.row(example, self.defined[n], one, self.choose_on) for n, one in plan]
             unit = self.unit(folder, f"choose|{example.user_id}|{example.id}", partial(self.write, example, ready))
             for index, (name, setting) in enumerate(plan):
                 score = score_example(example, text_of(self.model, unit[f"tokens.{index}"]))[metric]
@@ -291,34 +263,37 @@ class Bench:
         return chosen, pd.DataFrame(table)
 
     def write(self, example: Example, rows: Sequence[Row]) -> dict[str, Tensor]:
-        own, none = self.prompts(example)
         length = self.max_new_tokens or self.task.max_new_tokens
-        return {f"tokens.{i}": t for i, t in enumerate(write(self.model, own, none, rows, length))}
+        written = write(self.model, self.prompts(example), rows, length)
+        return {f"tokens.{index}": tokens for index, tokens in enumerate(written)}
 
-    def prompts(self, example: Example) -> tuple[Prompt, Prompt]:
-        own = build_prompt(self.model, example, "own", config=self.prompt)
-        return own, build_prompt(self.model, example, "none", config=self.prompt)
+    def prompts(self, example: Example) -> dict[str, Prompt]:
+        """By what they show, for all methods."""
+        wanted: dict[str, Any] = {"own": "own", "none": "none"}
+        if any(method.shows == "note" for method in self.defined.values()):
+            wanted["note"] = self.portraits.note(example.user_id)
+        return {name: build_prompt(self.model, example, of, config=self.prompt) for name, of in wanted.items()}
 
     def answer(self, example: Example, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Tokens of every row, and how the unsteered model likes them, and what the user wrote, without a profile."""
         found = self.write(example, rows)
-        none = self.prompts(example)[1]
+        none = build_prompt(self.model, example, "none", config=self.prompt)
         answers = [words(self.model, found[f"tokens.{index}"]) for index in range(len(rows))]
         return found | {"fluency": fluency(self.model, none, [*answers, none.response_tokens])}
 
-    def costs(self, choice: Mapping[str, Setting], differences: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def costs(self, choice: Mapping[str, Setting]) -> dict[str, Tensor]:
         """Seconds and FLOPs of a token, prompt included, each method alone on the first example, interleaved."""
         example = self.examples[0]
-        own, none = self.prompts(example)
-        rows = self.rows_of(example, choice, differences)
+        prompts = self.prompts(example)
+        rows = self.rows_of(example, choice)
         seconds = [float("inf")] * len(rows)
         flops = [0.0] * len(rows)
         for _ in range(_TIMED):
             for index, row in enumerate(rows):
                 begun = time.perf_counter()
-                (tokens,) = write(self.model, own, none, [row], self.max_new_tokens or self.task.max_new_tokens)
+                (tokens,) = write(self.model, prompts, [row], self.max_new_tokens or self.task.max_new_tokens)
                 seconds[index] = min(seconds[index], (time.perf_counter() - begun) / len(tokens))
-                shown, without = (len(p.prompt_tokens) for p in (own if row.method.shows else none, none))
+                shown, without = (len(prompts[name].prompt_tokens) for name in (row.method.shows, "none"))
                 total = answer_flops(self.model.cfg, row.method.rule, shown, without, len(tokens))
                 flops[index] = total / len(tokens)
         as_double = (torch.tensor(values, dtype=torch.float64) for values in (seconds, flops))

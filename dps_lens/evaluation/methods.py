@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from jaxtyping import Int
 from torch import Tensor
@@ -16,9 +16,13 @@ from dps_lens.steering import SteeringVector, generate
 from dps_lens.steering.rules import Rule, find_rule
 
 Asked: TypeAlias = str | tuple[str, Family]
-"""`"plain"`, `"rag"`, a rule such as `"cad"`, `"stylevector"`; or a rule of heads with its heads, `("dps", scores)`."""
+"""`"plain"`, `"rag"`, `"prompt"`, a vector, a rule such as `"cad"`; or a rule with its heads, `("dps", scores)`."""
+
+Shown: TypeAlias = Literal["own", "none", "note"]
 
 GREEDY = Rule()
+_SHOWN: dict[str, Shown] = {"plain": "none", "rag": "own", "prompt": "note"}
+VECTORS = {"stylevector": "style", "steerx": "steerx"}
 
 
 @dataclass(frozen=True)
@@ -48,22 +52,29 @@ class Method:
         name: as it is called in the table.
         rule: how it decodes; greedy decoding is a rule without parts.
         rule_name: as `generate` calls it; empty for greedy decoding.
-        shows: the profile is in the prompt.
+        shows: what the prompt holds beside the task: the profile, nothing, or a description of the user.
         family: heads of the rule.
         settings: the grid.
+        vector: `"style"` or `"steerx"`, empty for none.
     """
 
     name: str
     rule: Rule
     rule_name: str
-    shows: bool
+    shows: Shown
     family: Family | None
     settings: tuple[Setting, ...]
+    vector: str = ""
 
     @property
-    def call(self) -> tuple[str, bool]:
+    def call(self) -> tuple[str, str]:
         """Settings of methods that share this are rows of one `generate`."""
         return ("" if self.rule == GREEDY else self.rule_name, self.shows)
+
+
+def is_greedy_or_vector(name: str) -> bool:
+    """A method of its own, not a rule of `generate`."""
+    return name in _SHOWN or name.removeprefix("rag+") in VECTORS
 
 
 def find_method(
@@ -71,21 +82,22 @@ def find_method(
 ) -> Method:
     """A method with its grid.
 
-    `plain` answers greedily without a profile, `rag` with it. `stylevector` adds its vector without a profile,
-    `rag+stylevector` with it. Rules that have no strength (`dola`, entropy γ) have no grid of strengths.
+    `plain` answers greedily without a profile, `rag` with it, `prompt` with a description in its place. `stylevector`
+    and `steerx` add their vector without a profile, `rag+stylevector` and `rag+steerx` with it. Rules that have no
+    strength (`dola`, entropy γ) have no grid of strengths.
 
     Raises:
         EvaluationError: the method is unknown, or lacks its heads.
     """
     rule_name, family = (asked, None) if isinstance(asked, str) else asked
-    if rule_name in ("plain", "rag"):
-        rule, shows = GREEDY, rule_name == "rag"
-    elif rule_name in ("stylevector", "rag+stylevector"):
-        rule, shows, rule_name = find_rule("vector"), rule_name != "stylevector", "vector"
-    else:
-        rule, shows = find_rule(rule_name), True
+    rule, shows, vector = GREEDY, _SHOWN.get(rule_name, "own"), VECTORS.get(rule_name.removeprefix("rag+"), "")
+    if vector:
+        shows = "own" if rule_name.startswith("rag+") else "none"
+        rule, rule_name = find_rule("vector"), "vector"
+    elif rule_name not in _SHOWN:
+        rule = find_rule(rule_name)
         if rule.vector:
-            raise EvaluationError(f"evaluate: method {name!r}: ask for 'stylevector' or 'rag+stylevector'")
+            raise EvaluationError(f"evaluate: method {name!r}: ask for {', '.join(VECTORS)}, or 'rag+stylevector'")
     if rule.needs_heads != (family is not None):
         wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
         raise EvaluationError(f"evaluate: method {name!r} {wanted}")
@@ -98,7 +110,7 @@ def find_method(
         grid = [Setting(one.strength, k) for one in grid for k in ks]
     if rule.vector:
         grid = [Setting(one.strength, None, layer) for one in grid for layer in layers]
-    return Method(name, rule, rule_name, shows, family, tuple(grid))
+    return Method(name, rule, rule_name, shows, family, tuple(grid), vector)
 
 
 @dataclass(frozen=True)
@@ -112,11 +124,18 @@ class Row:
 
 
 def write(
-    model: HookedModel, own: Prompt, none: Prompt, rows: Sequence[Row], max_new_tokens: int
+    model: HookedModel, prompts: Mapping[str, Prompt], rows: Sequence[Row], max_new_tokens: int
 ) -> list[Int[Tensor, " _"]]:
-    """The answers of one example by every row, in order: greedily, by one decoding loop."""
+    """The answers of one example by every row, in order: greedily, by one decoding loop.
+
+    Args:
+        model: a hooked model.
+        prompts: by what they show.
+        rows: methods with settings.
+        max_new_tokens: of an answer.
+    """
     found: dict[int, Tensor] = {}
-    calls: dict[tuple[str, bool], list[int]] = {}
+    calls: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(rows):
         calls.setdefault(row.method.call, []).append(index)
     for (rule_name, shows), members in calls.items():
@@ -130,9 +149,8 @@ def write(
         if rule.vector:
             options["vectors"] = [row.vector for row in chosen]
         if rule.prompt:
-            options |= {"alpha": strengths, "without": [none] * len(chosen)}
-        prompts = [own if shows else none] * len(chosen)
-        written: Any = generate(model, prompts, max_new_tokens=max_new_tokens, **options)
+            options |= {"alpha": strengths, "without": [prompts["none"]] * len(chosen)}
+        written: Any = generate(model, [prompts[shows]] * len(chosen), max_new_tokens=max_new_tokens, **options)
         found |= dict(zip(members, written.tokens, strict=True))
     return [found[index] for index in range(len(rows))]
 
@@ -140,6 +158,11 @@ def write(
 def describe(methods: Mapping[str, Method]) -> dict[str, Any]:
     """Grid and rule of every method, for a manifest."""
     return {
-        name: {"rule": method.rule_name, "profile": method.shows, "grid": [str(one) for one in method.settings]}
+        name: {
+            "rule": method.rule_name,
+            "shows": method.shows,
+            "vector": method.vector,
+            "grid": [str(one) for one in method.settings],
+        }
         for name, method in methods.items()
     }
