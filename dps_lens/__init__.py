@@ -5,6 +5,7 @@ from typing import Any
 
 _API = {
     "DPSLensError": "errors",
+    "Endpoint": "evaluation",
     "Head": "heads",
     "HeadScores": "scores",
     "HeadSet": "heads",
@@ -23,6 +24,7 @@ _API = {
     "export_lora": "steering.lora",
     "generate": "steering",
     "held_out_effects": "analysis",
+    "judge": "evaluation",
     "load_model": "model",
     "load_users": "data",
     "logits_processor": "steering.processor",
