@@ -32,7 +32,7 @@ def scored(tmp_path_factory, model):
 def test_help_answers_at_once_and_names_every_command():
     done = run("--help")
     assert done.returncode == 0
-    for command in ("score", "steer", "demo", "compare", "ablate", "evaluate"):
+    for command in ("score", "steer", "demo", "compare", "ablate", "evaluate", "fetch"):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
     loaded = subprocess.run(

@@ -202,7 +202,7 @@ def test_malformed_lines_and_sources(tmp_path):
         load_users(path)
     with pytest.raises(DataError, match="no file 'nowhere.json'"):
         load_users("nowhere.json")
-    with pytest.raises(DataError, match="download"):
+    with pytest.raises(DataError, match="run: dps-lens fetch lamp-"):
         load_users("lamp-4")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(DataError, match="the Hub could not be read"):

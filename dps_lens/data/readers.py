@@ -8,12 +8,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dps_lens.data.fetch import folder_of
 from dps_lens.data.records import Document, Example, User
 from dps_lens.data.tasks import TASKS, Task, find_task
 from dps_lens.errors import DataError
 
 N_NEWEST = 2
-_LAMP_URL = "https://ciir.cs.umass.edu/downloads/LaMP/{folder}/dev/dev_questions.json"
 _USER_FIELDS = ("user_id", "name", "author", "reviewerId")
 
 
@@ -24,10 +24,10 @@ def load_users(
 
     Args:
         source: `"probe"` (12 built-in users, 3 styles × 4 topics); a LaMP questions file (its outputs are
-            looked for beside it, or given); LongLaMP records or plain documents as JSON lines (or a JSON
-            list); a `datasets.Dataset`; a LongLaMP configuration on the Hub such as
-            `"longlamp/topic_writing_user"`. A plain document is `{"user_id", "text", "title"}` with an
-            optional `"id"` and `"date"`; the newest 2 of each user become evaluation examples.
+            looked for beside it, or given); `"lamp-4"`, once `dps-lens fetch lamp-4` has run; LongLaMP records or
+            plain documents as JSON lines (or a JSON list); a `datasets.Dataset`; a LongLaMP configuration on the
+            Hub such as `"longlamp/topic_writing_user"`. A plain document is `{"user_id", "text", "title"}` with
+            an optional `"id"` and `"date"`; the newest 2 of each user become evaluation examples.
         outputs: the LaMP outputs file, as `{"task", "golds": [{"id", "output"}]}` or the bare list.
         task: a task name, when neither the outputs nor the inputs tell it.
         max_users: stop after so many users.
@@ -35,6 +35,9 @@ def load_users(
     Raises:
         DataError: a file is missing or malformed; the message names file, record and field.
     """
+    if isinstance(source, str) and source.lower().startswith("lamp-") and not Path(source).is_file():
+        fetched = folder_of(source.lower()) / "dev_questions.json"
+        source = fetched if fetched.is_file() else source
     if isinstance(source, (str, Path)):
         name, records = _open(str(source))
     else:
@@ -83,10 +86,7 @@ def _open(source: str) -> tuple[str, list[Any]]:
     if source.lower().startswith("longlamp/"):
         return source, _from_hub(source)
     if source.lower().startswith("lamp-"):
-        url = _LAMP_URL.format(folder="LaMP_2/new" if source[5:] == "2" else f"LaMP_{source[5:]}")
-        raise DataError(
-            f"{source}: download {url} and the outputs file beside it, then load_users('dev_questions.json')"
-        )
+        raise DataError(f"load_users: {source} is not on this machine; run: dps-lens fetch {source.lower()}")
     raise DataError(f"load_users: there is no file {source!r}; give a file, 'probe' or 'longlamp/CONFIG'")
 
 

@@ -1,0 +1,145 @@
+"""Downloads from a real HTTP server: whole, cut off, damaged, or not there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import dps_lens as dps
+from dps_lens.data.fetch import fetch
+from dps_lens.errors import DataError
+
+QUESTION = {
+    "id": "1",
+    "input": "Generate a headline for the following article: It rained.",
+    "profile": [{"id": f"p{index}", "title": f"Title {index}", "text": f"Text {index}."} for index in range(5)],
+}
+FILES = {
+    "/LaMP_4/dev/dev_questions.json": json.dumps([QUESTION]).encode(),
+    "/LaMP_4/dev/dev_outputs.json": json.dumps({"task": "LaMP_4", "golds": [{"id": "1", "output": "Rain"}]}).encode(),
+    "/LaMP_2/new/dev/dev_questions.json": b"<html>moved</html>",
+}
+
+
+class Server:
+    """Serves `FILES` with ranges; `cut` ends the next answers after so many bytes."""
+
+    def __init__(self):
+        self.ranges, self.cut = [], 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                data = FILES.get(self.path)
+                if data is None:
+                    self.send_error(404)
+                    return
+                wanted = self.headers.get("Range")
+                outer.ranges.append((self.path, wanted))
+                start = int(re.match(r"bytes=(\d+)-", wanted)[1]) if wanted else 0
+                self.send_response(206 if wanted else 200)
+                if wanted:
+                    self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                with suppress(OSError):
+                    self.wfile.write(data[start : start + outer.cut] if outer.cut else data[start:])
+                    self.close_connection = True
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server():
+    found = Server()
+    yield found
+    found.http.shutdown()
+    found.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def online(monkeypatch):
+    """The tests run offline; a server on this machine is still there."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_a_task_is_fetched_once_and_loads(server, tmp_path):
+    questions = fetch("lamp-4", to=tmp_path, mirror=server.url)
+    (user,) = dps.load_users(questions)
+    assert user.examples[0].reference == "Rain"
+    assert len(server.ranges) == 2
+    assert fetch("LaMP-4", to=tmp_path, mirror=server.url) == questions
+    assert len(server.ranges) == 2, "both are there"
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_download_goes_on_where_it_stopped(server, tmp_path):
+    part = tmp_path / "dev_questions.json.part"
+    part.write_bytes(FILES["/LaMP_4/dev/dev_questions.json"][:40])
+    questions = fetch("lamp-4", to=tmp_path, mirror=server.url)
+    assert server.ranges[0] == ("/LaMP_4/dev/dev_questions.json", "bytes=40-")
+    assert questions.read_bytes() == FILES["/LaMP_4/dev/dev_questions.json"]
+
+
+def test_a_connection_that_breaks_loses_at_most_a_piece(server, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 16)
+    server.cut = 50
+    with suppress(DataError):  # the client itself goes on a few times
+        fetch("lamp-4", to=tmp_path, mirror=server.url)
+    server.cut = 0
+    questions = fetch("lamp-4", to=tmp_path, mirror=server.url)
+    assert questions.read_bytes() == FILES["/LaMP_4/dev/dev_questions.json"]
+    starts = [int(asked[6:-1]) for path, asked in server.ranges if asked and path.endswith("questions.json")]
+    assert starts
+    assert min(starts) == 48, "three pieces of 16 bytes came"
+
+
+def test_a_damaged_file_is_fetched_again(server, tmp_path):
+    questions = fetch("lamp-4", to=tmp_path, mirror=server.url)
+    whole = questions.read_bytes()
+    questions.write_bytes(whole[:-30])
+    fetch("lamp-4", to=tmp_path, mirror=server.url)
+    assert questions.read_bytes() == whole
+    assert len(server.ranges) == 3
+
+
+def test_what_cannot_be_fetched_says_why(server, tmp_path):
+    with pytest.raises(DataError, match="is not JSON"):
+        fetch("lamp-2", to=tmp_path, mirror=server.url)
+    assert not list(tmp_path.iterdir()), "nothing that would load later"
+    with pytest.raises(DataError, match=r"LaMP_3/dev/dev_questions.json could not be read .*404"):
+        fetch("lamp-3", to=tmp_path, mirror=server.url)
+    with pytest.raises(DataError, match="could not be read .*run the same again to go on, or put the files there"):
+        fetch("lamp-4", to=tmp_path, mirror="http://127.0.0.1:9")
+    for name, split in (("lamp-8", "dev"), ("lamp-4", "test"), ("longlamp", "dev")):
+        with pytest.raises(DataError, match="use lamp-1 to lamp-7, 'dev' or 'train'"):
+            fetch(name, split=split, to=tmp_path)
+
+
+def test_a_fetched_task_loads_by_name(server, tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "dps_lens.cli", "fetch", "lamp-4", "--mirror", server.url]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("data/lamp-4/dev_questions.json")
+    load = "import dps_lens as dps; print(dps.load_users('lamp-4')[0].examples[0].reference)"
+    loaded = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "Rain"
+    empty = environment | {"XDG_CACHE_HOME": str(tmp_path / "empty")}
+    missing = subprocess.run([sys.executable, "-c", load], env=empty, capture_output=True, text=True, check=False)
+    assert "run: dps-lens fetch lamp-4" in missing.stderr
