@@ -43,7 +43,6 @@ def main() -> None:
     for corpus in ("govblog", "acl", *(("topics",) if arguments.topics else ())):
         users = found.users[corpus] if corpus in found.users else dps.load_users(arguments.topics)
         done = evaluation(found, corpus, users, arguments.out / corpus)
-        done.save(arguments.out / corpus)
         parts.append(f"## {corpus}\n\n{metrics(done)}\n\n{chosen(done)}\n")
         (arguments.out / "results.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -52,11 +51,11 @@ def evaluation(e: Experiment, corpus: str, users: list[dps.data.User], out: Path
     """All methods on one corpus; users with too few discovery examples for a style vector are left out."""
     users = [user for user in users if len(user.discovery_examples()) > 1]
     heads: dict[str, Any] = {name: scores.top(K) for name, scores in e.refs().items() if scores.defined}
-    heads["Preference Heads"] = e.scores(corpus) if corpus in e.users else by_others(e, users)
-    ranked = by_others(e, users) if corpus != "acl" else dict.fromkeys((u.id for u in users), e.scores("acl").top(K))
+    scores = e.scores("acl" if corpus == "acl" else "govblog")
+    heads["Preference Heads"] = {user.id: scores.without({user.id}).top(K) for user in users}
     heads["random heads"] = {
-        user: random_heads(e.model, of, match="nearest", seed=draw_seed(0, index))
-        for index, (user, of) in enumerate(ranked.items())
+        user: random_heads(e.model, chosen, match="nearest", seed=draw_seed(0, index))
+        for index, (user, chosen) in enumerate(heads["Preference Heads"].items())
     }
     methods: dict[str, Any] = {"plain": "plain", "rag": "rag", "prompt": "prompt", "cad": "cad", "dola": "dola"}
     methods |= {f"dps, {name}": ("dps", of) for name, of in heads.items() if name != "function_vector"}
@@ -82,12 +81,6 @@ def evaluation(e: Experiment, corpus: str, users: list[dps.data.User], out: Path
         prompt=PROMPT,
         out=out,
     )
-
-
-def by_others(e: Experiment, users: list[dps.data.User]) -> dict[str, dps.HeadSet]:
-    """Each blogger's heads, chosen by the others on their headlines."""
-    scores = e.scores("govblog")
-    return {user.id: scores.without({user.id}).top(K) for user in users}
 
 
 def metrics(done: Evaluation) -> str:

@@ -336,6 +336,8 @@ def test_evaluate_names_the_field_that_is_wrong(model, tmp_path):
     assert "not valid YAML" in run("evaluate", "--config", config, "--out", tmp_path / "out").stderr
     done = run("evaluate", "--out", tmp_path / "out", "--model", model, "--methods", "dps")
     assert "method 'dps' needs the scores of 'dps-lens score'; give --run" in done.stderr
+    done = run("evaluate", "--out", tmp_path / "out", "--model", model, "--methods", "cad:induction")
+    assert "method 'cad:induction': cad takes no heads" in done.stderr
     done = run("evaluate", "--out", tmp_path / "out", "--model", model, "--strengths", "much")
     assert "evaluate: strengths.0: Input should be a valid number" in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,12 +10,16 @@ import toy
 from torch.utils.flop_counter import FlopCounterMode
 
 import dps_lens as dps
-from dps_lens.data import Example, Note, User
+from dps_lens.data import Document, Example, Note, User
+from dps_lens.data.tasks import TASKS
 from dps_lens.errors import EvaluationError, ScoreError
 from dps_lens.evaluation import Evaluation, bench, evaluate, rouge
 from dps_lens.evaluation.cost import answer_flops, forward_flops
+from dps_lens.evaluation.portraits import Portraits
 from dps_lens.heads import Head, HeadSet
+from dps_lens.scores import HeadScores
 from dps_lens.steering.rules import find_rule
+from dps_lens.steering.steerx import NothingDrivenError
 from dps_lens.steering.vector import SteeringVector, style_differences
 
 HEADS = HeadSet.parse("L1H2,L0H1,L2H0")
@@ -117,6 +121,7 @@ def test_fluency_is_the_plain_models_nll_without_a_profile(evaluated, llama, pro
     assert rows.loc["plain", "NLL"] == pytest.approx(nll(words), abs=1e-4)
     assert rows.loc["plain", "tokens"] == len(words)
     assert rows.loc["reference", "NLL"] == pytest.approx(nll(prompt.response_tokens), abs=1e-4)
+    assert rows.loc["reference", "tokens"] == 6, "no longer than an answer may be"
 
 
 def test_the_table_and_its_differences(evaluated):
@@ -185,11 +190,11 @@ def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
     whole = dps.evaluate(llama.hooked, probe[:2], methods, **options)
     calls, stops, real = [], [True], bench.write
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         if len(calls) == 3 and stops:
             raise KeyboardInterrupt
         calls.append(len(arguments[2]))
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(bench, "write", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -200,11 +205,15 @@ def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
     assert calls[3:] == [2] + [1] * 6, "the answers of the second, then three rounds of costs"
     pd.testing.assert_frame_equal(resumed.rows, whole.rows)
     calls.clear()
-    monkeypatch.setattr(bench, "write", lambda *_: pytest.fail("everything is there"))
+    monkeypatch.setattr(bench, "write", lambda *_, **__: pytest.fail("everything is there"))
     again = dps.evaluate(llama.hooked, probe[:2], methods, out=tmp_path, **options)
     pd.testing.assert_frame_equal(again.costs, resumed.costs)
+    pd.testing.assert_frame_equal(Evaluation.load(tmp_path).rows, whole.rows)
     with pytest.raises(dps.DPSLensError, match="made with other settings: .*methods was"):
         dps.evaluate(llama.hooked, probe[:2], {"rag": "rag"}, out=tmp_path, **options)
+    turned = dict(reversed(methods.items()))
+    with pytest.raises(dps.DPSLensError, match="made with other settings: order was"):
+        dps.evaluate(llama.hooked, probe[:2], turned, out=tmp_path, **options)
 
 
 def test_a_profile_helps_where_it_is_known_to(toy_model, toy_users):
@@ -239,9 +248,10 @@ def test_flops_are_those_that_torch_counts(llama):
     assert whole == forward_flops(cfg, 20, 0, 8)
     # Two branches share the prompt, a prompt without profile is one more.
     step = forward_flops(cfg, 8, 12, 8)
-    assert answer_flops(cfg, find_rule("dps"), 13, 7, 8) == pytest.approx(whole + step)
+    assert answer_flops(cfg, find_rule("dps"), 0.5, 13, 7, 8) == pytest.approx(whole + step)
+    assert answer_flops(cfg, find_rule("dps"), -1.0, 13, 7, 8) == pytest.approx(whole)
     without = forward_flops(cfg, 6, 0, 0) + forward_flops(cfg, 8, 6, 8)
-    assert answer_flops(cfg, find_rule("cad"), 13, 7, 8) == pytest.approx(whole + without)
+    assert answer_flops(cfg, find_rule("cad"), 0.5, 13, 7, 8) == pytest.approx(whole + without)
 
 
 def test_costs_name_every_method(evaluated):
@@ -265,8 +275,17 @@ def test_bad_input_says_what_to_do(llama, probe):
         run({"x": "vector"})
     with pytest.raises(dps.DPSLensError, match="'nonsense' is unknown"):
         run({"x": "nonsense"})
-    with pytest.raises(EvaluationError, match="several settings and choose_on=0"):
+    with pytest.raises(EvaluationError, match=r"nothing to choose them on \(choose_on=0, .*or raise choose_on"):
         run({"x": "cad"}, strengths=(0.5, 1.0))
+    with pytest.raises(EvaluationError, match="'x' has no setting"):
+        run({"x": "cad"}, strengths=())
+    with pytest.raises(EvaluationError, match="layer 99 is not in this model of 3 layers"):
+        run({"x": "stylevector"}, layers=(99,))
+    with pytest.raises(EvaluationError, match="'reference' is what the user wrote"):
+        run({"reference": "rag"})
+    for name in ("max_examples", "max_new_tokens", "vector_examples"):
+        with pytest.raises(EvaluationError, match="are at least 1"):
+            run({"x": "rag"}, **{name: 0})
     with pytest.raises(EvaluationError, match="at least one user and one method"):
         run({})
     bare = User("bare", users[0].task, users[0].history[:2], users[0].examples)
@@ -275,3 +294,67 @@ def test_bad_input_says_what_to_do(llama, probe):
     scores = dps.score_heads(model, users, discovery="labelled", prompt=PROMPT, max_examples=1, progress=False)
     with pytest.raises(ScoreError, match="evaluate"):
         run({"dps": ("dps", scores)})
+
+
+def test_empty_answers_leave_the_pair_out():
+    """User b's first answer of `x` is empty: it has no NLL, and its partner does not count either."""
+    rows = [("a", "1", "rag", 1.0), ("b", "1", "rag", 9.0), ("b", "2", "rag", 3.0)]
+    rows += [("a", "1", "x", 2.0), ("b", "1", "x", math.nan), ("b", "2", "x", 5.0)]
+    frame = pd.DataFrame(rows, columns=["user", "example", "method", "NLL"])
+    found = Evaluation(frame, pd.DataFrame(), pd.DataFrame(), TASKS["lamp-4"])
+    (row,) = found.differences("rag").to_dict("records")
+    assert (row["metric"], row["mean"]) == ("NLL", pytest.approx((1 + 2) / 2))
+    assert row["high"] - row["mean"] == pytest.approx(12.7062 * 0.5, rel=1e-4), "two users"
+    nobody = Evaluation(frame.assign(NLL=math.nan), pd.DataFrame(), pd.DataFrame(), TASKS["lamp-4"])
+    assert nobody.differences("rag")["mean"].isna().all()
+
+
+def test_families_that_the_model_does_not_show_are_left_out(llama, probe):
+    shape = (1, llama.hooked.cfg.n_layers, llama.hooked.cfg.n_heads)
+    manifest = {"reason": "recalled 2 of 40 needles"}
+    undefined = HeadScores(torch.full(shape, torch.nan), example_ids=["0"], user_ids=[""], manifest=manifest)
+    with pytest.warns(UserWarning, match="method 'decore' is left out: recalled 2 of 40 needles"):
+        found = dps.evaluate(llama.hooked, probe[:2], {"rag": "rag", "decore": ("decore", undefined)}, **ONE, **OPTIONS)
+    assert found.methods == ("rag", "reference")
+    assert found.manifest["undefined"] == {"decore": "recalled 2 of 40 needles"}
+
+
+def test_what_is_left_out_while_choosing_is_in_no_profile(llama, probe):
+    """Undated histories: an older example's profile holds newer documents, but not those that choose."""
+    user = probe[0]
+    undated = User(user.id, user.task, tuple(Document(d.id, d.fields) for d in user.history), user.examples)
+    assert any(undated.discovery_examples()[-1].id in {d.id for d in e.profile} for e in undated.discovery_examples())
+    portraits = Portraits(llama.hooked, [undated], PROMPT, newest=3)
+    newest = undated.discovery_examples()[-1].id
+    kept = portraits._examples(undated.id, 1)
+    assert len(kept) == 3
+    assert all(newest not in {example.id, *(d.id for d in example.profile)} for example in kept)
+    assert [example.id for example in portraits._examples(undated.id, 0)][-1] == newest
+
+
+def test_users_without_preference_driven_tokens_are_not_steered(llama, probe, monkeypatch):
+    from dps_lens.evaluation import portraits
+
+    def nothing(*_, **__):
+        raise NothingDrivenError("none")
+
+    monkeypatch.setattr(portraits, "steerx_vectors", nothing)
+    found = Portraits(llama.hooked, probe[:1], PROMPT).vector("steerx", probe[0].id, 1)
+    assert not found.values.any()
+
+
+def test_closed_tasks_have_no_style_and_their_own_metrics(llama):
+    documents = tuple(Document(str(index), {"text": f"Text {index}.", "score": "4"}) for index in range(5))
+    asked = "What is the score of the following review on a scale of 1 to 5? review: It was fine."
+    task = TASKS["lamp-3"]
+
+    def user(name, answer):
+        return User(name, task, documents, (Example(f"{name}1", name, task, asked, answer, documents),))
+
+    found = dps.evaluate(llama.hooked, [user("a", "4"), user("b", "2")], {"rag": "rag"}, **ONE, **OPTIONS)
+    assert found.metrics == ("MAE", "RMSE", "NLL", "repeated", "tokens")
+    table = found.to_frame().set_index(["method", "metric"])
+    # A random model writes no number: 3 away from 4 and from 2.
+    assert table.loc[("rag", "MAE"), "mean"] == table.loc[("rag", "RMSE"), "mean"] == 3.0
+    with pytest.raises(EvaluationError, match="example 'a1': its answer 'good' is no number"):
+        dps.evaluate(llama.hooked, [user("a", "good")], {"rag": "rag"}, **ONE, **OPTIONS)

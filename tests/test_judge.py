@@ -101,6 +101,7 @@ def test_a_fair_judge(server, endpoint, answered, probe):
     assert table.loc[("long", "style"), "mean"] == 1.0
     assert table.loc[("long", "style"), "agreement"] == 1.0
     assert table.loc[("same", "style"), "mean"] == 0.0
+    assert np.isnan(table.loc[("same", "style"), "agreement"]), "never asked about"
     assert found.position_bias()["mean"] == 0.0
     assert len(server.asked) == endpoint.calls == 4 * 2, "four pairs in both orders; equal answers are not asked about"
     for body in server.asked:
@@ -127,6 +128,7 @@ def test_a_judge_that_prefers_the_first_answer_decides_nothing(server, endpoint,
     assert table.loc["fluency", "mean"] == 0.0
     assert table.loc["fluency", "agreement"] == 0.0
     assert found.position_bias()["mean"] == 1.0
+    assert run(answered, probe, endpoint).position_bias()["mean"] == 1.0, "free ties do not dilute it"
 
 
 def test_replies_that_are_not_valid_are_asked_for_again(server, endpoint, answered, probe):
@@ -205,7 +207,7 @@ def test_a_budget_ends_the_run_with_what_is_done(server, answered, probe, tmp_pa
     poor = dps.Endpoint("judge", base_url=server.url, cache=tmp_path, max_calls=5)
     with pytest.warns(UserWarning, match="5 calls were made, as many as max_calls allows"):
         found = run(answered, probe, poor, methods=["long"])
-    assert found.unfinished == 2
+    assert found.unfinished == 2, "nothing after it, free ties neither"
     assert len(found.rows) == 2 * 2 * len(CRITERIA)
     richer = dps.Endpoint("judge", base_url=server.url, cache=tmp_path)
     assert run(answered, probe, richer, methods=["long"]).unfinished == 0
@@ -216,7 +218,15 @@ def test_intervals_are_over_users():
     rows = [("a", "1", 1), ("a", "2", 1), ("b", "1", 0), ("c", "1", -1)]
     frame = pd.DataFrame(
         [
-            {"user": u, "example": e, "method": "m", "criterion": "style", "first": first, "verdict": float(value)}
+            {
+                "user": u,
+                "example": e,
+                "method": "m",
+                "criterion": "style",
+                "first": first,
+                "asked": True,
+                "verdict": float(value),
+            }
             for u, e, value in rows
             for first in (1, 0)
         ]
@@ -225,6 +235,8 @@ def test_intervals_are_over_users():
     assert row["mean"] == 0.0
     assert row["high"] == pytest.approx(4.302653 * 1 / np.sqrt(3), rel=1e-5)
     assert row["agreement"] == 1.0
+    empty = Verdicts(frame[:0], 4)
+    assert np.isnan(empty.position_bias()["mean"])
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,8 @@ def test_logits_written_over_those_before_are_the_same(tiny):
     model, passes = tiny.hooked, [TOKENS[:, :8], TOKENS, TOKENS[:, 3:9]]
     with torch.inference_mode(), reused_logits(model):
         found = [model(tokens, return_type="logits").clone() for tokens in passes]
+        places = {model(TOKENS, return_type="logits").data_ptr() for _ in range(3)}
+    assert len(places) == 1
     for tokens, logits in zip(passes, found, strict=True):
         torch.testing.assert_close(logits, model(tokens, return_type="logits"))
     assert not any("forward" in vars(m) for m in components(model).values() if isinstance(m, torch.nn.Linear))

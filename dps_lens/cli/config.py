@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from dps_lens.cli.options import METHODS
 from dps_lens.errors import EvaluationError
 
 
@@ -16,11 +17,13 @@ class EvaluateConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = "smollm2-135m"
+    device: str | None = None
+    dtype: str = "auto"
     users: str = "probe"
     outputs: Path | None = None
     max_users: int | None = Field(None, ge=1)
     run: Path | None = None
-    methods: tuple[str, ...] = ("plain", "rag", "cad", "dps", "dps:random", "stylevector")
+    methods: tuple[str, ...] = METHODS
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
     ks: tuple[int, ...] = (10,)
     layers: tuple[int, ...] | None = None

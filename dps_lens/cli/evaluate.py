@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model
-from dps_lens.cli.options import Device, Dtype
+from dps_lens.cli.checks import check_same_model, with_discovery
+from dps_lens.cli.options import METHODS, Device
 from dps_lens.cli.tables import print_evaluation
 
 if TYPE_CHECKING:
     from dps_lens.cli.config import EvaluateConfig
-
-_METHODS = "plain,rag,cad,dps,dps:random,stylevector"
+    from dps_lens.data import User
+    from dps_lens.heads import HeadSet
+    from dps_lens.scores import HeadScores
 
 
 @app.command()
@@ -34,7 +35,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="plain, rag, prompt, cad, cos, dola, stylevector, steerx, rag+stylevector, rag+steerx, or RULE:FAMILY "
-            f"such as dps:preference, dps:induction, decore:retrieval, dps:random. Default: {_METHODS}."
+            f"such as dps:preference, dps:induction, decore:retrieval, dps:random. Default: {','.join(METHODS)}."
         ),
     ] = None,
     strengths: Annotated[str | None, typer.Option(help="Grid of γ and α (0.25,0.5,1).")] = None,
@@ -47,7 +48,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Of folds and random heads (0).")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="As in the other commands.")] = None,
     device: Device = None,
-    dtype: Dtype = "auto",
+    dtype: Annotated[str | None, typer.Option(help="auto (the default), float32, bfloat16 or float16.")] = None,
     force: Annotated[bool, typer.Option(help="Drop what the run folder holds.")] = False,
 ) -> None:
     """Compare ways to answer as the user would: metrics with intervals, settings chosen on discovery examples."""
@@ -58,15 +59,17 @@ def evaluate(
     given = {
         "run": run, "users": users, "outputs": outputs, "max_users": max_users, "methods": methods,
         "strengths": strengths, "ks": ks, "layers": layers, "choose_on": choose_on, "held_out": held_out,
-        "max_new_tokens": max_new_tokens, "baseline": baseline, "seed": seed, "model": model,
+        "max_new_tokens": max_new_tokens, "baseline": baseline, "seed": seed, "model": model, "device": device,
+        "dtype": dtype,
     }  # fmt: skip
     wanted = read_config(config, {name: value for name, value in given.items() if value is not None})
-    loaded = dps.load_model(wanted.model, device=device, dtype=dtype)
+    loaded = dps.load_model(wanted.model, device=wanted.device, dtype=wanted.dtype)
     people = dps.load_users(wanted.users, outputs=wanted.outputs, max_users=wanted.max_users)
+    people = with_discovery(people) if people[0].task.has_pairs else people
     found = dps.evaluate(
         loaded,
         people,
-        _methods(wanted, loaded, [user.id for user in people]),
+        _methods(wanted, loaded, people),
         strengths=wanted.strengths,
         ks=wanted.ks,
         layers=wanted.layers,
@@ -77,47 +80,65 @@ def evaluate(
         out=out,
         force=force,
     )
-    found.save(out)
     found.rows.to_csv(out / "answers.csv", index=False)
     write_text(out / "config.yaml", wanted.as_yaml())
     print_evaluation(found, wanted.baseline or ("rag" if "rag" in found.methods else found.methods[0]))
     typer.echo(f"answers.csv, evaluation.json and config.yaml are in {out}")
 
 
-def _methods(wanted: "EvaluateConfig", model: Any, users: list[str]) -> Mapping[str, Any]:
+def _methods(wanted: "EvaluateConfig", model: Any, users: "list[User]") -> Mapping[str, Any]:
     """Methods by name; families are made where a method asks for them."""
-    import dps_lens as dps
     from dps_lens.errors import EvaluationError
     from dps_lens.evaluation.methods import is_greedy_or_vector
-    from dps_lens.families import draw_seed
     from dps_lens.steering.rules import find_rule
 
-    made: dict[str, Any] = {}
-
-    def family(method: str, name: str) -> Any:
-        if name in made:
-            return made[name]
-        if name in ("preference", "random"):
-            if wanted.run is None:
-                raise EvaluationError(f"evaluate: method {method!r} needs the scores of 'dps-lens score'; give --run")
-            made["preference"] = made.get("preference") or dps.HeadScores.load(wanted.run)
-            check_same_model("evaluate", made["preference"], model)
-            if name == "random":
-                if len(wanted.ks) > 1:
-                    raise EvaluationError("evaluate: random heads are matched to sets of one size; give one K")
-                like = made["preference"].top(wanted.ks[0])
-                draws = {user: draw_seed(wanted.seed, number) for number, user in enumerate(users)}
-                made["random"] = {
-                    user: dps.random_heads(model, like, match="nearest", seed=draw) for user, draw in draws.items()
-                }
-            return made[name]
-        made.update(dps.reference_heads(model, [name]))
-        return made[name]
-
+    families = _Families(wanted, model, users)
     found: dict[str, Any] = {}
     for method in wanted.methods:
-        rule, _, name = method.partition(":")
-        found[method] = rule
-        if not is_greedy_or_vector(rule) and find_rule(rule).needs_heads:
-            found[method] = (rule, family(method, name or ("retrieval" if rule == "decore" else "preference")))
+        rule, _, family = method.partition(":")
+        takes = not is_greedy_or_vector(rule) and find_rule(rule).needs_heads
+        if family and not takes:
+            raise EvaluationError(f"evaluate: method {method!r}: {rule} takes no heads")
+        usual = "retrieval" if rule == "decore" else "preference"
+        found[method] = (rule, families.of(method, family or usual)) if takes else rule
     return found
+
+
+class _Families:
+    """Heads by the name of their family, made once."""
+
+    def __init__(self, wanted: "EvaluateConfig", model: Any, users: "list[User]") -> None:
+        self._wanted, self._model, self._users = wanted, model, users
+        self._made: dict[str, Any] = {}
+
+    def of(self, method: str, name: str) -> Any:
+        import dps_lens as dps
+        from dps_lens.errors import EvaluationError
+
+        if name in ("preference", "random") and self._wanted.run is None:
+            raise EvaluationError(f"evaluate: method {method!r} needs the scores of 'dps-lens score'; give --run")
+        if name not in self._made:
+            if name == "preference":
+                self._made[name] = dps.HeadScores.load(str(self._wanted.run))
+                check_same_model("evaluate", self._made[name], self._model)
+            elif name == "random":
+                self._made[name] = self._random(self.of(method, "preference"))
+            else:
+                self._made.update(dps.reference_heads(self._model, [name]))
+        return self._made[name]
+
+    def _random(self, scores: "HeadScores") -> "dict[str, HeadSet]":
+        """For every user, other heads of the layers of the Preference Heads that the user is tested with."""
+        import dps_lens as dps
+        from dps_lens.analysis.rankings import rankings
+        from dps_lens.errors import EvaluationError
+        from dps_lens.families import draw_seed
+
+        ks, seed = self._wanted.ks, self._wanted.seed
+        if len(ks) > 1:
+            raise EvaluationError("evaluate: random heads are matched to sets of one size; give one K")
+        tested = rankings("evaluate", {"preference": scores}, self._users, ks, seed=seed)[0]["preference"]
+        return {
+            user: dps.random_heads(self._model, like, match="nearest", seed=draw_seed(seed, number))
+            for number, (user, (like,)) in enumerate(tested.items())
+        }

@@ -17,6 +17,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Branches a batch; chosen by device when not given.")]
 
 
+METHODS = ("plain", "rag", "cad", "dps", "dps:random", "stylevector")
+"""What `evaluate` compares by default."""
+
+
 class Discovery(str, Enum):
     history = "history"
     labelled = "labelled"

@@ -73,6 +73,8 @@ def steer(
     from dps_lens.steering.rules import find_rule
 
     found = find_rule(rule)
+    if found.vector:
+        raise SteeringError("steer: vectors are made in Python: dps.generate(…, rule='vector', vectors=…)")
     if sum((prompt is not None, requests is not None, chat)) > 1:
         raise SteeringError("steer: give one of a text, --requests and --chat")
     own_heads = requests is not None and run is None

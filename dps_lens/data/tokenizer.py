@@ -3,10 +3,20 @@
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from dps_lens.errors import PromptError
 from dps_lens.model import HookedModel
 
 _ANSWER = "\n\nAnswer:"
+
+
+def without_special(model: HookedModel, tokens: Int[Tensor, " pos"]) -> Int[Tensor, " _"]:
+    """Ids without those of special tokens, such as the ones that end an answer."""
+    special = torch.tensor(sorted({*model.tokenizer.all_special_ids}), dtype=tokens.dtype, device=tokens.device)
+    return tokens[~torch.isin(tokens, special)]
 
 
 Offsets: TypeAlias = list[tuple[int, int] | None]

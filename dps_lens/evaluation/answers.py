@@ -8,6 +8,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from dps_lens.data import Example, Prompt
+from dps_lens.data.tokenizer import without_special
 from dps_lens.evaluation.metrics import score_example
 from dps_lens.evaluation.result import REFERENCE
 from dps_lens.evaluation.style import StyleMeasure
@@ -15,41 +16,35 @@ from dps_lens.model import HookedModel, Runner, native_attention
 from dps_lens.scoring.branches import token_losses
 
 
-def words(model: HookedModel, tokens: Int[Tensor, " pos"]) -> Int[Tensor, " _"]:
-    """An answer without the tokens that end it."""
-    special = torch.tensor(sorted({*model.tokenizer.all_special_ids}), dtype=tokens.dtype)
-    return tokens[~torch.isin(tokens, special)]
-
-
 def text_of(model: HookedModel, tokens: Int[Tensor, " pos"]) -> str:
     """An answer as text."""
-    return model.tokenizer.decode(words(model, tokens)).strip()
+    return model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def measured(
-    model: HookedModel, example: Example, methods: Sequence[str], unit: Mapping[str, Tensor], style: StyleMeasure
+    model: HookedModel,
+    example: Example,
+    answers: Mapping[str, Int[Tensor, " _"]],
+    nlls: Sequence[float],
+    style: StyleMeasure | None,
 ) -> list[dict[str, Any]]:
-    """A row for every method's answer to an example, and one for what the user wrote.
+    """A row for every answer to an example.
 
     Args:
         model: its tokenizer is used.
         example: what was asked.
-        methods: names, in the order of the answers.
-        unit: `tokens.0`, `tokens.1`, …, and `fluency` of each and of what the user wrote.
-        style: of the users.
+        answers: method → tokens; what the user wrote, as long as an answer may be, under `"reference"`.
+        nlls: `fluency` of each.
+        style: of the users; None where answers come from a closed set.
     """
-    about: dict[str, Any] = {"user": example.user_id, "example": example.id}
     found = []
-    for index, (method, nll) in enumerate(zip([*methods, REFERENCE], unit["fluency"].tolist(), strict=True)):
-        if method == REFERENCE:
-            text, scores = example.reference, {}
-            tokens = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            text, tokens = text_of(model, unit[f"tokens.{index}"]), words(model, unit[f"tokens.{index}"]).tolist()
-            scores = score_example(example, text)
-        row = about | {"method": method, "text": text, "reference": example.reference, **scores}
-        row |= {"style": style(example.user_id, text), "NLL": nll, "repeated": repeated(tokens), "tokens": len(tokens)}
-        found.append(row)
+    for (method, tokens), nll in zip(answers.items(), nlls, strict=True):
+        text, ids = text_of(model, tokens), without_special(model, tokens).tolist()
+        row: dict[str, Any] = {"user": example.user_id, "example": example.id, "method": method, "text": text}
+        row["reference"] = example.reference
+        row |= {} if method == REFERENCE else score_example(example, text)
+        row |= {} if style is None else {"style": style(example.user_id, text)}
+        found.append(row | {"NLL": nll, "repeated": repeated(ids), "tokens": len(ids)})
     return found
 
 

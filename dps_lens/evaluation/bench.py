@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import pandas as pd
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,13 +18,14 @@ from dps_lens.analysis.ablation import check_held_out
 from dps_lens.analysis.rankings import Rankings, Select, rankings
 from dps_lens.analysis.set_sweep import shared_settings
 from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
+from dps_lens.data.tokenizer import PromptTokenizer, without_special
 from dps_lens.errors import EvaluationError
-from dps_lens.evaluation.answers import fluency, measured, text_of, words
+from dps_lens.evaluation.answers import fluency, measured, text_of
 from dps_lens.evaluation.cost import answer_flops
 from dps_lens.evaluation.methods import Asked, Method, Row, Setting, describe, find_method, write
-from dps_lens.evaluation.metrics import lower_is_better, metrics_of, score_example, summary_of
+from dps_lens.evaluation.metrics import check_reference, lower_is_better, metrics_of, score_example, summary_of
 from dps_lens.evaluation.portraits import Portraits
-from dps_lens.evaluation.result import Evaluation
+from dps_lens.evaluation.result import REFERENCE, Evaluation
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel, describe_model
@@ -80,19 +83,19 @@ def evaluate(
         choose_on: the newest so many discovery examples of each user choose; 0 where no method has a choice.
         vector_examples: the newest so many discovery examples that a vector is made of; those that choose are left
             out while choosing.
-        select: as in `ablation_curve`.
+        select: as in `ablation_curve`; with `"user"`, heads are ranked by the discovery examples that also choose.
         exclude: as in `ablation_curve`.
         max_examples: the newest so many evaluation examples of each user.
         max_new_tokens: by default what the task needs.
         prompt: how prompts are built; by default as for the scores.
         seed: of the folds that select heads.
-        out: a run folder; a run that is started again there resumes.
+        out: a run folder, where the evaluation is saved; a run that is started again there resumes.
         force: drop what `out` holds.
         progress: show progress bars.
 
     Raises:
-        EvaluationError: users of several tasks, an unknown method, nothing to choose on, or a reference that is not
-            of the task's form.
+        EvaluationError: users of several tasks, an unknown method, nothing to choose on, a layer outside the model, or
+            a reference that is not of the task's form.
         ScoreError: as `ablation_curve`.
     """
     depth = model.cfg.n_layers
@@ -105,7 +108,13 @@ def evaluate(
         max_new_tokens, shared["prompt"], seed, progress,
     )  # fmt: skip
     manifest = bench.fingerprint()
-    return bench.run(RunFolder(out, manifest, force=force) if out is not None else None, manifest)
+    folder = RunFolder(out, manifest, force=force) if out is not None else None
+    if out is not None:
+        Evaluation.remove(out)
+    evaluation = bench.run(folder, manifest)
+    if out is not None:
+        evaluation.save(out)
+    return evaluation
 
 
 @dataclass
@@ -129,30 +138,53 @@ class Bench:
     def __post_init__(self) -> None:
         if not self.users or not self.methods:
             raise EvaluationError("evaluate: give at least one user and one method")
+        limits = (self.max_examples, self.max_new_tokens, self.vector_examples)
+        if self.choose_on < 0 or any(limit is not None and limit < 1 for limit in limits):
+            raise EvaluationError(
+                "evaluate: choose_on is not negative; max_examples, max_new_tokens and vector_examples are at least 1"
+            )
         tasks = sorted({user.task.name for user in self.users})
         if len(tasks) > 1:
             raise EvaluationError(f"evaluate: users of several tasks ({', '.join(tasks)}); evaluate one at a time")
         self.task = self.users[0].task
+        self._check_methods()
+        self._check_users()
+
+    def _check_methods(self) -> None:
+        if REFERENCE in self.methods:
+            raise EvaluationError(f"evaluate: {REFERENCE!r} is what the user wrote; call the method something else")
+        for name, method in self.methods.items():
+            if not method.settings:
+                raise EvaluationError(f"evaluate: method {name!r} has no setting; give a strength, K and layer")
+            if len(method.settings) > 1 and not (self.choose_on and self.task.has_pairs):
+                raise EvaluationError(
+                    f"evaluate: method {name!r} has several settings and nothing to choose them on "
+                    f"(choose_on={self.choose_on}, task {self.task.name}); give one strength, K and layer"
+                    + (", or raise choose_on" if self.task.has_pairs else "")
+                )
+            outside = [one.layer for one in method.settings if one.layer not in (None, *range(self.model.cfg.n_layers))]
+            if outside:
+                raise EvaluationError(
+                    f"evaluate: layer {outside[0]} is not in this model of {self.model.cfg.n_layers} layers"
+                )
+
+    def _check_users(self) -> None:
+        methods = self.methods.values()
+        least = self.choose_on * any(len(method.settings) > 1 for method in methods)
+        least += any(method.vector for method in methods)
         for user in self.users:
             if not user.examples:
                 raise EvaluationError(f"evaluate: user {user.id!r} has no evaluation example; leave the user out")
-        open_methods = [name for name, method in self.methods.items() if len(method.settings) > 1]
-        if open_methods and self.choose_on < 1:
-            raise EvaluationError(
-                f"evaluate: method {open_methods[0]!r} has several settings and choose_on={self.choose_on} leaves "
-                "nothing to choose on; give one strength, K and layer, or raise choose_on"
-            )
-        for family in (method.family for method in self.methods.values()):
-            if isinstance(family, HeadScores):
-                check_held_out("evaluate", family, self.examples)
-        if open_methods or any(method.rule.vector for method in self.methods.values()):
-            least = self.choose_on + 1 if any(m.rule.vector for m in self.methods.values()) else 1
-            for user in self.users:
-                if len(self.discovery(user)) < least:
-                    raise EvaluationError(
-                        f"evaluate: user {user.id!r} has {len(self.discovery(user))} discovery examples, {least} are "
-                        "needed; leave the user out"
-                    )
+            if least and len(self.discovery(user)) < least:
+                raise EvaluationError(
+                    f"evaluate: user {user.id!r} has {len(self.discovery(user))} discovery examples, {least} are "
+                    "needed; leave the user out"
+                )
+        for example in self.examples:
+            check_reference(example)
+        for method in methods:
+            if isinstance(method.family, HeadScores):
+                check_held_out("evaluate", method.family, self.examples)
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -169,17 +201,27 @@ class Bench:
         return [example for user in self.users for example in self.discovery(user)[-self.choose_on :]]
 
     @cached_property
-    def ranked(self) -> Rankings:
-        families = {name: method.family for name, method in self.methods.items() if method.family is not None}
-        if not families:
-            return {}
-        select = self.select
-        return rankings("evaluate", families, self.users, self.ks, select, dict(self.exclude), self.seed)[0]
+    def undefined(self) -> dict[str, str]:
+        """Methods whose heads the model does not show, with the reason."""
+        return {
+            name: str(method.family.manifest.get("reason", "NaN scores"))
+            for name, method in self.methods.items()
+            if isinstance(method.family, HeadScores) and not method.family.defined
+        }
 
     @cached_property
     def defined(self) -> dict[str, Method]:
-        """Methods whose heads exist."""
-        return {n: method for n, method in self.methods.items() if method.family is None or n in self.ranked}
+        """The other methods."""
+        return {name: method for name, method in self.methods.items() if name not in self.undefined}
+
+    @cached_property
+    def ranked(self) -> Rankings:
+        families = {name: method.family for name, method in self.defined.items() if method.family is not None}
+        for name, reason in self.undefined.items():
+            warn(f"evaluate: method {name!r} is left out: {reason}", stacklevel=4)
+        if not families:
+            return {}
+        return rankings("evaluate", families, self.users, self.ks, self.select, dict(self.exclude), self.seed)[0]
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the result, for the run folder and the manifest."""
@@ -187,11 +229,13 @@ class Bench:
         return {
             "call": "evaluate",
             "task": self.task.name,
+            "order": list(self.defined),  # of the answers in a unit
             "methods": describe(self.defined),
+            "undefined": self.undefined,
             "sets": tested,
             "choose_on": self.choose_on,
             "vector_examples": self.vector_examples,
-            "max_new_tokens": self.max_new_tokens or self.task.max_new_tokens,
+            "max_new_tokens": self.length,
             "prompt": self.prompt.to_dict(),
             "seed": self.seed,
             "model": describe_model(self.model),
@@ -204,11 +248,13 @@ class Bench:
         self.portraits = Portraits(self.model, self.users, self.prompt, newest=self.vector_examples, folder=folder)
         choice, choices = self.choose(folder)
         rows: list[dict[str, Any]] = []
-        style = StyleMeasure(self.users)
+        style = None if self.task.closed else StyleMeasure(self.users)
         for example in self.bar(self.examples, "answering"):
             chosen = self.rows_of(example, choice)
             unit = self.unit(folder, f"answer|{example.user_id}|{example.id}", partial(self.answer, example, chosen))
-            rows += measured(self.model, example, [row.method.name for row in chosen], unit, style)
+            answers = {row.method.name: unit[f"tokens.{index}"] for index, row in enumerate(chosen)}
+            answers[REFERENCE] = self.cut_reference(example)
+            rows += measured(self.model, example, answers, unit["fluency"].tolist(), style)
         costs = self.unit(folder, "costs", lambda: self.costs(choice))
         columns = {name: costs[name].tolist() for name in COSTS}
         frame = pd.DataFrame({"method": list(self.defined), **columns})
@@ -247,7 +293,8 @@ class Bench:
             ready = [self.row(example, self.defined[n], one, self.choose_on) for n, one in plan]
             unit = self.unit(folder, f"choose|{example.user_id}|{example.id}", partial(self.write, example, ready))
             for index, (name, setting) in enumerate(plan):
-                score = score_example(example, text_of(self.model, unit[f"tokens.{index}"]))[metric]
+                text = text_of(self.model, unit[f"tokens.{index}"])
+                score = score_example(example, text, synonyms=False)[metric]
                 rows.append({"method": name, "setting": setting, "user": example.user_id, metric: score})
         chosen, table = {}, []
         for name, method in self.defined.items():
@@ -262,9 +309,13 @@ class Bench:
                 table.append(about | {"chosen": setting == chosen[name]})
         return chosen, pd.DataFrame(table)
 
+    @property
+    def length(self) -> int:
+        """Of an answer, in tokens, at most."""
+        return self.max_new_tokens or self.task.max_new_tokens
+
     def write(self, example: Example, rows: Sequence[Row]) -> dict[str, Tensor]:
-        length = self.max_new_tokens or self.task.max_new_tokens
-        written = write(self.model, self.prompts(example), rows, length)
+        written = write(self.model, self.prompts(example), rows, self.length)
         return {f"tokens.{index}": tokens for index, tokens in enumerate(written)}
 
     def prompts(self, example: Example) -> dict[str, Prompt]:
@@ -278,11 +329,16 @@ class Bench:
         """Tokens of every row, and how the unsteered model likes them, and what the user wrote, without a profile."""
         found = self.write(example, rows)
         none = build_prompt(self.model, example, "none", config=self.prompt)
-        answers = [words(self.model, found[f"tokens.{index}"]) for index in range(len(rows))]
-        return found | {"fluency": fluency(self.model, none, [*answers, none.response_tokens])}
+        answers = [without_special(self.model, found[f"tokens.{index}"]) for index in range(len(rows))]
+        return found | {"fluency": fluency(self.model, none, [*answers, self.cut_reference(example)])}
+
+    def cut_reference(self, example: Example) -> Int[Tensor, " pos"]:
+        """What the user wrote, no longer than an answer may be."""
+        return torch.tensor(PromptTokenizer(self.model).answer(example.reference, self.length), dtype=torch.long)
 
     def costs(self, choice: Mapping[str, Setting]) -> dict[str, Tensor]:
-        """Seconds and FLOPs of a token, prompt included, each method alone on the first example, interleaved."""
+        """Seconds and FLOPs of a token, prompt included: each method alone on the first example, interleaved, all
+        answers as long as they may be."""
         example = self.examples[0]
         prompts = self.prompts(example)
         rows = self.rows_of(example, choice)
@@ -291,10 +347,10 @@ class Bench:
         for _ in range(_TIMED):
             for index, row in enumerate(rows):
                 begun = time.perf_counter()
-                (tokens,) = write(self.model, prompts, [row], self.max_new_tokens or self.task.max_new_tokens)
-                seconds[index] = min(seconds[index], (time.perf_counter() - begun) / len(tokens))
+                write(self.model, prompts, [row], self.length, stop_at_eos=False)
+                seconds[index] = min(seconds[index], (time.perf_counter() - begun) / self.length)
                 shown, without = (len(prompts[name].prompt_tokens) for name in (row.method.shows, "none"))
-                total = answer_flops(self.model.cfg, row.method.rule, shown, without, len(tokens))
-                flops[index] = total / len(tokens)
+                rule, strength = row.method.rule, row.setting.strength
+                flops[index] = answer_flops(self.model.cfg, rule, strength, shown, without, self.length) / self.length
         as_double = (torch.tensor(values, dtype=torch.float64) for values in (seconds, flops))
         return dict(zip(COSTS, as_double, strict=True))

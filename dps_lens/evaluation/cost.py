@@ -16,19 +16,20 @@ def forward_flops(cfg: Any, n_new: int, n_before: int, n_logits: int) -> float:
     return float(blocks + 2 * n_logits * cfg.d_model * cfg.d_vocab)
 
 
-def answer_flops(cfg: Any, rule: Rule, prompt: int, without: int, n_new: int) -> float:
+def answer_flops(cfg: Any, rule: Rule, strength: float, prompt: int, without: int, n_new: int) -> float:
     """FLOPs of an answer of `n_new` tokens.
 
     Args:
         cfg: of the model.
         rule: its branches each run every step; those of heads share the prompt's pass.
+        strength: γ and α; 0 needs no second branch, and neither does γ = −1.
         prompt: tokens of the prompt.
         without: tokens of the prompt without its profile.
         n_new: tokens written.
     """
-    rows = 2 if rule.heads else 1
+    rows = 2 if rule.heads and strength not in (0, -1) else 1
     cost = forward_flops(cfg, prompt - 1, 0, 0) + rows * forward_flops(cfg, n_new, prompt - 1, n_new)
-    if rule.prompt:
+    if rule.prompt and strength:
         cost += forward_flops(cfg, without - 1, 0, 0) + forward_flops(cfg, n_new, without - 1, n_new)
     # DoLa reads off every second layer of the lower half.
     read = cfg.n_layers // 4 if rule.early else 0

@@ -53,7 +53,7 @@ class Verdicts:
     Attributes:
         rows: one row a criterion, pair of answers and order: `user`, `example`, `method`, `criterion`, `first` (1 where
             the method's answer was shown first), `verdict` (1 the method's, −1 the baseline's, 0 a tie, NaN where the
-            judge gave no valid reply).
+            judge gave no valid reply), `asked` (False for equal answers, a tie without a call).
         unfinished: pairs that the budget did not reach.
         manifest: settings.
     """
@@ -64,7 +64,8 @@ class Verdicts:
 
     def to_frame(self, level: float = 0.95) -> pd.DataFrame:
         """One row a method and criterion: `mean` verdict with its interval over users (1: the method always wins, −1:
-        the baseline does), `agreement` (share of pairs on which both orders agree), `invalid` (share of replies)."""
+        the baseline does); of the pairs that were asked about, `agreement` (share on which both orders agree) and
+        `invalid` (share of replies)."""
         found = []
         for (method, criterion), rows in self.rows.groupby(["method", "criterion"], sort=False):
             pairs = rows.pivot_table(index=["user", "example"], columns="first", values="verdict", dropna=False)
@@ -72,13 +73,18 @@ class Verdicts:
             users = both.mean(axis=1).groupby("user", sort=False).mean().to_numpy()
             row = {"method": method, "criterion": criterion}
             row |= interval(users, level) if len(users) else dict.fromkeys(("mean", "low", "high"), float("nan"))
-            agreement = float((both[0] == both[1]).mean()) if len(both) else float("nan")
-            found.append(row | {"agreement": agreement, "invalid": float(rows["verdict"].isna().mean())})
+            asked = rows[rows["asked"]]
+            two = asked.pivot_table(index=["user", "example"], columns="first", values="verdict", dropna=False).dropna()
+            agreement = float((two[0] == two[1]).mean()) if len(two) else float("nan")
+            invalid = float(asked["verdict"].isna().mean()) if len(asked) else float("nan")
+            found.append(row | {"agreement": agreement, "invalid": invalid})
         return pd.DataFrame(found)
 
     def position_bias(self, level: float = 0.95) -> dict[str, float]:
         """Mean verdict for whichever answer was shown first, with its interval over users; 0 for a fair judge."""
-        rows = self.rows.dropna(subset="verdict")
+        rows = self.rows[self.rows["asked"]].dropna(subset="verdict")
+        if rows.empty:
+            return dict.fromkeys(("mean", "low", "high"), float("nan"))
         for_first = rows["verdict"] * np.where(rows["first"] == 1, 1, -1)
         return interval(for_first.groupby(rows["user"], sort=False).mean().to_numpy(), level)
 
@@ -130,19 +136,19 @@ def judge(
     random.Random(f"judge|{seed}").shuffle(pairs)
     rows: list[dict[str, Any]] = []
     unfinished = 0
-    for user, example, method in tqdm(pairs, desc="judging", unit="pair", disable=None if progress else True):
+    bar = tqdm(pairs, desc="judging", unit="pair", disable=None if progress else True)
+    for number, (user, example, method) in enumerate(bar):
         own, other = texts[user, example, method], texts[user, example, against]
         try:
             found = list(_both_orders(endpoint, examples[user, example], own, other, asked, documents, attempts))
         except BudgetError as error:
-            if not unfinished:
-                warn(str(error), stacklevel=2)
-            unfinished += 1
-            continue
+            warn(str(error), stacklevel=2)
+            unfinished = len(pairs) - number
+            break
         about = {"user": user, "example": example, "method": method}
         rows += [about | one for one in found]
     manifest = {"judge": endpoint.model, "against": against, "criteria": asked, "documents": documents, "seed": seed}
-    columns = ["user", "example", "method", "criterion", "first", "verdict"]
+    columns = ["user", "example", "method", "criterion", "first", "asked", "verdict"]
     return Verdicts(pd.DataFrame(rows, columns=columns), unfinished, manifest)
 
 
@@ -164,7 +170,8 @@ def _both_orders(
         worth: dict[str | None, float] = {"A": 1.0, "B": -1.0, "tie": 0.0, None: float("nan")}
         for criterion, verdict in verdicts.items():
             value = worth[verdict]
-            yield {"criterion": criterion, "first": first, "verdict": value if first or not value else -value}
+            signed = value if first or not value else -value
+            yield {"criterion": criterion, "first": first, "asked": own != other, "verdict": signed}
 
 
 def _question(example: Example, a: str, b: str, criteria: Mapping[str, str], documents: int) -> str:

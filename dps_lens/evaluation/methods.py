@@ -124,7 +124,11 @@ class Row:
 
 
 def write(
-    model: HookedModel, prompts: Mapping[str, Prompt], rows: Sequence[Row], max_new_tokens: int
+    model: HookedModel,
+    prompts: Mapping[str, Prompt],
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    stop_at_eos: bool = True,
 ) -> list[Int[Tensor, " _"]]:
     """The answers of one example by every row, in order: greedily, by one decoding loop.
 
@@ -133,6 +137,7 @@ def write(
         prompts: by what they show.
         rows: methods with settings.
         max_new_tokens: of an answer.
+        stop_at_eos: end an answer at the model's end token.
     """
     found: dict[int, Tensor] = {}
     calls: dict[tuple[str, str], list[int]] = {}
@@ -150,7 +155,8 @@ def write(
             options["vectors"] = [row.vector for row in chosen]
         if rule.prompt:
             options |= {"alpha": strengths, "without": [prompts["none"]] * len(chosen)}
-        written: Any = generate(model, [prompts[shows]] * len(chosen), max_new_tokens=max_new_tokens, **options)
+        options |= {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos}
+        written: Any = generate(model, [prompts[shows]] * len(chosen), **options)
         found |= dict(zip(members, written.tokens, strict=True))
     return [found[index] for index in range(len(rows))]
 

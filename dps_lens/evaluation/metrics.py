@@ -1,6 +1,7 @@
-"""The metrics of LaMP (arXiv 2304.11406) and LongLaMP (arXiv 2407.11016), as their official scripts compute them.
+"""The metrics of LaMP (arXiv 2304.11406) and LongLaMP (arXiv 2407.11016).
 
-Closed tasks have accuracy and macro-F1, LaMP-3 the errors of a number, the others ROUGE and METEOR.
+Closed tasks have accuracy and macro-F1, LaMP-3 the errors of a number, the others ROUGE and METEOR. An answer scores as
+in the official scripts; means are of user means where the scripts take all answers, macro-F1 and RMSE are over all.
 """
 
 import math
@@ -39,6 +40,9 @@ LABELS = {
 }
 """Answers of the classification tasks; what is none of them counts as wrong."""
 
+OVER_ALL = ("RMSE", "macro-F1")
+"""Metrics of many answers; one answer has none."""
+
 _SCORES = (1.0, 5.0)
 
 
@@ -60,7 +64,7 @@ def _rouge() -> Any:
 
 
 def meteor(reference: str, text: str) -> float:
-    """METEOR by nltk, on words as nltk splits them.
+    """METEOR by nltk, on words as nltk splits a line; the official scripts split sentences first.
 
     Raises:
         EvaluationError: there is no WordNet on this machine; says how to get it.
@@ -106,8 +110,27 @@ def lower_is_better(metric: str) -> bool:
     return metric in ("MAE", "RMSE")
 
 
-def score_example(example: Example, text: str) -> dict[str, float]:
-    """What one answer contributes to the metrics of its task.
+def check_reference(example: Example) -> None:
+    """Refuse an example whose answer is not of its task's form.
+
+    Raises:
+        EvaluationError: names the example.
+    """
+    reference = example.reference.strip()
+    if example.task.name == "lamp-3":
+        try:
+            float(reference)
+        except ValueError:
+            raise EvaluationError(f"evaluate: example {example.id!r}: its answer {reference!r} is no number") from None
+    known = LABELS.get(example.task.name)
+    if known and reference not in known:
+        raise EvaluationError(
+            f"evaluate: example {example.id!r}: its answer {reference!r} is none of {', '.join(known)}"
+        )
+
+
+def score_example(example: Example, text: str, *, synonyms: bool = True) -> dict[str, float]:
+    """What one answer contributes to the metrics of its task; METEOR, which is slow, if `synonyms`.
 
     RMSE and macro-F1 exist for many answers only (`summary_of`). An answer of LaMP-3 that is no number counts as
     whichever of 1 and 5 is farther from the truth.
@@ -119,7 +142,7 @@ def score_example(example: Example, text: str) -> dict[str, float]:
     if "accuracy" in metrics_of(example.task):
         return {"accuracy": float(text.strip() == reference)}
     found = rouge(reference, text)
-    return found | ({"METEOR": meteor(reference, text)} if has_meteor() else {})
+    return found | ({"METEOR": meteor(reference, text)} if synonyms and has_meteor() else {})
 
 
 def _number(text: str, truth: float) -> float:
@@ -166,7 +189,7 @@ def jackknife(
     """
     from scipy.stats import t as student
 
-    mean, users = statistic(rows), list(dict.fromkeys(rows["user"]))
+    mean, users = statistic(rows) if len(rows) else math.nan, list(dict.fromkeys(rows["user"]))
     n = len(users)
     if n < 2:
         return {"mean": mean, "low": math.nan, "high": math.nan}

@@ -13,7 +13,7 @@ from dps_lens.data import Example, Note, PromptConfig, User, build_prompt
 from dps_lens.model import HookedModel
 from dps_lens.runs import RunFolder
 from dps_lens.steering import SteeringVector, generate
-from dps_lens.steering.steerx import steerx_vectors
+from dps_lens.steering.steerx import NothingDrivenError, steerx_vectors
 from dps_lens.steering.vector import style_differences
 
 _ASK = "Describe in two sentences what this user writes about and in which style."
@@ -46,7 +46,10 @@ class Portraits:
         self._made: dict[str, dict[str, Tensor]] = {}
 
     def vector(self, kind: str, user_id: str, layer: int, leave_out: int = 0) -> SteeringVector:
-        """The `style` or `steerx` vector of a user without the newest `leave_out` discovery examples."""
+        """The `style` or `steerx` vector of a user without the newest `leave_out` discovery examples.
+
+        A user without preference-driven tokens has a `steerx` vector of zeros.
+        """
         make = self._style if kind == "style" else self._steerx
         return SteeringVector(make(user_id, self._examples(user_id, leave_out))[layer], layer, kind)
 
@@ -58,8 +61,10 @@ class Portraits:
 
     def _examples(self, user_id: str, leave_out: int) -> tuple[Example, ...]:
         examples = self._users[user_id].discovery_examples()
-        examples = examples[: len(examples) - leave_out]
-        return examples[-self.newest :] if self.newest else examples
+        kept, left = examples[: len(examples) - leave_out], {one.id for one in examples[len(examples) - leave_out :]}
+        kept = kept[-self.newest :] if self.newest else kept
+        # In an undated history, an example's profile holds what is newer, too.
+        return tuple(replace(one, profile=tuple(d for d in one.profile if d.id not in left)) for one in kept)
 
     def _once(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if key not in self._made:
@@ -80,7 +85,10 @@ class Portraits:
 
     def _steerx(self, user_id: str, examples: Sequence[Example]) -> Float[Tensor, "layer d_model"]:
         def make() -> dict[str, Tensor]:
-            return {"vector": steerx_vectors(self.model, examples, prompt=self.prompt).values}
+            try:
+                return {"vector": steerx_vectors(self.model, examples, prompt=self.prompt).values}
+            except NothingDrivenError:
+                return {"vector": torch.zeros(self.model.cfg.n_layers, self.model.cfg.d_model)}
 
         return self._once(f"steerx|{user_id}|{examples[0].id}|{examples[-1].id}", make)["vector"]
 

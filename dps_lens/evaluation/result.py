@@ -9,12 +9,14 @@ import pandas as pd
 
 from dps_lens.data.tasks import TASKS, Task
 from dps_lens.errors import EvaluationError
-from dps_lens.evaluation.metrics import jackknife, metrics_of, summary_of
+from dps_lens.evaluation.metrics import OVER_ALL, jackknife, metrics_of, summary_of
 from dps_lens.files import write_json
 
 REFERENCE = "reference"
 OTHERS = ("style", "NLL", "repeated", "tokens")
-"""Measures of every task, beside its own metrics."""
+"""Measures of every task, beside its own metrics; closed tasks have no style."""
+
+_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Evaluation:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The task's metrics that were measured, then those of every task."""
-        own = (name for name in metrics_of(self.task) if name != "METEOR" or "METEOR" in self.rows)
-        return (*own, *OTHERS)
+        measured = (*metrics_of(self.task), *OTHERS)
+        return tuple(name for name in measured if name in self.rows or name in OVER_ALL)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -53,14 +55,16 @@ class Evaluation:
         """One row a method and metric: `mean` (of user means; RMSE and macro-F1 over all answers) with its interval
         over users."""
         return pd.DataFrame(
-            {"method": method, "metric": metric, **jackknife(summary_of(metric, self.task), rows, level)}
+            {"method": method, "metric": metric, **jackknife(summary_of(metric, self.task), _with(metric, rows), level)}
             for method, rows in self.rows.groupby("method", sort=False)
             for metric in self.metrics
             if metric in OTHERS or method != REFERENCE
         )
 
     def differences(self, baseline: str = "rag", level: float = 0.95) -> pd.DataFrame:
-        """One row a method and metric: its difference to a baseline, paired by user, with its interval over users.
+        """One row a method and metric: its difference to a baseline, with its interval over users.
+
+        Paired: answers count where both have a value (an empty answer has no NLL).
 
         Raises:
             EvaluationError: the baseline is not among the methods.
@@ -72,7 +76,9 @@ class Evaluation:
         for method, rows in self.rows.groupby("method", sort=False):
             for metric in self.metrics if method not in (baseline, REFERENCE) else ():
                 summary = summary_of(metric, self.task)
-                both = pd.concat([rows.assign(side=1), plain.assign(side=0)])
+                ours, theirs = (_with(metric, of).set_index(["user", "example"]) for of in (rows, plain))
+                shared = ours.index.intersection(theirs.index)
+                both = pd.concat([ours.loc[shared].assign(side=1), theirs.loc[shared].assign(side=0)]).reset_index()
 
                 def difference(of: pd.DataFrame, summary: Any = summary) -> float:
                     return summary(of[of["side"] == 1]) - summary(of[of["side"] == 0])
@@ -80,15 +86,25 @@ class Evaluation:
                 found.append({"method": method, "metric": metric, **jackknife(difference, both, level)})
         return pd.DataFrame(found)
 
+    @staticmethod
+    def remove(folder: str | Path) -> None:
+        """Delete what `save` wrote."""
+        (Path(folder) / _FILE).unlink(missing_ok=True)
+
     def save(self, folder: str | Path) -> None:
         """Write rows, choices, costs and manifest; `load` reads them."""
         folder = Path(folder)
         parts = {name: getattr(self, name).to_dict("split", index=False) for name in ("rows", "choices", "costs")}
-        write_json(folder / "evaluation.json", {**parts, "task": self.task.name, "manifest": self.manifest})
+        write_json(folder / _FILE, {**parts, "task": self.task.name, "manifest": self.manifest})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Evaluation":
         """Read what `save` wrote."""
-        found = json.loads((Path(folder) / "evaluation.json").read_text(encoding="utf-8"))
+        found = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
         rows, choices, costs = (pd.DataFrame(**found[name]) for name in ("rows", "choices", "costs"))
         return cls(rows, choices, costs, TASKS[found["task"]], found["manifest"])
+
+
+def _with(metric: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that have a value."""
+    return rows if metric in OVER_ALL else rows.dropna(subset=metric)

@@ -13,7 +13,7 @@ class StyleMeasure:
 
     Cosine of TF-IDF weights of 2- to 4-grams of characters (`sklearn`, case kept, words' edges included): to the
     mean of the user's own texts, minus the mean over the other users. The texts are those that the history holds
-    and no evaluation example asks for. NaN where there is one user only.
+    and no evaluation example asks for. NaN where there is one user only, and for a user without such texts.
 
     Args:
         users: whose histories are compared.
@@ -22,11 +22,14 @@ class StyleMeasure:
     def __init__(self, users: Sequence[User]) -> None:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        texts = [written_by(user) for user in users]
-        self._users = [user.id for user in users]
+        found = {user.id: written_by(user) for user in users}
+        self._users = [user for user, own in found.items() if own]
+        texts = [found[user] for user in self._users]
         self._vectorizer = TfidfVectorizer(
             analyzer="char_wb", ngram_range=(2, 4), lowercase=False, sublinear_tf=True, dtype=np.float64
         )
+        if len(self._users) < 2:
+            return
         weights = self._vectorizer.fit_transform([text for own in texts for text in own])
         ends = np.cumsum([0, *(len(own) for own in texts)])
         centres = np.vstack([np.asarray(weights[begin:end].mean(axis=0)) for begin, end in pairwise(ends)])
@@ -34,7 +37,7 @@ class StyleMeasure:
 
     def __call__(self, user_id: str, text: str) -> float:
         """Similarity to the user's own texts minus that to the others'; above 0 the text is rather the user's."""
-        if len(self._users) < 2:
+        if len(self._users) < 2 or user_id not in self._users:
             return float("nan")
         similar = self._vectorizer.transform([text]) @ self._centres.T
         own = self._users.index(user_id)

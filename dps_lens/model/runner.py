@@ -183,10 +183,10 @@ class BridgeRunner(Runner):
             past = shared_cache(prompt.layers, apart=apart)
             try:
                 with shared_attention(self.model) if apart else nullcontext():
-                    logits.append(self._forward(tokens[:, 4:], keep=None, past_key_values=past, use_cache=True).float())
+                    logits.append(self._forward(tokens[:, 4:], keep=None, past_key_values=past, use_cache=True).clone())
             except NotShareableError:
                 return False
-        error = (logits[0] - logits[1]).norm() / logits[0].norm()
+        error = (logits[0].float() - logits[1].float()).norm() / logits[0].float().norm()
         exact = next(self.model.parameters()).dtype == torch.float32
         return bool(error < (1e-3 if exact else 0.05))
 

@@ -122,6 +122,8 @@ def generate(
     ends = _end_tokens(model) if stop_at_eos else set()
     settings: dict[str, Any] = {"rule": rule, "gamma": gammas, "alpha": alphas, "heads": [_names(one) for one in sets]}
     settings |= {"ablation": ablation, "positions": positions, "early_layers": early, "max_gamma": max_gamma}
+    if found.vector:
+        settings["vectors"] = [{"label": one.label, "layer": one.layer} for one in added if one is not None]
     settings |= {"plausibility": plausibility, "max_shift": max_shift, "seed": seed, **sampling}
     steps = Steps(model.tokenizer, len(batch), keep_delta_logits, keep_alternatives, settings)
     mixer = Mixer(found, gammas, alphas, max_gamma, plausibility, max_shift)

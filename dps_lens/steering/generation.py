@@ -25,7 +25,7 @@ class Generation:
         tokens: the new token ids, the end-of-turn token included where there is one.
         logprobs: log-probability of each new token under the steered distribution (before temperature).
         shifts: the same minus its log-probability under the full model: what steering did to it. NaN where the
-            full model did not run (γ = −1, `amplify`).
+            full model did not run (γ = −1, `amplify`, `vector`).
         kl: KL(steered ‖ full) at each step, nats: how hard the steering was; NaN as `shifts`.
         pieces: the text of each new token.
         settings: how it was made.

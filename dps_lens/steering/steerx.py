@@ -75,6 +75,10 @@ def steerx_vector(
     return SteeringVector(found.values[at], at, "steerx", about | {"pieces": list(found.pieces), "share": found.share})
 
 
+class NothingDrivenError(SteeringError):
+    """No token is above the threshold."""
+
+
 @dataclass(frozen=True)
 class SteerX:
     """What SteerX makes of a user's documents.
@@ -117,11 +121,13 @@ def steerx_vectors(
         pieces += _runs(model, built.response_tokens.tolist(), driven[-1])
     chosen = torch.cat(driven)
     if not chosen.any():
-        raise SteeringError(
+        raise NothingDrivenError(
             f"steerx_vector: no token of {len(examples)} documents is {threshold} nats likelier with the history; "
             "lower threshold="
         )
     text = description if isinstance(description, str) else (description or partial(_describe, model))(pieces)
+    if not text.strip():
+        raise SteeringError("steerx_vector: the description is empty; give description=")
     described = [
         read_response(model, build_prompt(model, example, Note(text), config=prompt))[1] for example in examples
     ]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.data import Example, PromptConfig, User, build_prompt
-from dps_lens.data.tokenizer import PromptTokenizer
+from dps_lens.data.tokenizer import PromptTokenizer, without_special
 from dps_lens.errors import HeadError, SteeringError
 from dps_lens.model import HookedModel, Runner, native_attention
 
@@ -55,7 +55,8 @@ def style_vector(
         generic: generic answers by the id of the discovery example, instead of the model's own.
         max_examples: the newest so many discovery examples; all by default.
         prompt: how prompts are built.
-        max_new_tokens: length of a generic answer; by default what the task needs.
+        max_new_tokens: length of a generic answer; by default what the task needs, and no more than `response_tokens`
+            of the prompt's configuration, at which the user's own texts are cut.
 
     Raises:
         HeadError: the layer is not in the model.
@@ -90,7 +91,8 @@ def style_differences(
     for example in examples:
         built = build_prompt(model, example, "none", config=config)
         if generic is None:
-            answer = _own_answer(model, built, max_new_tokens or example.task.max_new_tokens)
+            longest = min(example.task.max_new_tokens, config.response_tokens or example.task.max_new_tokens)
+            answer = _own_answer(model, built, max_new_tokens or longest)
         elif example.id in generic:
             answer = torch.tensor(tokenizer.answer(generic[example.id], config.response_tokens), dtype=torch.long)
         else:
@@ -104,9 +106,7 @@ def _own_answer(model: HookedModel, prompt: Any, max_new_tokens: int) -> Int[Ten
     from dps_lens.steering.generate import generate
 
     written: Any = generate(model, prompt, heads={}, gamma=0.0, max_new_tokens=max_new_tokens)
-    special = torch.tensor(sorted({*model.tokenizer.all_special_ids}))
-    tokens = written.tokens[0]
-    return tokens[~torch.isin(tokens, special)]
+    return without_special(model, written.tokens[0])
 
 
 def last_residuals(model: HookedModel, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "layer d_model"]:
