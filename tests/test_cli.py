@@ -331,7 +331,7 @@ def test_evaluate_names_the_field_that_is_wrong(model, tmp_path):
     config.write_text("method: [rag]\n")
     done = run("evaluate", "--config", config, "--out", tmp_path / "out", "--model", model)
     assert done.returncode == 2
-    assert "bad.yaml: method: Extra inputs are not permitted; fields are model, users" in done.stderr
+    assert "bad.yaml: method: Extra inputs are not permitted; fields are model, device" in done.stderr
     config.write_text("methods: [rag\n")
     assert "not valid YAML" in run("evaluate", "--config", config, "--out", tmp_path / "out").stderr
     done = run("evaluate", "--out", tmp_path / "out", "--model", model, "--methods", "dps")
