@@ -4,9 +4,9 @@
 
 Heads are chosen on older documents (4 a blogger, 1 an author of abstracts) and tested on the newest (at most 4 and 1).
 16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation. Random sets for every
-family and K: 50 in `main` and `variants`, 20 in `harmless`, `across`, `patching`, `vectors` and `equal_data`, 1 in
-`where` (no band; the first 8 bloggers). Every step is a run folder under `--out` and resumes; `--out/results.md`
-holds the tables, `mean (low to high)` being 95% intervals over users.
+family and K: 50 in `main`; 20, and the newest 2 headlines, in `variants`, `harmless`, `equal_data`, `patching` and
+`vectors`; 10 in `across`; 1 in `where` (no band; the first 8 bloggers). Every step is a run folder under `--out` and
+resumes; `--out/results.md` holds the tables, `mean (low to high)` being 95% intervals over users.
 """
 
 import argparse
@@ -32,6 +32,8 @@ PROMPT = dps.PromptConfig(response_tokens=48)
 DISCOVERY = {"govblog": 4, "acl": 1}
 HELD_OUT = {"govblog": 4, "acl": 1}
 MAX_USERS = {"govblog": None, "acl": 16}
+SIDE: dict[str, Any] = {"n_random": 20, "max_examples": 2}
+"""Caps of the steps beside `main`."""
 
 
 def main() -> None:
@@ -81,7 +83,7 @@ class Experiment:
         )
 
     def against_others(self) -> dps.HeadScores:
-        """Scores whose baseline is one other blogger's profile; 2 examples a blogger."""
+        """Scores whose baseline is one other blogger's profile; 1 example a blogger."""
         return self.keep(
             "against_others",
             lambda: dps.score_heads(
@@ -89,7 +91,7 @@ class Experiment:
                 self.users["govblog"],
                 contrast="other_user",
                 n_donors=1,
-                max_examples=2,
+                max_examples=1,
                 prompt=PROMPT,
                 out=self.out / "against_others",
             ),
@@ -155,8 +157,7 @@ def variants(e: Experiment) -> dict[str, pd.DataFrame]:
         },
         select={"own heads": "user"},
         ks=(K,),
-        n_random=50,
-        max_examples=HELD_OUT["govblog"],
+        **SIDE,
         out=e.out / "variants",
     )
     return {"variants": effects.to_frame()}
@@ -178,8 +179,7 @@ def harmless(e: Experiment) -> dict[str, pd.DataFrame]:
         },
         exclude={"preference, harmless": dps.HeadSet([(layer, head) for layer, head in costly])},
         ks=(K,),
-        n_random=20,
-        max_examples=2,
+        **SIDE,
         controls=("own", "no_profile", "other_user"),
         out=e.out / "harmless",
     )
@@ -197,8 +197,7 @@ def equal_data(e: Experiment) -> dict[str, pd.DataFrame]:
         e.users["govblog"],
         {"heads, one example a user": e.scores("govblog").newest(1), "output slices": slices_of(e)},
         ks=(K,),
-        n_random=20,
-        max_examples=HELD_OUT["govblog"],
+        **SIDE,
         out=e.out / "equal_data",
     )
     return {"equal_data": effects.to_frame()}
@@ -218,7 +217,7 @@ def across(e: Experiment) -> dict[str, pd.DataFrame]:
             **{name: scores.top(K) for name, scores in e.refs().items() if scores.defined},
         },
         ks=(K,),
-        n_random=20,
+        n_random=10,
         max_examples=HELD_OUT["acl"],
         out=e.out / "across",
     )
@@ -228,7 +227,7 @@ def across(e: Experiment) -> dict[str, pd.DataFrame]:
 def patching(e: Experiment) -> dict[str, pd.DataFrame]:
     """Necessity, sufficiency, and preference vectors."""
     families = {"preference": e.scores("govblog"), **e.refs()}
-    options = {"ks": (K, 40), "n_random": 20, "max_examples": 2}
+    options = {"ks": (K, 40), **SIDE}
     patched = dps.patch_heads(e.model, e.users["govblog"], families, out=e.out / "patching", **options)
     vectors = dps.vector_recovery(e.model, e.users["govblog"], families, out=e.out / "vectors", **options)
     return {"patching": patched.to_frame(), "vectors": vectors.to_frame()}
