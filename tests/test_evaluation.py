@@ -188,7 +188,7 @@ def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
     methods = {"rag": "rag", "stylevector": "stylevector"}
     options = {"strengths": (0.5, 1.0), "layers": (1,), "vector_examples": 1, **OPTIONS}
     whole = dps.evaluate(llama.hooked, probe[:2], methods, **options)
-    calls, stops, real = [], [True], bench.write
+    calls, timed, stops, real, measure = [], [], [True], bench.write, bench.measure_costs
 
     def counted(*arguments, **options):
         if len(calls) == 3 and stops:
@@ -197,15 +197,17 @@ def test_a_run_resumes(llama, probe, tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(bench, "write", counted)
+    monkeypatch.setattr(bench, "measure_costs", lambda *of: timed.append(1) or measure(*of))
     with pytest.raises(KeyboardInterrupt):
         dps.evaluate(llama.hooked, probe[:2], methods, out=tmp_path, **options)
     assert calls == [2, 2, 2], "the grid for two users, the answers of the first"
     stops.clear()
     resumed = dps.evaluate(llama.hooked, probe[:2], methods, out=tmp_path, **options)
-    assert calls[3:] == [2] + [1] * 6, "the answers of the second, then three rounds of costs"
+    assert calls[3:] == [2], "the answers of the second"
+    assert timed == [1]
     pd.testing.assert_frame_equal(resumed.rows, whole.rows)
-    calls.clear()
-    monkeypatch.setattr(bench, "write", lambda *_, **__: pytest.fail("everything is there"))
+    for name in ("write", "measure_costs"):
+        monkeypatch.setattr(bench, name, lambda *_, **__: pytest.fail("everything is there"))
     again = dps.evaluate(llama.hooked, probe[:2], methods, out=tmp_path, **options)
     pd.testing.assert_frame_equal(again.costs, resumed.costs)
     pd.testing.assert_frame_equal(Evaluation.load(tmp_path).rows, whole.rows)

@@ -5,11 +5,10 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from local_server import Quiet, serving
 
 import dps_lens as dps
 from dps_lens.data.fetch import fetch
@@ -34,7 +33,7 @@ class Server:
         self.ranges, self.cut = [], 0
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_GET(self):
                 data = FILES.get(self.path)
                 if data is None:
@@ -52,20 +51,15 @@ class Server:
                     self.wfile.write(data[start : start + outer.cut] if outer.cut else data[start:])
                     self.close_connection = True
 
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.handler = Handler
 
 
 @pytest.fixture
 def server():
     found = Server()
-    yield found
-    found.http.shutdown()
-    found.http.server_close()
+    with serving(found.handler) as address:
+        found.url = address
+        yield found
 
 
 @pytest.fixture(autouse=True)

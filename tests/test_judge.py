@@ -2,14 +2,13 @@
 
 import json
 import re
-import threading
 import time
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pandas as pd
 import pytest
+from local_server import Quiet, serving
 
 import dps_lens as dps
 from dps_lens.errors import EvaluationError
@@ -26,7 +25,7 @@ class Server:
         self.asked, self.reply = [], lambda messages: json.dumps(FORM)
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append(body)
@@ -46,20 +45,15 @@ class Server:
                 with suppress(BrokenPipeError):  # who timed out has hung up
                     self.wfile.write(data)
 
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.handler = Handler
 
 
 @pytest.fixture
 def server():
     found = Server()
-    yield found
-    found.http.shutdown()
-    found.http.server_close()
+    with serving(found.handler) as address:
+        found.url = address + "/v1"
+        yield found
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The benchmark table: methods × metrics on the users' own tasks, settings chosen on discovery examples."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.tokenizer import PromptTokenizer, without_special
 from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.answers import fluency, measured, text_of
-from dps_lens.evaluation.cost import answer_flops
+from dps_lens.evaluation.cost import COSTS, measure_costs
 from dps_lens.evaluation.methods import Asked, Method, Row, Setting, describe, find_method, write
 from dps_lens.evaluation.metrics import check_reference, lower_is_better, metrics_of, score_example, summary_of
 from dps_lens.evaluation.portraits import Portraits
@@ -32,9 +31,6 @@ from dps_lens.model import HookedModel, describe_model
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.sweep import data_digest
-
-COSTS = ("seconds a token", "FLOPs a token")
-_TIMED = 3
 
 
 def evaluate(
@@ -255,7 +251,9 @@ class Bench:
             answers = {row.method.name: unit[f"tokens.{index}"] for index, row in enumerate(chosen)}
             answers[REFERENCE] = self.cut_reference(example)
             rows += measured(self.model, example, answers, unit["fluency"].tolist(), style)
-        costs = self.unit(folder, "costs", lambda: self.costs(choice))
+        first = self.examples[0]
+        timed = partial(measure_costs, self.model, self.prompts(first), self.rows_of(first, choice), self.length)
+        costs = self.unit(folder, "costs", timed)
         columns = {name: costs[name].tolist() for name in COSTS}
         frame = pd.DataFrame({"method": list(self.defined), **columns})
         return Evaluation(pd.DataFrame(rows), choices, frame, self.task, manifest)
@@ -335,22 +333,3 @@ class Bench:
     def cut_reference(self, example: Example) -> Int[Tensor, " pos"]:
         """What the user wrote, no longer than an answer may be."""
         return torch.tensor(PromptTokenizer(self.model).answer(example.reference, self.length), dtype=torch.long)
-
-    def costs(self, choice: Mapping[str, Setting]) -> dict[str, Tensor]:
-        """Seconds and FLOPs of a token, prompt included: each method alone on the first example, interleaved, all
-        answers as long as they may be."""
-        example = self.examples[0]
-        prompts = self.prompts(example)
-        rows = self.rows_of(example, choice)
-        seconds = [float("inf")] * len(rows)
-        flops = [0.0] * len(rows)
-        for _ in range(_TIMED):
-            for index, row in enumerate(rows):
-                begun = time.perf_counter()
-                write(self.model, prompts, [row], self.length, stop_at_eos=False)
-                seconds[index] = min(seconds[index], (time.perf_counter() - begun) / self.length)
-                shown, without = (len(prompts[name].prompt_tokens) for name in (row.method.shows, "none"))
-                rule, strength = row.method.rule, row.setting.strength
-                flops[index] = answer_flops(self.model.cfg, rule, strength, shown, without, self.length) / self.length
-        as_double = (torch.tensor(values, dtype=torch.float64) for values in (seconds, flops))
-        return dict(zip(COSTS, as_double, strict=True))

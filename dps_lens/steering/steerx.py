@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dps_lens.data import Example, Note, Prompt, PromptConfig, User, build_prompt, chat_prompt
-from dps_lens.errors import HeadError, SteeringError
+from dps_lens.errors import SteeringError
 from dps_lens.model import HookedModel, Runner, native_attention
 from dps_lens.scoring.branches import token_losses
-from dps_lens.steering.vector import SteeringVector, style_differences
+from dps_lens.steering.vector import SteeringVector, layer_and_examples, style_differences
 
 Backbone: TypeAlias = Literal["means", "style"]
 
@@ -61,13 +61,7 @@ def steerx_vector(
         HeadError: the layer is not in the model.
         SteeringError: the user has no discovery example, or no token is above the threshold.
     """
-    at = model.cfg.n_layers // 2 if layer is None else layer
-    if not 0 <= at < model.cfg.n_layers:
-        raise HeadError(f"steerx_vector: layer {at} is not in this model of {model.cfg.n_layers} layers")
-    examples = user.discovery_examples()
-    if not examples:
-        raise SteeringError(f"steerx_vector: user {user.id!r} has no discovery example; leave the user out")
-    chosen = examples[-max_examples:] if max_examples else examples
+    at, chosen = layer_and_examples("steerx_vector", model, user, layer, max_examples)
     found = steerx_vectors(
         model, chosen, backbone=backbone, threshold=threshold, description=description, prompt=prompt
     )

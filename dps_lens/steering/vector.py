@@ -62,17 +62,29 @@ def style_vector(
         HeadError: the layer is not in the model.
         SteeringError: the user has no discovery example, or `generic` lacks one.
     """
-    at = model.cfg.n_layers // 2 if layer is None else layer
-    if not 0 <= at < model.cfg.n_layers:
-        raise HeadError(f"style_vector: layer {at} is not in this model of {model.cfg.n_layers} layers")
-    examples = user.discovery_examples()
-    if not examples:
-        raise SteeringError(f"style_vector: user {user.id!r} has no discovery example; leave the user out")
-    chosen = examples[-max_examples:] if max_examples else examples
+    at, chosen = layer_and_examples("style_vector", model, user, layer, max_examples)
     differences = style_differences(model, chosen, generic=generic, prompt=prompt, max_new_tokens=max_new_tokens)
     return SteeringVector(
         differences[:, at].mean(0), at, "style", {"user": user.id, "examples": [example.id for example in chosen]}
     )
+
+
+def layer_and_examples(
+    call: str, model: HookedModel, user: User, layer: int | None, max_examples: int | None
+) -> tuple[int, tuple[Example, ...]]:
+    """The layer of a vector, half way up by default, and the discovery examples that it is made of.
+
+    Raises:
+        HeadError: the layer is not in the model.
+        SteeringError: the user has no discovery example.
+    """
+    at = model.cfg.n_layers // 2 if layer is None else layer
+    if not 0 <= at < model.cfg.n_layers:
+        raise HeadError(f"{call}: layer {at} is not in this model of {model.cfg.n_layers} layers")
+    examples = user.discovery_examples()
+    if not examples:
+        raise SteeringError(f"{call}: user {user.id!r} has no discovery example; leave the user out")
+    return at, examples[-max_examples:] if max_examples else examples
 
 
 @torch.no_grad()
