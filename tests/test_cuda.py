@@ -9,7 +9,7 @@ from dps_lens.heads import HeadSet
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here")
 
 SETS = [HeadSet.parse("L0H1,L2H3"), HeadSet.parse("L1H0")]
-RULES = ("dps", "dps-entropy", "decore", "cad", "dola", "amplify", "dps+cad")
+RULES = ("dps", "dps-entropy", "decore", "cad", "dola", "amplify", "vector", "dps+cad")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,7 @@ def written(model, users, rule, **options):
         rule=rule,
         heads=SETS,
         gamma=[0.7, 1.5],
+        vectors=[dps.SteeringVector(torch.linspace(-1, 1, model.cfg.d_model), layer) for layer in (0, 2)],
         without=none,
         max_new_tokens=6,
         stop_at_eos=False,

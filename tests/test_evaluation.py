@@ -140,6 +140,20 @@ def test_the_table_and_its_differences(evaluated):
         evaluated.differences("nothing")
 
 
+def test_the_table_as_a_picture(evaluated):
+    figure = evaluated.plot(baseline="plain")
+    differences = evaluated.differences("plain").set_index(["method", "metric"])
+    first, second = figure.data
+    assert list(first.y) == list(second.y) == [name for name in METHODS if name != "plain"]
+    for trace, metric in ((first, "ROUGE-L"), (second, "style")):
+        for method, x, bar in zip(trace.y, trace.x, trace.error_x.array, strict=True):
+            row = differences.loc[(method, metric)]
+            assert (x, x + bar) == pytest.approx((row["mean"], row["high"]))
+    assert figure.layout.xaxis2.title.text == "style, difference to plain"
+    (only,) = evaluated.plot(metrics=["NLL"], baseline="plain").data
+    assert only.x[0] == pytest.approx(differences.loc[("rag", "NLL"), "mean"])
+
+
 def test_a_table_is_saved_whole(evaluated, tmp_path):
     evaluated.save(tmp_path)
     again = Evaluation.load(tmp_path)

@@ -82,8 +82,10 @@ def evaluate(
     )
     found.rows.to_csv(out / "answers.csv", index=False)
     write_text(out / "config.yaml", wanted.as_yaml())
-    print_evaluation(found, wanted.baseline or ("rag" if "rag" in found.methods else found.methods[0]))
-    typer.echo(f"answers.csv, evaluation.json and config.yaml are in {out}")
+    baseline = wanted.baseline or ("rag" if "rag" in found.methods else found.methods[0])
+    print_evaluation(found, baseline)
+    found.plot(baseline=baseline).write_html(out / "evaluation.html", include_plotlyjs=True)
+    typer.echo(f"answers.csv, evaluation.json, evaluation.html and config.yaml are in {out}")
 
 
 def _methods(wanted: "EvaluateConfig", model: Any, users: "list[User]") -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -11,6 +11,9 @@ from dps_lens.data.tasks import TASKS, Task
 from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.metrics import OVER_ALL, jackknife, metrics_of, summary_of
 from dps_lens.files import write_json
+
+if TYPE_CHECKING:
+    import plotly.graph_objects
 
 REFERENCE = "reference"
 OTHERS = ("style", "NLL", "repeated", "tokens")
@@ -85,6 +88,12 @@ class Evaluation:
 
                 found.append({"method": method, "metric": metric, **jackknife(difference, both, level)})
         return pd.DataFrame(found)
+
+    def plot(self, **options: Any) -> "plotly.graph_objects.Figure":
+        """`dps_lens.plots.evaluation` of this table."""
+        from dps_lens.plots import evaluation
+
+        return evaluation(self, **options)
 
     @staticmethod
     def remove(folder: str | Path) -> None:
