@@ -4,9 +4,10 @@
 
 Heads are chosen on older documents (4 a blogger, 1 an author of abstracts) and tested on the newest (at most 4 and 1).
 16 authors of abstracts; responses are cut at 48 tokens. Response positions, zero ablation. Random sets for every
-family and K: 50 in `main`; 20, and the newest 2 headlines, in `variants`, `harmless`, `equal_data`, `patching` and
-`vectors`; 10 in `across`; 1 in `where` (no band; the first 8 bloggers). Every step is a run folder under `--out` and
-resumes; `--out/results.md` holds the tables, `mean (low to high)` being 95% intervals over users.
+family and K: 50 in `main`; 20, and the newest 2 headlines, in `variants`, `equal_data` and `harmless`; 10, and the
+newest 2 headlines, in `patching` and `vectors`; 10 in `across`; 1 in `where` (no band; one headline of the first 6
+bloggers). Every step is a run folder under `--out` and resumes; `--out/results.md` holds the tables, `mean (low to
+high)` being 95% intervals over users. `--only harmless` is one more step, which takes half an hour.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from experiments.output_slices import score_slices
 K = 10
 KS = (1, 5, 10, 20)
 MAX_COST = 0.05
-WHERE_USERS = 8
+WHERE_USERS = 6
 PROMPT = dps.PromptConfig(response_tokens=48)
 DISCOVERY = {"govblog": 4, "acl": 1}
 HELD_OUT = {"govblog": 4, "acl": 1}
@@ -51,7 +52,7 @@ def main() -> None:
     for step in steps:
         print(f"== {step}", file=sys.stderr, flush=True)
         (arguments.out / "tables").mkdir(parents=True, exist_ok=True)
-        for name, table in STEPS[step](experiment).items():
+        for name, table in (STEPS | EXTRA)[step](experiment).items():
             table.to_csv(arguments.out / "tables" / f"{name}.csv", index=False)
     write_results(arguments.out)
 
@@ -83,7 +84,7 @@ class Experiment:
         )
 
     def against_others(self) -> dps.HeadScores:
-        """Scores whose baseline is one other blogger's profile; 1 example a blogger."""
+        """Scores whose baseline is one other blogger's profile; 2 examples a blogger."""
         return self.keep(
             "against_others",
             lambda: dps.score_heads(
@@ -91,7 +92,7 @@ class Experiment:
                 self.users["govblog"],
                 contrast="other_user",
                 n_donors=1,
-                max_examples=1,
+                max_examples=2,
                 prompt=PROMPT,
                 out=self.out / "against_others",
             ),
@@ -227,14 +228,14 @@ def across(e: Experiment) -> dict[str, pd.DataFrame]:
 def patching(e: Experiment) -> dict[str, pd.DataFrame]:
     """Necessity, sufficiency, and preference vectors."""
     families = {"preference": e.scores("govblog"), **e.refs()}
-    options = {"ks": (K, 40), **SIDE}
+    options = {**SIDE, "ks": (K, 40), "n_random": 10}
     patched = dps.patch_heads(e.model, e.users["govblog"], families, out=e.out / "patching", **options)
     vectors = dps.vector_recovery(e.model, e.users["govblog"], families, out=e.out / "vectors", **options)
     return {"patching": patched.to_frame(), "vectors": vectors.to_frame()}
 
 
 def where(e: Experiment) -> dict[str, pd.DataFrame]:
-    """The same heads ablated where they read, where they write, everywhere; 8 users, one example each, 1 random set."""
+    """The same heads ablated where they read, where they write, everywhere; 6 users, one example each, 1 random set."""
     families = {"preference": e.heads("govblog")}
     families |= {name: scores.top(K) for name, scores in e.refs().items() if scores.defined}  # type: ignore[misc]
     users, found = e.users["govblog"][:WHERE_USERS], []
@@ -290,13 +291,13 @@ STEPS = {
     "agreement": agreement,
     "main": main_curve,
     "variants": variants,
-    "harmless": harmless,
     "equal_data": equal_data,
     "across": across,
     "patching": patching,
     "where": where,
     "writing": writing,
 }
+EXTRA = {"harmless": harmless}
 
 
 def write_results(out: Path) -> None:
