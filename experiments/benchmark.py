@@ -4,8 +4,8 @@
         --topics DATA/govblog/longlamp_topic.jsonl --acl DATA/acl/longlamp_abstract.jsonl
 
 Uses the scores and reference heads of `experiments.families` (in `--families`; made where they are missing): 10
-heads, chosen by other users. Strengths 0.25, 0.5 and 1, and for style vectors three layers, are chosen on one discovery
-example a user. Greedy answers: headlines, the newest 2 of each blogger, 24 tokens; posts, the newest of each blogger,
+heads, chosen by other users. Strength 0.25 or 1, and for vectors layer 10 or 15, are chosen on one discovery example a
+user; vectors are made of the newest 4. Greedy answers: headlines, the newest 2 of each blogger, 24 tokens; posts, the newest of each blogger,
 and abstracts, one of each of 16 authors, 48 tokens. A corpus is a run folder under `--out` and resumes;
 `--out/results.md` holds the tables, `mean (low to high)` being 95% intervals over users.
 """
@@ -21,7 +21,8 @@ from dps_lens.families import draw_seed, random_heads
 from experiments.families import PROMPT, Experiment, K
 from experiments.tables import cell, table
 
-STRENGTHS = (0.25, 0.5, 1.0)
+STRENGTHS = (0.25, 1.0)
+LAYERS = (10, 15)
 ANSWERED = {"govblog": 2, "topics": 1, "acl": 1}
 TOKENS = {"govblog": 24, "topics": 48, "acl": 48}
 VECTOR_EXAMPLES = 4
@@ -74,6 +75,7 @@ def evaluation(e: Experiment, corpus: str, users: list[dps.data.User], out: Path
         users,
         methods,
         strengths=STRENGTHS,
+        layers=LAYERS,
         ks=(K,),
         vector_examples=VECTOR_EXAMPLES,
         max_examples=ANSWERED[corpus],
