@@ -144,7 +144,8 @@ def draw(steered, uniform, temperature, top_k=None, top_p=None):
     scaled = steered / temperature
     if top_k is not None:
         ordered = np.sort(scaled)[::-1]
-        assert ordered[top_k - 1] - ordered[top_k] > GAP
+        # Where a rule leaves fewer tokens, all of them may be drawn.
+        assert ordered[top_k] == -np.inf or ordered[top_k - 1] - ordered[top_k] > GAP
         scaled = np.where(scaled < ordered[top_k - 1], -np.inf, scaled)
     p = softmax(scaled)
     if top_p is not None:
