@@ -64,6 +64,36 @@ def test_generation(old, probe):
     assert batch.tokens[1].tolist() == greedy[0, len(prompts[1].prompt_tokens) :].tolist()
 
 
+def test_steering_vectors_and_the_benchmark_table(old, probe, short):
+    """What is added is what the plain model's own layer is given; the table runs from end to end."""
+    model, layer = old.hooked, 1
+    prompt = build_prompt(model, probe[0].examples[0], config=short)
+    vector = dps.SteeringVector(torch.linspace(-1, 1, model.cfg.d_model), layer)
+    out = dps.generate(model, prompt, rule="vector", vectors=vector, gamma=0.5, max_new_tokens=3, stop_at_eos=False)
+    start = len(prompt.prompt_tokens) - 1
+
+    def add(module, inputs, output):
+        states = (output[0] if isinstance(output, tuple) else output).clone()
+        states[:, start:] += 0.5 * vector.values
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    (blocks,) = [m for m in old.plain.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == model.cfg.n_layers]
+    handle = blocks[layer].register_forward_hook(add)
+    for step, token in enumerate(out.tokens[0].tolist()):
+        ids = torch.cat([prompt.prompt_tokens, out.tokens[0][:step]])
+        logits = old.plain(input_ids=ids[None]).logits[0, -1]
+        assert int(logits.argmax()) == token
+        assert float(out.logprobs[0][step]) == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-3)
+    handle.remove()
+    methods = {"plain": "plain", "rag": "rag", "dps": ("dps", HeadSet.parse("L0H1")), "steerx": "steerx"}
+    options = {"strengths": (0.5,), "ks": (1,), "layers": (1,), "choose_on": 0, "vector_examples": 1}
+    table = dps.evaluate(
+        model, probe[:2], methods, max_examples=1, max_new_tokens=3, prompt=short, progress=False, **options
+    )
+    assert table.methods == (*methods, "reference")
+    assert bool(table.to_frame()["mean"].notna().all())
+
+
 def test_ablation_cost_and_controls(old, probe, short):
     cost = dps.ablation_cost(
         old.hooked, probe[:3], HeadSet.parse("L0H1,L2H3"), n_random=2, prompt=short, progress=False
