@@ -314,7 +314,7 @@ def test_evaluate_prints_the_table_and_keeps_its_settings(scored, model, tmp_pat
     command = ["evaluate", "--config", config, "--out", tmp_path / "table", "--max-new-tokens", 4]
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    for shown in ("dps:induction", "differences to rag with 95% intervals", "ROUGE-L"):
+    for shown in ("dps:induction", "to rag", "ROUGE-L", "chosen from 2"):
         assert shown in done.stdout
     found = Evaluation.load(tmp_path / "table")
     assert found.methods == ("plain", "rag", "dps", "dps:induction", "dps:random", "stylevector", "reference")

@@ -84,27 +84,30 @@ def print_effects(effects: "SetEffects") -> None:
 
 
 def print_evaluation(evaluation: "Evaluation", baseline: str) -> None:
-    """One row a method: its setting, every metric, and the first one's difference to the baseline."""
+    """One row a method: the task's first metric and its difference to the baseline, style, NLL and time; settings."""
     from rich.console import Console
     from rich.table import Table
 
     means = evaluation.to_frame().set_index(["method", "metric"]).to_dict("index")
     changes = evaluation.differences(baseline).set_index(["method", "metric"]).to_dict("index")
-    chosen = evaluation.choices[evaluation.choices["chosen"]].set_index("method")["setting"]
-    first, *others = evaluation.metrics
-    table = Table(title=f"{evaluation.task.name}: means over users, differences to {baseline} with 95% intervals")
-    for column in ("method", "setting", first, "difference", *others, "s a token"):
-        table.add_column(column, justify="left" if column in ("method", "setting") else "right")
+    first = evaluation.metrics[0]
+    shown = [first, *(name for name in ("style", "NLL") if name in evaluation.metrics)]
+    table = Table(title=f"{evaluation.task.name}: means over users, 95% intervals")
+    for column in ("method", first, f"to {baseline}", *shown[1:], "s a token"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     seconds = evaluation.costs.set_index("method")["seconds a token"]
     for method in evaluation.methods:
         change = changes.get((method, first))
-        shown = f"{change['mean']:+.3f} ({change['low']:.3f} to {change['high']:.3f})" if change else ""
-        measured = [
-            f"{means[method, name]['mean']:.3f}" if (method, name) in means else "" for name in evaluation.metrics
-        ]
+        difference = f"{change['mean']:+.3f} ({change['low']:.3f} to {change['high']:.3f})" if change else ""
+        of = [means.get((method, name)) for name in shown]
+        measured = [f"{one['mean']:.3f}" if one else "" for one in of]
         cost = f"{seconds[method]:.3f}" if method in seconds.index else ""
-        table.add_row(method, str(chosen.get(method, "")), measured[0], shown, *measured[1:], cost)
-    Console().print(table)
+        table.add_row(method, measured[0], difference, *measured[1:], cost)
+    console = Console()
+    console.print(table)
+    grids = evaluation.choices.groupby("method", sort=False)
+    for method, grid in ((method, grid) for method, grid in grids if len(grid) > 1):
+        console.print(f"{method}: {grid[grid['chosen']]['setting'].iloc[0]}, chosen from {len(grid)}")
 
 
 def _span(row: Mapping[Hashable, Any], low: str, high: str) -> str:
