@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -76,6 +76,16 @@ class RunFolder:
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a finished unit."""
         write_tensors(self._file(key), tensors, {"unit": key})
+
+
+def kept(folder: RunFolder | None, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A unit from its folder, or made anew and kept there; without a folder, made."""
+    found = folder.get(key) if folder else None
+    if found is None:
+        found = make()
+        if folder:
+            folder.put(key, found)
+    return found
 
 
 def _short(value: Any) -> str:

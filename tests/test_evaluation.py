@@ -162,6 +162,9 @@ def test_a_table_is_saved_whole(evaluated, tmp_path):
     pd.testing.assert_frame_equal(again.choices, evaluated.choices)
     pd.testing.assert_frame_equal(again.costs, evaluated.costs)
     assert again.manifest == evaluated.manifest
+    Evaluation.remove(tmp_path)
+    with pytest.raises(EvaluationError, match="holds no whole evaluation"):
+        Evaluation.load(tmp_path)
 
 
 def test_settings_are_chosen_on_discovery_examples(llama, probe):

@@ -149,6 +149,6 @@ def score_text(example: Example, text: str) -> float:
     """ROUGE-L of an answer, or 1 for the right answer of a closed task."""
     if example.task.closed:
         return float(text.strip().casefold() == example.reference.strip().casefold())
-    from rouge_score.rouge_scorer import RougeScorer
+    from dps_lens.evaluation.metrics import rouge
 
-    return float(RougeScorer(["rougeL"], use_stemmer=False).score(example.reference, text)["rougeL"].fmeasure)
+    return rouge(example.reference, text)["ROUGE-L"]

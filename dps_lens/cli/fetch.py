@@ -7,17 +7,16 @@ import typer
 
 from dps_lens.cli.app import app
 
-_LAMP = "https://ciir.cs.umass.edu/downloads/LaMP"
-
 
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="lamp-1 to lamp-7. LongLaMP comes by itself: --users longlamp/CONFIG.")],
     split: Annotated[str, typer.Option(help="dev or train.")] = "dev",
     to: Annotated[Path | None, typer.Option(help="Folder; the user's cache by default.")] = None,
-    mirror: Annotated[str, typer.Option(help="Address with the folders of the official one.")] = _LAMP,
+    mirror: Annotated[str | None, typer.Option(help="Address with the folders of the official one.")] = None,
 ) -> None:
     """Download a LaMP task; goes on where an earlier download stopped. Then: --users lamp-4."""
+    from dps_lens.data.fetch import LAMP
     from dps_lens.data.fetch import fetch as download
 
-    typer.echo(download(name, split=split, to=to, mirror=mirror))
+    typer.echo(download(name, split=split, to=to, mirror=mirror or LAMP))

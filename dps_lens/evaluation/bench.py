@@ -28,7 +28,7 @@ from dps_lens.evaluation.result import REFERENCE, Evaluation
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel, describe_model
-from dps_lens.runs import RunFolder
+from dps_lens.runs import RunFolder, kept
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.sweep import data_digest
 
@@ -247,27 +247,19 @@ class Bench:
         style = None if self.task.closed else StyleMeasure(self.users)
         for example in self.bar(self.examples, "answering"):
             chosen = self.rows_of(example, choice)
-            unit = self.unit(folder, f"answer|{example.user_id}|{example.id}", partial(self.answer, example, chosen))
+            unit = kept(folder, f"answer|{example.user_id}|{example.id}", partial(self.answer, example, chosen))
             answers = {row.method.name: unit[f"tokens.{index}"] for index, row in enumerate(chosen)}
             answers[REFERENCE] = self.cut_reference(example)
             rows += measured(self.model, example, answers, unit["fluency"].tolist(), style)
         first = self.examples[0]
         timed = partial(measure_costs, self.model, self.prompts(first), self.rows_of(first, choice), self.length)
-        costs = self.unit(folder, "costs", timed)
+        costs = kept(folder, "costs", timed)
         columns = {name: costs[name].tolist() for name in COSTS}
         frame = pd.DataFrame({"method": list(self.defined), **columns})
         return Evaluation(pd.DataFrame(rows), choices, frame, self.task, manifest)
 
     def bar(self, items: Any, what: str) -> Any:
         return tqdm(items, desc=what, unit="example", disable=None if self.progress else True)
-
-    def unit(self, folder: RunFolder | None, key: str, make: Any) -> dict[str, Tensor]:
-        found = folder.get(key) if folder else None
-        if found is None:
-            found = make()
-            if folder:
-                folder.put(key, found)
-        return found
 
     def rows_of(self, example: Example, settings: Mapping[str, Setting]) -> list[Row]:
         return [self.row(example, self.defined[name], one) for name, one in settings.items()]
@@ -289,7 +281,7 @@ class Bench:
         rows = []
         for example in self.bar(self.choosing if several else [], "choosing"):
             ready = [self.row(example, self.defined[n], one, self.choose_on) for n, one in plan]
-            unit = self.unit(folder, f"choose|{example.user_id}|{example.id}", partial(self.write, example, ready))
+            unit = kept(folder, f"choose|{example.user_id}|{example.id}", partial(self.write, example, ready))
             for index, (name, setting) in enumerate(plan):
                 text = text_of(self.model, unit[f"tokens.{index}"])
                 score = score_example(example, text, synonyms=False)[metric]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dps_lens.data import Example, Note, PromptConfig, User, build_prompt
 from dps_lens.model import HookedModel
-from dps_lens.runs import RunFolder
+from dps_lens.runs import RunFolder, kept
 from dps_lens.steering import SteeringVector, generate
 from dps_lens.steering.steerx import NothingDrivenError, steerx_vectors
 from dps_lens.steering.vector import style_differences
@@ -68,12 +68,7 @@ class Portraits:
 
     def _once(self, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if key not in self._made:
-            found = self.folder.get(key) if self.folder else None
-            if found is None:
-                found = make()
-                if self.folder:
-                    self.folder.put(key, found)
-            self._made[key] = found
+            self._made[key] = kept(self.folder, key, make)
         return self._made[key]
 
     def _style(self, user_id: str, examples: Sequence[Example]) -> Float[Tensor, "layer d_model"]:

@@ -108,8 +108,17 @@ class Evaluation:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Evaluation":
-        """Read what `save` wrote."""
-        found = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
+        """Read what `save` wrote.
+
+        Raises:
+            EvaluationError: the folder holds no whole evaluation.
+        """
+        try:
+            found = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise EvaluationError(
+                f"{folder} holds no whole evaluation ({type(error).__name__}); start evaluate(…, out=…) there again"
+            ) from error
         rows, choices, costs = (pd.DataFrame(**found[name]) for name in ("rows", "choices", "costs"))
         return cls(rows, choices, costs, TASKS[found["task"]], found["manifest"])
 

@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dps_lens.intervene import Ablation, Edit, Positions, Scale, Selection, attention_for, everywhere
-from dps_lens.model import HookedModel, Residuals, Runner
-from dps_lens.model.lean import LeanSteps
+from dps_lens.model import HookedModel, LeanSteps, Residuals, Runner
 from dps_lens.model.runner import recorders
 
 Kind: TypeAlias = Literal["full", "edited", "without"]

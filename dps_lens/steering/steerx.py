@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dps_lens.data import Example, Note, Prompt, PromptConfig, User, build_prompt, chat_prompt
 from dps_lens.errors import SteeringError
-from dps_lens.model import HookedModel, Runner, native_attention
+from dps_lens.model import HookedModel
 from dps_lens.scoring.branches import token_losses
-from dps_lens.steering.vector import SteeringVector, layer_and_examples, style_differences
+from dps_lens.steering.vector import SteeringVector, layer_and_examples, logits_and_residuals, style_differences
 
 Backbone: TypeAlias = Literal["means", "style"]
 
@@ -142,17 +142,8 @@ def read_response(
 ) -> tuple[Float[Tensor, " pos"], Float[Tensor, "layer pos d_model"]]:
     """−log p of each response token, and the residual stream that leaves every layer where it is predicted from."""
     start, stop = prompt.spans["response"]
-    found: dict[int, Tensor] = {}
-
-    def keep(residual: Tensor, hook: Any, layer: int) -> None:
-        found[layer] = residual[0, start - 1 : stop - 1].detach().float().cpu()
-
-    runner = Runner.of(model)
-    tokens = prompt.tokens[None].to(runner.device)
-    hooks = [(f"blocks.{layer}.hook_resid_post", partial(keep, layer=layer)) for layer in range(model.cfg.n_layers)]
-    with native_attention(model), model.hooks(fwd_hooks=hooks):
-        logits = runner.logits(tokens[:, : stop - 1], keep=stop - start)[0]
-    return token_losses(logits, tokens[0, start:stop]).cpu(), torch.stack([found[layer] for layer in sorted(found)])
+    logits, states = logits_and_residuals(model, prompt.tokens[: stop - 1], stop - start)
+    return token_losses(logits, prompt.tokens[start:stop]).cpu(), states
 
 
 def _runs(model: HookedModel, tokens: Sequence[int], driven: Bool[Tensor, " pos"]) -> list[str]:

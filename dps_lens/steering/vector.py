@@ -123,13 +123,20 @@ def _own_answer(model: HookedModel, prompt: Any, max_new_tokens: int) -> Int[Ten
 
 def last_residuals(model: HookedModel, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "layer d_model"]:
     """The residual stream that leaves every layer, at the last token, as float32 on the CPU."""
+    return logits_and_residuals(model, tokens, 1)[1][:, 0]
+
+
+def logits_and_residuals(
+    model: HookedModel, tokens: Int[Tensor, " pos"], last: int
+) -> tuple[Float[Tensor, "last d_vocab"], Float[Tensor, "layer last d_model"]]:
+    """Logits of the last positions, and the residual stream that leaves every layer there, as float32 on the CPU."""
     found: dict[int, Tensor] = {}
 
     def keep(residual: Tensor, hook: Any, layer: int) -> None:
-        found[layer] = residual[0, -1].detach().float().cpu()
+        found[layer] = residual[0, -last:].detach().float().cpu()
 
-    runner = Runner.of(model)
-    hooks = [(f"blocks.{layer}.hook_resid_post", partial(keep, layer=layer)) for layer in range(model.cfg.n_layers)]
+    runner, n_layers = Runner.of(model), model.cfg.n_layers
+    hooks = [(f"blocks.{layer}.hook_resid_post", partial(keep, layer=layer)) for layer in range(n_layers)]
     with native_attention(model), model.hooks(fwd_hooks=hooks):
-        runner.logits(tokens[None].to(runner.device), keep=1)
-    return torch.stack([found[layer] for layer in range(model.cfg.n_layers)])
+        logits = runner.logits(tokens[None].to(runner.device), keep=last)[0]
+    return logits, torch.stack([found[layer] for layer in range(n_layers)])
