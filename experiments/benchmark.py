@@ -5,9 +5,10 @@
 
 Uses the scores and reference heads of `experiments.families` (in `--families`; made where they are missing): 10
 heads, chosen by other users. Strength 0.25 or 1, and for vectors layer 10 or 15, are chosen on one discovery example a
-user; vectors are made of the newest 4. Greedy answers: headlines, the newest 2 of each blogger, 24 tokens; posts, the
-newest of each blogger, and abstracts, one of each of 16 authors, 48 tokens. A corpus is a run folder under `--out` and
-resumes; `--out/results.md` holds the tables, `mean (low to high)` being 95% intervals over users.
+user; vectors and LoRAs are made of the newest 4. Greedy answers: headlines, the newest 2 of each blogger, 24 tokens;
+posts, the newest of each blogger, and abstracts, one of each of 16 authors, 48 tokens. A corpus is a run folder under
+`--out` and resumes, and `--only govblog` runs one of them, so that two processes share the work; `--out/results.md` holds
+the tables of what has been run, `mean (low to high)` being 95% intervals over users.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 import dps_lens as dps
 from dps_lens.evaluation import Evaluation
 from dps_lens.families import draw_seed, random_heads
+from dps_lens.files import write_text
 from experiments.families import PROMPT, Experiment, K
 from experiments.tables import cell, table
 
@@ -36,16 +38,27 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--families", type=Path, default=Path("runs/families"))
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--only", default="govblog,acl,topics", help="comma-separated corpora")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     sources = {"govblog": arguments.govblog, "acl": arguments.acl}
     found = Experiment(dps.load_model(arguments.model), sources, arguments.families)
-    parts = [__doc__ or ""]
+    only = arguments.only.split(",")
     for corpus in ("govblog", "acl", *(("topics",) if arguments.topics else ())):
-        users = found.users[corpus] if corpus in found.users else dps.load_users(arguments.topics)
-        done = evaluation(found, corpus, users, arguments.out / corpus)
-        parts.append(f"## {corpus}\n\n{metrics(done)}\n\n{chosen(done)}\n")
-        (arguments.out / "results.md").write_text("\n".join(parts), encoding="utf-8")
+        if corpus in only:
+            users = found.users[corpus] if corpus in found.users else dps.load_users(arguments.topics)
+            evaluation(found, corpus, users, arguments.out / corpus)
+            write_results(arguments.out)
+
+
+def write_results(out: Path) -> None:
+    """The tables of every corpus that has been run."""
+    parts = [__doc__ or ""]
+    for corpus in ANSWERED:
+        if (out / corpus / "evaluation.json").is_file():
+            done = Evaluation.load(out / corpus)
+            parts.append(f"## {corpus}\n\n{metrics(done)}\n\n{chosen(done)}\n")
+    write_text(out / "results.md", "\n".join(parts))
 
 
 def evaluation(e: Experiment, corpus: str, users: list[dps.data.User], out: Path) -> Evaluation:
@@ -69,6 +82,8 @@ def evaluation(e: Experiment, corpus: str, users: list[dps.data.User], out: Path
         "rag+stylevector": "rag+stylevector",
         "steerx": "steerx",
         "rag+steerx": "rag+steerx",
+        "lora": "lora",
+        "rag+lora": "rag+lora",
     }
     return dps.evaluate(
         e.model,

@@ -34,7 +34,7 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="plain, rag, prompt, cad, cos, dola, stylevector, steerx, rag+stylevector, rag+steerx, or RULE:FAMILY "
+            help="plain, rag, prompt, cad, cos, dola, stylevector, steerx, lora, the last three after rag+, or RULE:FAMILY "
             f"such as dps:preference, dps:induction, decore:retrieval, dps:random. Default: {','.join(METHODS)}."
         ),
     ] = None,
@@ -91,14 +91,14 @@ def evaluate(
 def _methods(wanted: "EvaluateConfig", model: Any, users: "list[User]") -> Mapping[str, Any]:
     """Methods by name; families are made where a method asks for them."""
     from dps_lens.errors import EvaluationError
-    from dps_lens.evaluation.methods import is_greedy_or_vector
+    from dps_lens.evaluation.methods import is_own_method
     from dps_lens.steering.rules import find_rule
 
     families = _Families(wanted, model, users)
     found: dict[str, Any] = {}
     for method in wanted.methods:
         rule, _, family = method.partition(":")
-        takes = not is_greedy_or_vector(rule) and find_rule(rule).needs_heads
+        takes = not is_own_method(rule) and find_rule(rule).needs_heads
         if family and not takes:
             raise EvaluationError(f"evaluate: method {method!r}: {rule} takes no heads")
         usual = "retrieval" if rule == "decore" else "preference"

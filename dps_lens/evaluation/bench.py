@@ -31,6 +31,7 @@ from dps_lens.model import HookedModel, describe_model
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.sweep import data_digest
+from dps_lens.steering.tuning import check_tunable
 
 
 def evaluate(
@@ -66,19 +67,20 @@ def evaluate(
     | `"cad"`, `"cos"`, `"dola"` | rules of `generate`, with the profile |
     | `("dps", scores)`, `("decore", scores)`, `("amplify", scores)`, … | rules of heads, with the profile |
     | `"stylevector"`, `"steerx"` | vectors of the user (`style_vector`, `steerx_vector`), without the profile |
-    | `"rag+stylevector"`, `"rag+steerx"` | the same, with the profile |
+    | `"lora"` | the model with the user's LoRA, trained on discovery examples, without the profile |
+    | `"rag+stylevector"`, `"rag+steerx"`, `"rag+lora"` | the same, with the profile |
     | `("dps+cad", scores)`, … | stacks |
 
     Args:
         model: a hooked model.
         users: of one task; their evaluation examples are answered.
         methods: name → method, in the order of the table.
-        strengths: the grid of γ and α.
+        strengths: the grid of γ and α, and of what a LoRA's change is multiplied by.
         ks: the grid of numbers of heads.
         layers: the grid of a vector's layer; a third, half and two thirds of the way up by default.
         choose_on: the newest so many discovery examples of each user choose; 0 where no method has a choice.
-        vector_examples: the newest so many discovery examples that a vector is made of; those that choose are left
-            out while choosing.
+        vector_examples: the newest so many discovery examples that a vector or LoRA is made of; those that choose are
+            left out while choosing.
         select: as in `ablation_curve`; with `"user"`, heads are ranked by the discovery examples that also choose.
         exclude: as in `ablation_curve`.
         max_examples: the newest so many evaluation examples of each user.
@@ -93,6 +95,7 @@ def evaluate(
         EvaluationError: users of several tasks, an unknown method, nothing to choose on, a layer outside the model, or
             a reference that is not of the task's form.
         ScoreError: as `ablation_curve`.
+        SteeringError: LoRA without peft, or on a `HookedTransformer`.
     """
     depth = model.cfg.n_layers
     grid = tuple(dict.fromkeys((depth // 3, depth // 2, 2 * depth // 3))) if layers is None else tuple(layers)
@@ -150,6 +153,8 @@ class Bench:
         if REFERENCE in self.methods:
             raise EvaluationError(f"evaluate: {REFERENCE!r} is what the user wrote; call the method something else")
         for name, method in self.methods.items():
+            if method.adapter:
+                check_tunable(f"evaluate: method {name!r}", self.model)
             if not method.settings:
                 raise EvaluationError(f"evaluate: method {name!r} has no setting; give a strength, K and layer")
             if len(method.settings) > 1 and not (self.choose_on and self.task.has_pairs):
@@ -167,7 +172,7 @@ class Bench:
     def _check_users(self) -> None:
         methods = self.methods.values()
         least = self.choose_on * any(len(method.settings) > 1 for method in methods)
-        least += any(method.vector for method in methods)
+        least += any(method.made for method in methods)
         for user in self.users:
             if not user.examples:
                 raise EvaluationError(f"evaluate: user {user.id!r} has no evaluation example; leave the user out")
@@ -265,13 +270,15 @@ class Bench:
         return [self.row(example, self.defined[name], one) for name, one in settings.items()]
 
     def row(self, example: Example, method: Method, setting: Setting, leave_out: int = 0) -> Row:
-        """A method with a setting, for the user of an example; vectors without the newest discovery examples."""
-        heads, vector = HeadSet(), None
+        """A method with a setting, for the user of an example; made without the newest discovery examples."""
+        heads, vector, adapter = HeadSet(), None, None
         if method.family is not None and setting.k is not None:
             heads = self.ranked[method.name][example.user_id][self.ks.index(setting.k)]
         if method.vector and setting.layer is not None:
             vector = self.portraits.vector(method.vector, example.user_id, setting.layer, leave_out)
-        return Row(method, setting, heads, vector)
+        if method.adapter:
+            adapter = self.portraits.adapter(example.user_id, leave_out)
+        return Row(method, setting, heads, vector, adapter)
 
     def choose(self, folder: RunFolder | None) -> tuple[dict[str, Setting], pd.DataFrame]:
         """The setting of every method with the best mean over users, the first of equals; and the whole grid."""

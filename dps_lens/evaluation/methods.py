@@ -1,6 +1,7 @@
 """Ways to answer: what is in the prompt, which rule decodes, and the settings that are to be chosen."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -14,14 +15,16 @@ from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
 from dps_lens.steering import SteeringVector, generate
 from dps_lens.steering.rules import Rule, find_rule
+from dps_lens.steering.tuning import EPOCHS, LEARNING_RATE, RANK, SEED, UserLora
 
 Asked: TypeAlias = str | tuple[str, Family]
-"""`"plain"`, `"rag"`, `"prompt"`, a vector, a rule such as `"cad"`; or a rule with its heads, `("dps", scores)`."""
+"""`"plain"`, `"rag"`, `"prompt"`, `"lora"`, a vector, a rule such as `"cad"`; a rule with heads is `("dps", scores)`."""
 
 Shown: TypeAlias = Literal["own", "none", "note"]
 
 GREEDY = Rule()
-_SHOWN: dict[str, Shown] = {"plain": "none", "rag": "own", "prompt": "note"}
+LORA = "lora"
+_SHOWN: dict[str, Shown] = {"plain": "none", "rag": "own", "prompt": "note", LORA: "none", f"rag+{LORA}": "own"}
 VECTORS = {"stylevector": "style", "steerx": "steerx"}
 
 
@@ -30,7 +33,7 @@ class Setting:
     """What is chosen for a method.
 
     Attributes:
-        strength: γ and α, whichever the rule has.
+        strength: γ and α, whichever the rule has; of an adapter.
         k: number of heads.
         layer: of a vector.
     """
@@ -56,6 +59,7 @@ class Method:
         family: heads of the rule.
         settings: the grid.
         vector: `"style"` or `"steerx"`, empty for none.
+        adapter: the model is tuned to the user.
     """
 
     name: str
@@ -65,6 +69,12 @@ class Method:
     family: Family | None
     settings: tuple[Setting, ...]
     vector: str = ""
+    adapter: bool = False
+
+    @property
+    def made(self) -> bool:
+        """Whether discovery examples are needed to make something of a user."""
+        return bool(self.vector) or self.adapter
 
     @property
     def call(self) -> tuple[str, str]:
@@ -72,7 +82,7 @@ class Method:
         return ("" if self.rule == GREEDY else self.rule_name, self.shows)
 
 
-def is_greedy_or_vector(name: str) -> bool:
+def is_own_method(name: str) -> bool:
     """A method of its own, not a rule of `generate`."""
     return name in _SHOWN or name.removeprefix("rag+") in VECTORS
 
@@ -83,7 +93,8 @@ def find_method(
     """A method with its grid.
 
     `plain` answers greedily without a profile, `rag` with it, `prompt` with a description in its place. `stylevector`
-    and `steerx` add their vector without a profile, `rag+stylevector` and `rag+steerx` with it. Rules that have no
+    and `steerx` add their vector without a profile, `lora` adds a trained change to the weights; `rag+stylevector` and
+    the like do so with the profile. Rules that have no
     strength (`dola`, entropy γ) have no grid of strengths.
 
     Raises:
@@ -101,8 +112,9 @@ def find_method(
     if rule.needs_heads != (family is not None):
         wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
         raise EvaluationError(f"evaluate: method {name!r} {wanted}")
+    adapter = rule_name.removeprefix("rag+") == LORA
     grid: list[Setting] = [Setting()]
-    if rule.prompt or (rule.edits and not rule.adaptive):
+    if adapter or rule.prompt or (rule.edits and not rule.adaptive):
         grid = [Setting(strength) for strength in strengths]
     elif rule.adaptive:
         grid = [Setting(1.0)]
@@ -110,7 +122,7 @@ def find_method(
         grid = [Setting(one.strength, k) for one in grid for k in ks]
     if rule.vector:
         grid = [Setting(one.strength, None, layer) for one in grid for layer in layers]
-    return Method(name, rule, rule_name, shows, family, tuple(grid), vector)
+    return Method(name, rule, rule_name, shows, family, tuple(grid), vector, adapter)
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,7 @@ class Row:
     setting: Setting
     heads: HeadSet
     vector: SteeringVector | None = None
+    adapter: UserLora | None = None
 
 
 def write(
@@ -140,10 +153,11 @@ def write(
         stop_at_eos: end an answer at the model's end token.
     """
     found: dict[int, Tensor] = {}
-    calls: dict[tuple[str, str], list[int]] = {}
+    calls: dict[tuple[str, str, int | None], list[int]] = {}
     for index, row in enumerate(rows):
-        calls.setdefault(row.method.call, []).append(index)
-    for (rule_name, shows), members in calls.items():
+        # Every adapter is a model of its own.
+        calls.setdefault((*row.method.call, index if row.adapter else None), []).append(index)
+    for (rule_name, shows, _), members in calls.items():
         chosen = [rows[index] for index in members]
         rule, strengths = chosen[0].method.rule, [row.setting.strength for row in chosen]
         options: dict[str, Any] = {"rule": rule_name} if rule_name else {"heads": HeadSet(), "gamma": 0.0}
@@ -156,7 +170,9 @@ def write(
         if rule.prompt:
             options |= {"alpha": strengths, "without": [prompts["none"]] * len(chosen)}
         options |= {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos}
-        written: Any = generate(model, [prompts[shows]] * len(chosen), **options)
+        adapter = chosen[0].adapter
+        with adapter.on(model, strengths[0]) if adapter else nullcontext():
+            written: Any = generate(model, [prompts[shows]] * len(chosen), **options)
         found |= dict(zip(members, written.tokens, strict=True))
     return [found[index] for index in range(len(rows))]
 
@@ -168,6 +184,7 @@ def describe(methods: Mapping[str, Method]) -> dict[str, Any]:
             "rule": method.rule_name,
             "shows": method.shows,
             "vector": method.vector,
+            "adapter": [RANK, EPOCHS, LEARNING_RATE, SEED] if method.adapter else None,
             "grid": [str(one) for one in method.settings],
         }
         for name, method in methods.items()

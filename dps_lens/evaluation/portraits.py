@@ -1,4 +1,4 @@
-"""What methods know of a user besides the documents in the prompt: vectors and a description."""
+"""What methods know of a user besides the documents in the prompt: vectors, an adapter and a description."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +14,7 @@ from dps_lens.model import HookedModel
 from dps_lens.runs import RunFolder, kept
 from dps_lens.steering import SteeringVector, generate
 from dps_lens.steering.steerx import NothingDrivenError, steerx_vectors
+from dps_lens.steering.tuning import UserLora, tune_lora
 from dps_lens.steering.vector import style_differences
 
 _ASK = "Describe in two sentences what this user writes about and in which style."
@@ -28,7 +29,7 @@ class Portraits:
         model: a hooked model.
         users: by their ids.
         prompt: how prompts are built.
-        newest: the newest so many discovery examples make a vector; None takes all.
+        newest: the newest so many discovery examples make a vector or an adapter; None takes all.
         folder: where they are kept, if anywhere.
     """
 
@@ -52,6 +53,15 @@ class Portraits:
         """
         make = self._style if kind == "style" else self._steerx
         return SteeringVector(make(user_id, self._examples(user_id, leave_out))[layer], layer, kind)
+
+    def adapter(self, user_id: str, leave_out: int = 0) -> UserLora:
+        """The user's LoRA, trained without the newest `leave_out` discovery examples."""
+        examples = self._examples(user_id, leave_out)
+
+        def make() -> dict[str, Tensor]:
+            return dict(tune_lora(self.model, examples, prompt=self.prompt).factors)
+
+        return UserLora(self._once(f"lora|{user_id}|{examples[0].id}|{examples[-1].id}", make))
 
     def note(self, user_id: str) -> Note:
         """The model's own description of a user, as an instruction."""

@@ -57,7 +57,7 @@ def export_lora(model: HookedModel, heads: HeadSet, path: str | Path, *, max_ran
             f"export_lora: rank {rank} = d_head {d_head} × {most} heads in layer {layer} is above max_rank {max_rank}; "
             f"keep at most {max_rank // d_head} heads in a layer, or raise max_rank to what the server takes"
         )
-    names = {id(module): name for name, module in _plain_modules(model.original_model)}
+    names = {id(module): name for name, module in plain_modules(model.original_model)}
     tensors, targets, transposed = {}, [], False
     for layer in mask.any(dim=1).nonzero().flatten().tolist():
         projection = model.blocks[layer].attn.o.original_component
@@ -133,13 +133,13 @@ def _weight(model: HookedModel, projection: Any, layer: int) -> Float[Tensor, "d
     return weight
 
 
-def _plain_modules(module: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def plain_modules(module: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Modules under the names they have without the bridge, whose wrappers stand where the modules stood."""
     wrapped = module._modules.get("_original_component")
     if wrapped is not None:
-        yield from _plain_modules(wrapped, name)
+        yield from plain_modules(wrapped, name)
         return
     yield name, module
     for child_name, child in module._modules.items():
         if child is not None:
-            yield from _plain_modules(child, f"{name}.{child_name}" if name else child_name)
+            yield from plain_modules(child, f"{name}.{child_name}" if name else child_name)
