@@ -7,8 +7,8 @@ Uses the scores and reference heads of `experiments.families` (in `--families`; 
 heads, chosen by other users. Strength 0.25 or 1, and for vectors layer 10 or 15, are chosen on one discovery example a
 user; vectors and LoRAs are made of the newest 4. Greedy answers: headlines, the newest 2 of each blogger, 24 tokens;
 posts, the newest of each blogger, and abstracts, one of each of 16 authors, 48 tokens. A corpus is a run folder under
-`--out` and resumes, and `--only govblog` runs one of them, so that two processes share the work; `--out/results.md` holds
-the tables of what has been run, `mean (low to high)` being 95% intervals over users.
+`--out` and resumes, and `--only govblog` runs one of them, so that two processes share the work; `--out/results.md`
+holds the tables of what has been run, `mean (low to high)` being 95% intervals over users.
 """
 
 import argparse

@@ -338,7 +338,7 @@ def test_bad_exports_are_named(tiny_folders, tmp_path, monkeypatch):
     with pytest.raises(SteeringError, match="layer 2 .* quantised"):
         export_lora(model, HEADS, path)
     monkeypatch.undo()
-    monkeypatch.setattr("dps_lens.steering.lora._plain_modules", lambda module: [])
+    monkeypatch.setattr("dps_lens.steering.lora.plain_modules", lambda module: [])
     with pytest.raises(SteeringError, match="layer 0 is made by the bridge"):
         export_lora(model, HEADS, path)
     monkeypatch.undo()

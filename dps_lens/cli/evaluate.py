@@ -34,7 +34,7 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="plain, rag, prompt, cad, cos, dola, stylevector, steerx, lora, the last three after rag+, or RULE:FAMILY "
+            help="plain, rag, prompt, cad, cos, dola, stylevector, steerx, lora, rag+lora and the like, or RULE:FAMILY "
             f"such as dps:preference, dps:induction, decore:retrieval, dps:random. Default: {','.join(METHODS)}."
         ),
     ] = None,

@@ -18,7 +18,7 @@ from dps_lens.steering.rules import Rule, find_rule
 from dps_lens.steering.tuning import EPOCHS, LEARNING_RATE, RANK, SEED, UserLora
 
 Asked: TypeAlias = str | tuple[str, Family]
-"""`"plain"`, `"rag"`, `"prompt"`, `"lora"`, a vector, a rule such as `"cad"`; a rule with heads is `("dps", scores)`."""
+"""`"plain"`, `"rag"`, `"prompt"`, `"lora"`, a vector, a rule such as `"cad"`; with heads it is `("dps", scores)`."""
 
 Shown: TypeAlias = Literal["own", "none", "note"]
 
