@@ -43,3 +43,7 @@ class SteeringError(DPSLensError, ValueError):
 
 class EvaluationError(DPSLensError, ValueError):
     """An evaluation that is not defined for what it was asked of."""
+
+
+class PlotError(DPSLensError, ValueError):
+    """A figure that cannot be drawn or written as asked."""

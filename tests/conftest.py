@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -179,6 +180,53 @@ def toy_users(tmp_path_factory):
 def short():
     """Small prompts, so that slow oracles stay quick."""
     return dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
+
+
+@pytest.fixture(scope="session")
+def browser_path() -> str:
+    """Chromium or Chrome of this machine."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def browser(browser_path):
+    """A headless browser without a network."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Page:
+    """A page in the browser, with everything that went wrong in it."""
+
+    def __init__(self, browser, *, offline: bool = True) -> None:
+        self.context = browser.new_context(offline=offline, viewport={"width": 1280, "height": 1000})
+        self.page, self.problems = self.context.new_page(), []
+        self.page.on("console", lambda said: said.type in ("error", "warning") and self.problems.append(said.text))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("requestfailed", lambda request: self.problems.append(f"failed: {request.url[:100]}"))
+        self.requests: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+
+
+@pytest.fixture
+def open_page(browser):
+    opened = []
+
+    def open_(url: str, **options) -> Page:
+        opened.append(Page(browser, **options))
+        opened[-1].page.goto(url)
+        return opened[-1]
+
+    yield open_
+    for one in opened:
+        one.context.close()
 
 
 @pytest.fixture(scope="session")

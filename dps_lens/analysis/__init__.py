@@ -1,7 +1,7 @@
 """Validation of heads: held-out ablation and patching, overlap, reliability, significance, clusters of users."""
 
 from dps_lens.analysis.ablation import AblationCost, ablation_cost
-from dps_lens.analysis.attention import profile_attention
+from dps_lens.analysis.attention import AttentionPattern, attention_pattern, profile_attention
 from dps_lens.analysis.clusters import UserClusters, cluster_users
 from dps_lens.analysis.curve import ablation_curve, patch_heads
 from dps_lens.analysis.effects import SetEffects
@@ -17,6 +17,7 @@ from dps_lens.analysis.vectors import preference_vector, vector_recovery
 __all__ = [
     "AblatedTexts",
     "AblationCost",
+    "AttentionPattern",
     "Overlap",
     "SetEffects",
     "Significance",
@@ -25,6 +26,7 @@ __all__ = [
     "ablated_generation",
     "ablation_cost",
     "ablation_curve",
+    "attention_pattern",
     "cluster_users",
     "held_out_effects",
     "measure_noise",

@@ -1,6 +1,7 @@
 """What ablating chosen heads costs on held-out examples, against layer-matched random heads."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,33 @@ class AblationCost:
             ]
         )
 
+    def verdict(self) -> str:
+        """The sentences that the held-out numbers support."""
+        frame = self.to_frame()
+        rows = {(row["ablated"], row["measure"]): row for row in frame.to_dict("records")}
+        gain, k = rows["full model", "gain"], len(self.heads)
+        if math.isnan(gain["low"]):
+            return "One user gives no interval over users, so nothing is claimed."
+        if not gain["low"] > 0:
+            return f"Here the profile does not reliably help the model (gain {_words(gain)}); there is little to take."
+        if not self.draws:
+            return (
+                f"The profile helps the model (gain {_words(gain)}); without random heads nothing is claimed of these."
+            )
+        taken, harm = rows["difference", "taken"], rows["difference", "harm"]
+        if taken["low"] > 0:
+            first = f"The top {k} heads take more of the gain than random heads of the same layers, by {_words(taken)}."
+        elif taken["high"] < 0:
+            first = f"The top {k} heads take less of the gain than random heads of the same layers ({_words(taken)})."
+        else:
+            first = f"The top {k} heads cannot be told from random heads of the same layers ({_words(taken)})."
+        if harm["low"] > 0:
+            return (
+                f"{first} They also harm the model where there is no profile, more than random heads do "
+                f"({_words(harm)})."
+            )
+        return f"{first} Where there is no profile they harm the model no more than random heads ({_words(harm)})."
+
     @property
     def share_of_draws_below(self) -> float:
         """Share of random sets that take less of the gain than the chosen heads."""
@@ -107,6 +135,10 @@ def check_held_out(call: str, scores: HeadScores, examples: Sequence[Example]) -
             f"{call}: the heads were chosen on {len(shared)} of these examples, such as {shared[0].id!r} of user "
             f"{shared[0].user_id!r}; evaluate on other examples"
         )
+
+
+def _words(row: Mapping[Hashable, Any]) -> str:
+    return f"{row['mean']:.3f} nats per token, interval {row['low']:.3f} to {row['high']:.3f}"
 
 
 def ablation_cost(

@@ -1,6 +1,7 @@
 """What heads look at from the response: the profile's documents, the task, the response itself."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,62 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dps_lens.data import Prompt, PromptConfig, User, build_prompt
+from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.model import HookedModel, Runner
 
 if TYPE_CHECKING:
     import pandas
+    import plotly.graph_objects
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPattern:
+    """Attention of some heads over one prompt, from the positions whose logits give the response.
+
+    Attributes:
+        heads: of the first axis, in order.
+        pattern: `Float[Tensor, "head query pos"]`, rows add up to 1; the first query is the last prompt token.
+        pieces: text of each token of the prompt and its response.
+        prompt: what was run; its spans tell profile, task and response apart.
+    """
+
+    heads: tuple[Head, ...]
+    pattern: Float[Tensor, "head query pos"]
+    pieces: tuple[str, ...]
+    prompt: Prompt
+
+    @property
+    def mean(self) -> Float[Tensor, "head pos"]:
+        """Mean over the queries."""
+        return self.pattern.mean(1)
+
+    def plot(self, head: Head | None = None) -> "plotly.graph_objects.Figure":
+        """`dps_lens.plots.attention` of one head, the first by default."""
+        from dps_lens.plots import attention
+
+        return attention(self, head)
+
+
+def attention_pattern(model: HookedModel, prompt: Prompt, heads: HeadSet) -> AttentionPattern:
+    """Attention of heads over a prompt while its response is read.
+
+    Args:
+        model: a hooked model; its hooked attention runs.
+        prompt: of `build_prompt`, with its response.
+        heads: the heads to look at.
+
+    Raises:
+        HeadError: a head lies outside the model.
+        ScoreError: the prompt has no response, or there are no heads.
+    """
+    heads.mask(model.cfg)
+    start, stop = prompt.spans["response"]
+    if stop <= start or not len(heads):
+        raise ScoreError("attention_pattern: give a prompt with its response, and at least one head")
+    found = _from_response(model, prompt, heads)
+    pieces = tuple(model.tokenizer.decode([token]) for token in prompt.tokens.tolist())
+    return AttentionPattern(tuple(heads), torch.stack([found[head] for head in heads]), pieces, prompt)
 
 
 def profile_attention(
@@ -53,7 +105,8 @@ def profile_attention(
     for example in tqdm(examples, desc="attention", unit="example", disable=None if progress else True):
         built = build_prompt(model, example, config=prompt)
         targets = _targets(built)
-        for head, attention in _from_response(model, built, heads).items():
+        for head, pattern in _from_response(model, built, heads).items():
+            attention = pattern.mean(0)
             for name, (document, positions) in targets.items():
                 rows.append(
                     {
@@ -70,15 +123,15 @@ def profile_attention(
 
 
 @torch.inference_mode()
-def _from_response(model: HookedModel, prompt: Prompt, heads: HeadSet) -> dict[Head, Float[Tensor, " pos"]]:
-    """Attention to every position, the mean over the queries whose logits give the response."""
+def _from_response(model: HookedModel, prompt: Prompt, heads: HeadSet) -> dict[Head, Float[Tensor, "query pos"]]:
+    """Attention to every position, from the queries whose logits give the response."""
     start, stop = prompt.spans["response"]
     found: dict[Head, Tensor] = {}
 
     def keep(pattern: Tensor, hook: Any, layer: int) -> None:
         for head in heads:
             if head.layer == layer:
-                found[head] = pattern[0, head.head, start - 1 : stop - 1].float().mean(0).cpu()
+                found[head] = pattern[0, head.head, start - 1 : stop - 1].float().cpu()
 
     layers = sorted({head.layer for head in heads})
     hooks = [(f"blocks.{layer}.attn.hook_pattern", partial(keep, layer=layer)) for layer in layers]

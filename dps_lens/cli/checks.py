@@ -49,3 +49,13 @@ def numbers(option: str, text: str) -> list[int]:
         return [int(word) for word in words(text)]
     except ValueError:
         raise ScoreError(f"--{option} {text!r} is not a list of whole numbers; write 1,5,10") from None
+
+
+def decimals(option: str, text: str) -> list[float]:
+    """Comma-separated numbers."""
+    from dps_lens.errors import ScoreError
+
+    try:
+        return [float(word) for word in words(text)]
+    except ValueError:
+        raise ScoreError(f"--{option} {text!r} is not a list of numbers; write 0.5,1,2") from None

@@ -12,7 +12,6 @@ from dps_lens.cli.options import Device, Dtype, Model, Outputs, Users
 from dps_lens.cli.tables import print_cost, print_top
 
 if TYPE_CHECKING:
-    from dps_lens.analysis import AblationCost
     from dps_lens.data import User
 
 
@@ -27,7 +26,7 @@ def demo(
     held_out: Annotated[int, typer.Option(min=1, help="Evaluation examples a user.")] = 2,
     k: Annotated[int, typer.Option(min=1, help="Heads to test and to steer with.")] = 10,
     n_random: Annotated[int, typer.Option(min=1, help="Layer-matched random sets to compare with.")] = 20,
-    gamma: Annotated[float, typer.Option(help="Steering strength.")] = 1.0,
+    gamma: Annotated[float, typer.Option(help="Steering strength; the page has half and twice of it, too.")] = 1.0,
     device: Device = None,
     dtype: Dtype = "auto",
     force: Annotated[bool, typer.Option(help="Drop what the folder holds.")] = False,
@@ -45,10 +44,11 @@ def demo(
     _print_estimate(loaded_model, loaded, examples, held_out, n_random)
     scores = dps.score_heads(loaded_model, loaded, max_examples=examples, out=out, force=force)
     cost = dps.ablation_cost(loaded_model, loaded, scores, k=k, n_random=n_random, max_examples=held_out)
-    texts = _steered_texts(loaded_model, loaded, cost, gamma)
-    report = dps.plots.write_report(
-        out / "report.html", scores, cost, texts, steering=f"DPS, γ = {gamma:g}, with the top {k} heads"
-    )
+    found = dps.explore(
+        loaded_model, loaded, scores, cost=cost, k=k, gammas=(gamma / 2, gamma, 2 * gamma),
+        ks=sorted({max(1, k // 2), k}), out=out / "page", force=force,
+    )  # fmt: skip
+    report = found.write(out / "report.html")
     print_top(scores, k)
     print_cost(cost)
     typer.echo(f"report: {report}  ({time.monotonic() - started:.0f} s)")
@@ -73,20 +73,3 @@ def _print_estimate(model: Any, users: "list[User]", examples: int, held_out: in
     seconds = 2 * len(users) * (examples * (clean + sweep) + held_out * (clean + per_set * (n_random + 1)))
     size = f"{len(users)} users, {model.cfg.n_layers} layers × {n_heads} heads"
     typer.echo(f"{size}: about {max(seconds / 60, 0.1):.1f} minutes", err=True)
-
-
-def _steered_texts(model: Any, users: "list[User]", cost: "AblationCost", gamma: float) -> list[dict[str, str]]:
-    """The newest example of up to six users, spread over all of them, plain and steered."""
-    import dps_lens as dps
-
-    chosen = [user.examples[-1] for user in users[:: max(1, len(users) // 6)][:6]]
-    prompts = [dps.build_prompt(model, example) for example in chosen]
-    tokens = chosen[0].task.max_new_tokens
-    plain, steered = (
-        dps.generate(model, prompts, heads=cost.heads, gamma=strength, max_new_tokens=tokens).texts
-        for strength in (0.0, gamma)
-    )
-    return [
-        {"user": example.user_id, "reference": example.reference, "plain": before, "steered": after}
-        for example, before, after in zip(chosen, plain, steered, strict=True)
-    ]

@@ -26,8 +26,6 @@ def print_cost(cost: "AblationCost") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dps_lens.plots import verdict
-
     table = Table(title="Ablated on held-out examples (nats per token, 95% interval over users)")
     for column in ("ablated", "measure", "mean", "interval"):
         table.add_column(column, justify="left" if column in ("ablated", "measure") else "right")
@@ -35,7 +33,7 @@ def print_cost(cost: "AblationCost") -> None:
         table.add_row(row["ablated"], row["measure"], f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
     console = Console()
     console.print(table)
-    console.print(verdict(cost))
+    console.print(cost.verdict())
 
 
 def print_overlap(overlap: "Overlap", title: str) -> None:

@@ -2,6 +2,7 @@
 
 from dps_lens.evaluation.bench import evaluate
 from dps_lens.evaluation.endpoint import Endpoint
+from dps_lens.evaluation.grid import SteeredText, SteeringGrid, steering_grid
 from dps_lens.evaluation.judge import Verdicts, judge
 from dps_lens.evaluation.metrics import macro_f1, meteor, metrics_of, rouge, score_example
 from dps_lens.evaluation.result import Evaluation
@@ -10,6 +11,8 @@ from dps_lens.evaluation.style import StyleMeasure
 __all__ = [
     "Endpoint",
     "Evaluation",
+    "SteeredText",
+    "SteeringGrid",
     "StyleMeasure",
     "Verdicts",
     "evaluate",
@@ -19,4 +22,5 @@ __all__ = [
     "metrics_of",
     "rouge",
     "score_example",
+    "steering_grid",
 ]

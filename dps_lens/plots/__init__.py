@@ -1,10 +1,13 @@
 """Figures: plotly, returned, never shown."""
 
 from dps_lens.plots.ablation import ablation
+from dps_lens.plots.attention import attention, attention_html
 from dps_lens.plots.evaluation import evaluation
-from dps_lens.plots.heatmap import heatmap
+from dps_lens.plots.export import browser, export
+from dps_lens.plots.families import families
+from dps_lens.plots.heatmap import heatmap, heatmaps
 from dps_lens.plots.overlap import overlap
-from dps_lens.plots.report import verdict, write_report
+from dps_lens.plots.pareto import k_sweep, pareto
 from dps_lens.plots.stability import stability_curve
 from dps_lens.plots.steering import steering
 from dps_lens.plots.theme import TEMPLATE
@@ -13,12 +16,18 @@ from dps_lens.plots.token_shift import token_shift
 __all__ = [
     "TEMPLATE",
     "ablation",
+    "attention",
+    "attention_html",
+    "browser",
     "evaluation",
+    "export",
+    "families",
     "heatmap",
+    "heatmaps",
+    "k_sweep",
     "overlap",
+    "pareto",
     "stability_curve",
     "steering",
     "token_shift",
-    "verdict",
-    "write_report",
 ]

@@ -1,0 +1,129 @@
+"""`dps-lens report` and `dps-lens explore`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dps_lens.cli.app import app
+from dps_lens.cli.checks import check_same_model, decimals, numbers, words
+from dps_lens.cli.options import Device, Dtype, Model, Outputs, Users
+
+if TYPE_CHECKING:
+    from dps_lens.data import User
+    from dps_lens.explorer import Exploration
+
+Folder = Annotated[Path, typer.Argument(help="Run folder of 'score' or 'demo'.")]
+Effects = Annotated[Path | None, typer.Option(help="Run folder of 'ablate', for the ablation tab.")]
+Kinds = Annotated[
+    str, typer.Option(help="Families to compare with, such as induction,retrieval,function_vector; minutes once.")
+]
+TopK = Annotated[int, typer.Option(min=1, help="Heads to outline and to compare.")]
+Gammas = Annotated[str, typer.Option(help="Positions of the γ slider.")]
+Ks = Annotated[str, typer.Option(help="Positions of the K slider.")]
+Shown = Annotated[int, typer.Option(min=1, help="Users with attention and texts, spread over all.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a text; by default what the task needs.")]
+Force = Annotated[bool, typer.Option(help="Write texts and attention anew.")]
+
+
+@app.command()
+def report(
+    run: Folder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+    users: Users = "probe",
+    outputs: Outputs = None,
+    ablation: Effects = None,
+    kinds: Kinds = "",
+    k: TopK = 10,
+    gammas: Gammas = "0.5,1,2",
+    ks: Ks = "5,10",
+    shown_users: Shown = 6,
+    max_new_tokens: Length = None,
+    model: Model = "smollm2-135m",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    force: Force = False,
+) -> None:
+    """Write a run as one HTML page that works offline: maps, heads, overlap, ablation, steered text."""
+    found, _, _ = _explored(
+        "report", run, users, outputs, ablation, kinds, k, gammas, ks, shown_users, max_new_tokens, model, device,
+        dtype, force,
+    )  # fmt: skip
+    typer.echo(f"report: {found.write(out)}")
+
+
+@app.command()
+def explore(
+    run: Folder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1.")] = 8050,
+    users: Users = "probe",
+    outputs: Outputs = None,
+    ablation: Effects = None,
+    kinds: Kinds = "",
+    k: TopK = 10,
+    gammas: Gammas = "0.5,1,2",
+    ks: Ks = "5,10",
+    shown_users: Shown = 6,
+    max_new_tokens: Length = None,
+    model: Model = "smollm2-135m",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    force: Force = False,
+) -> None:
+    """The page of 'report' with a live model: write anew at any γ and K. Only this machine can open it."""
+    import logging
+
+    from werkzeug.serving import make_server
+
+    from dps_lens.explorer.server import HOST, make_app
+
+    found, loaded, people = _explored(
+        "explore", run, users, outputs, ablation, kinds, k, gammas, ks, shown_users, max_new_tokens, model, device,
+        dtype, force,
+    )  # fmt: skip
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = make_server(HOST, port, make_app(loaded, people, found), threaded=True)
+    typer.echo(f"http://{HOST}:{server.port}/  (Ctrl-C ends it)")
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+
+
+def _explored(
+    command: str,
+    run: Path,
+    users: str,
+    outputs: Path | None,
+    ablation: Path | None,
+    kinds: str,
+    k: int,
+    gammas: str,
+    ks: str,
+    shown_users: int,
+    max_new_tokens: int | None,
+    model: str,
+    device: str | None,
+    dtype: str,
+    force: bool,
+) -> "tuple[Exploration, Any, list[User]]":
+    """The run's scores with everything that the page adds; kept in the run's folder."""
+    import dps_lens as dps
+    from dps_lens.errors import DataError
+
+    scores = dps.HeadScores.load(run)
+    effects = dps.SetEffects.load(ablation) if ablation is not None else None
+    people = [user for user in dps.load_users(users, outputs=outputs) if user.id in {*scores.users}]
+    if not people:
+        raise DataError(
+            f"{command}: none of the run's users ({scores.users[0]} …) is in --users {users}; name their file"
+        )
+    sizes, strengths = numbers("ks", ks), decimals("gammas", gammas)
+    loaded = dps.load_model(model, device=device, dtype=dtype)
+    check_same_model(command, scores, loaded)
+    families = dps.reference_heads(loaded, words(kinds)) if kinds else None
+    found = dps.explore(
+        loaded, people, scores, families=families, effects=effects, k=k, gammas=strengths, ks=sizes,
+        max_users=shown_users, max_new_tokens=max_new_tokens, out=run / "page", force=force,
+    )  # fmt: skip
+    return found, loaded, people

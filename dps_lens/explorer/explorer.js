@@ -1,0 +1,438 @@
+(() => {
+"use strict";
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const size = data.layers * data.heads;
+const $ = (id) => document.getElementById(id);
+const PLOT = { displayModeBar: false, responsive: true };
+const BLUE = "0,114,178", RED = "178,24,43";
+const EVERYBODY = "";
+
+// numbers
+
+function bytes(text) {
+  const raw = atob(text), found = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i++) found[i] = raw.charCodeAt(i);
+  return found;
+}
+
+function numbers({ kind, data: text }) {
+  const raw = bytes(text), view = new DataView(raw.buffer), width = kind === "<f4" ? 4 : 2;
+  const found = new Float32Array(raw.length / width);
+  for (let i = 0; i < found.length; i++) found[i] = width === 4 ? view.getFloat32(4 * i, true) : half(view.getUint16(2 * i, true));
+  return found;
+}
+
+function half(bits) {
+  const sign = bits >> 15 ? -1 : 1, exponent = (bits >> 10) & 31, rest = bits & 1023;
+  if (exponent === 31) return rest ? NaN : sign * Infinity;
+  return sign * (exponent ? (1 + rest / 1024) * 2 ** (exponent - 15) : rest * 2 ** -24);
+}
+
+const kept = new Map();
+function once(key, make) {
+  if (!kept.has(key)) kept.set(key, make());
+  return kept.get(key);
+}
+
+const maps = (name) => once(`map|${name}`, () => numbers(data.maps[name]));
+const examples = () => once("examples", () => (data.examples ? numbers(data.examples.values) : null));
+const family = (name) => once(`family|${name}`, () => numbers(data.families[name].values));
+const defined = Object.keys(data.families).filter((name) => !data.families[name].reason);
+const isFamily = (name) => name in data.families;
+const words = (name) => name.replaceAll("_", " ");
+
+/** Mean and interval of every head over rows of an array. */
+function summary(values, rows) {
+  const mean = new Float32Array(size), half = new Float32Array(size).fill(NaN), n = rows.length;
+  for (const row of rows) for (let i = 0; i < size; i++) mean[i] += values[row * size + i] / n;
+  if (n > 1) {
+    for (let i = 0; i < size; i++) {
+      let sum = 0;
+      for (const row of rows) sum += (values[row * size + i] - mean[i]) ** 2;
+      half[i] = data.t[n] * Math.sqrt(sum / (n - 1) / n);
+    }
+  }
+  return { mean, half, n };
+}
+
+/** The map that is shown: of everybody, of one user, or of a family. */
+function shown(name, user) {
+  return once(`shown|${name}|${user}`, () => {
+    if (isFamily(name)) return { mean: family(name), half: null, n: 0, unit: data.families[name].unit };
+    if (user === EVERYBODY) return { ...summary(maps(name), data.users.map((_, i) => i)), unit: data.unit };
+    const at = data.users.indexOf(user);
+    if (name === "PCS" && examples()) return { ...summary(examples(), rowsOf(at)), unit: data.unit };
+    return { ...summary(maps(name), [at]), unit: data.unit };
+  });
+}
+
+const rowsOf = (at) => data.examples.user.flatMap((owner, row) => (owner === at ? [row] : []));
+
+function ranks(name, user) {
+  return once(`ranks|${name}|${user}`, () => {
+    const { mean } = shown(name, user), order = [...mean.keys()].sort((a, b) => mean[b] - mean[a] || a - b);
+    const found = new Int32Array(size);
+    order.forEach((index, place) => { found[index] = place + 1; });
+    return found;
+  });
+}
+
+const nameOf = (index) => `L${Math.floor(index / data.heads)}H${index % data.heads}`;
+function indexOf(name) {
+  const match = /^\s*L(\d+)H(\d+)\s*$/i.exec(name);
+  if (!match || +match[1] >= data.layers || +match[2] >= data.heads) return -1;
+  return +match[1] * data.heads + +match[2];
+}
+
+function number(value, digits = 4) {
+  return Number.isFinite(value) ? value.toFixed(digits).replace("-", "\u2212") : "\u2013";
+}
+
+// elements; text of users and models is only ever set as text
+
+function element(tag, text, attributes = {}) {
+  const found = document.createElement(tag);
+  if (text !== undefined) found.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) found.setAttribute(name, value);
+  return found;
+}
+
+function options(select, entries) {
+  select.replaceChildren(...entries.map(([value, text]) => element("option", text, { value })));
+}
+
+function table(target, head, rows) {
+  const cell = (tag) => (value, column) => element(tag, value, column ? { class: "number" } : {});
+  const line = (tag, values) => { const row = element("tr"); row.append(...values.map(cell(tag))); return row; };
+  target.replaceChildren(line("th", head), ...rows.map((row) => line("td", row)));
+}
+
+const tip = $("tip");
+function hint(target, text) {
+  target.addEventListener("mousemove", (event) => {
+    tip.textContent = text;
+    tip.hidden = false;
+    tip.style.left = `${Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 8)}px`;
+    tip.style.top = `${Math.min(event.clientY + 16, innerHeight - tip.offsetHeight - 8)}px`;
+  });
+  target.addEventListener("mouseleave", () => { tip.hidden = true; });
+  target.setAttribute("aria-label", text.replaceAll("\n", "; "));
+}
+
+// state, kept in the address
+
+const views = data.views, grid = data.grid;
+const texts = grid ? [...new Map(grid.texts.map((one) => [one.example, one.user]))] : [];
+const first = data.tops.length ? data.tops[0] : nameOf(0);
+const fresh = {
+  tab: "heads", user: EVERYBODY, map: "PCS", head: first, view: views.length ? views[0].example : "",
+  text: texts.length ? texts[0][0] : "", gamma: grid ? String(grid.gammas[Math.floor(grid.gammas.length / 2)]) : "0",
+  k: grid ? String(grid.ks[grid.ks.length - 1]) : "0", overlap: "", ablation: "",
+};
+let state = read();
+
+function read() {
+  const found = { ...fresh }, asked = new URLSearchParams(location.hash.slice(1));
+  for (const [name, value] of asked) if (name in found) found[name] = value;
+  if (!(found.map in data.maps) && !defined.includes(found.map)) found.map = fresh.map;
+  if (found.user && !data.users.includes(found.user)) found.user = fresh.user;
+  if (indexOf(found.head) < 0) found.head = fresh.head;
+  if (!views.some((view) => view.example === found.view)) found.view = fresh.view;
+  if (!texts.some(([example]) => example === found.text)) found.text = fresh.text;
+  if (grid && ![0, ...grid.gammas].includes(+found.gamma)) found.gamma = fresh.gamma;
+  if (grid && !grid.ks.includes(+found.k)) found.k = fresh.k;
+  if (!document.getElementById(`tab-${found.tab}`)) found.tab = fresh.tab;
+  return found;
+}
+
+function go(change) {
+  state = { ...state, ...change };
+  const changed = Object.entries(state).filter(([name, value]) => value !== fresh[name]);
+  history.replaceState(null, "", `#${new URLSearchParams(changed)}`);
+  draw();
+}
+
+addEventListener("hashchange", () => { state = read(); draw(); });
+
+// heads
+
+function drawHeatmap() {
+  const { mean, half, n, unit } = shown(state.map, state.user), rank = ranks(state.map, state.user);
+  const absolute = Float32Array.from(mean, Math.abs).sort();
+  const limit = absolute[Math.min(size - 1, Math.floor(0.995 * size))] || 1e-9;
+  const rows = (make) => Array.from({ length: data.layers }, (_, layer) =>
+    Array.from({ length: data.heads }, (_, head) => make(layer * data.heads + head)));
+  const interval = (i) => (half && n > 1 ? `<br>95% interval ${number(mean[i] - half[i])} to ${number(mean[i] + half[i])}` : "");
+  const box = (name, color, width) => {
+    const at = indexOf(name), x = at % data.heads, y = Math.floor(at / data.heads);
+    return { type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color, width } };
+  };
+  const boxes = data.tops.filter((name) => indexOf(name) >= 0).map((name) => box(name, "black", 1.2));
+  const dots = state.map === "PCS" && state.user === EVERYBODY ? data.significant.map(indexOf) : [];
+  const traces = [{
+    type: "heatmap", z: rows((i) => mean[i]), zmid: 0, zmin: -limit, zmax: limit, colorscale: data.colours, xgap: 1, ygap: 1,
+    text: rows((i) => `<b>${nameOf(i)}</b><br>${number(mean[i])} ${unit}${interval(i)}<br>rank ${rank[i]} of ${size}`),
+    hovertemplate: "%{text}<extra></extra>",
+    colorbar: { title: { text: `${unit}<br>(ends at \u00b1${limit.toPrecision(2)})` }, thickness: 12 },
+  }, {
+    type: "scatter", mode: "markers", x: dots.map((i) => i % data.heads), y: dots.map((i) => Math.floor(i / data.heads)),
+    marker: { color: "black", size: 4 }, hoverinfo: "skip", showlegend: false,
+  }];
+  const axis = (text, count) => ({ title: { text }, dtick: count <= 16 ? 1 : 5, range: [-0.5, count - 0.5], zeroline: false, showgrid: false, ticks: "outside", fixedrange: true });
+  Plotly.react("heatmap", traces, {
+    height: Math.max(360, Math.min(760, 110 + 15 * data.layers)), margin: { l: 52, r: 10, t: 10, b: 44 },
+    xaxis: axis("head", data.heads), yaxis: axis("layer", data.layers), shapes: [...boxes, box(state.head, "#E69F00", 3)],
+    font: { family: "Helvetica, Arial, sans-serif", size: 12 },
+  }, PLOT);
+  once("click", () => $("heatmap").on("plotly_click", ({ points: [{ x, y }] }) => go({ head: nameOf(y * data.heads + x) })));
+  const whom = isFamily(state.map) ? "" : state.user ? `${n} example${n > 1 ? "s" : ""} of one user: no claim about heads. ` : `Mean of ${n} users. `;
+  $("map-note").textContent = `${whom}Black: the ${data.tops.length} heads that are tested. ` +
+    (dots.length ? "Dots: p \u2264 0.05 over users, family-wise over heads." : "");
+}
+
+function drawDetail() {
+  const i = indexOf(state.head), { mean, half, n, unit } = shown(state.map, state.user);
+  $("detail-name").textContent = nameOf(i);
+  const facts = [[isFamily(state.map) ? words(state.map) : state.map, `${number(mean[i])} ${unit}`]];
+  if (half && n > 1) facts.push(["95% interval", `${number(mean[i] - half[i])} to ${number(mean[i] + half[i])}`]);
+  facts.push(["rank", `${ranks(state.map, state.user)[i]} of ${size}`]);
+  if (state.map === "PCS" && state.user === EVERYBODY && data.significant.includes(nameOf(i))) facts.push(["population", "p \u2264 0.05, family-wise over heads"]);
+  $("detail-facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
+  const families = Object.entries(data.families).map(([name, about]) => (about.reason
+    ? [words(name), "not shown by this model", ""]
+    : [words(name), number(family(name)[i]), `${ranks(name, EVERYBODY)[i]} of ${size}`]));
+  const own = Object.keys(data.maps).map((name) => [name, number(shown(name, state.user).mean[i]), `${ranks(name, state.user)[i]} of ${size}`]);
+  table($("detail-ranks"), ["", "score", "rank"], [...own, ...families]);
+  drawExamples(i);
+}
+
+/** One dot an example, one line a user. */
+function drawExamples(i) {
+  const target = $("detail-examples");
+  if (!examples()) {
+    target.replaceChildren(element("p", "There are too many values for a page; HeadScores.load(folder).values holds them.", { class: "hint" }));
+    return;
+  }
+  const at = state.user === EVERYBODY ? data.users.map((_, index) => index) : [data.users.indexOf(state.user)];
+  const lines = at.map((user) => rowsOf(user).map((row) => [row, examples()[row * size + i]]));
+  const all = lines.flat().map(([, value]) => value), low = Math.min(0, ...all), high = Math.max(0, ...all);
+  const step = at.length > 40 ? 4 : 13, width = 430, left = at.length > 40 ? 8 : 130, height = step * at.length + 24;
+  const x = (value) => left + 6 + ((width - left - 16) * (value - low)) / (high - low || 1);
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const add = (tag, attributes, text) => {
+    const found = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) found.setAttribute(name, value);
+    if (text !== undefined) found.textContent = text;
+    svg.append(found);
+    return found;
+  };
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `${all.length} examples, from ${number(low)} to ${number(high)}`);
+  add("line", { x1: x(0), x2: x(0), y1: 2, y2: height - 20, stroke: "#aaa" });
+  lines.forEach((values, line) => {
+    const y = 8 + step * line, user = data.users[at[line]];
+    if (left > 8) add("text", { x: left - 4, y: y + 4, "text-anchor": "end", "font-size": 10, fill: "#5f6670" }, user.length > 22 ? `${user.slice(0, 21)}\u2026` : user);
+    for (const [row, value] of values) {
+      const dot = add("circle", { cx: x(value), cy: y, r: step > 4 ? 3.4 : 2, fill: value < 0 ? `rgb(${RED})` : `rgb(${BLUE})`, "fill-opacity": 0.7, class: "example" });
+      hint(dot, `${user}\n${data.examples.ids[row]}\n${number(value)} ${data.unit}`);
+    }
+  });
+  for (const value of [low, high]) if (value) add("text", { x: x(value), y: height - 6, "font-size": 10, "text-anchor": value === low ? "start" : "end", fill: "#5f6670" }, number(value, 3));
+  add("text", { x: x(0), y: height - 6, "font-size": 10, "text-anchor": "middle", fill: "#5f6670" }, "0");
+  target.replaceChildren(svg);
+}
+
+function drawAttention() {
+  const view = views.find((one) => one.example === state.view), target = $("attention");
+  if (!view) { target.replaceChildren(element("span", "No attention was kept for this page.")); return; }
+  const row = view.heads.indexOf(nameOf(indexOf(state.head))), n = view.pieces.length;
+  if (row < 0) { target.replaceChildren(element("span", "Attention of this head was not kept; the page holds that of the best heads of every family.")); $("view-note").textContent = ""; return; }
+  const values = once(`view|${view.example}`, () => bytes(view.values)), largest = view.largest[row];
+  const span = (at) => Object.keys(view.spans).find((name) => at >= view.spans[name][0] && at < view.spans[name][1]) || "";
+  let inProfile = 0;
+  target.replaceChildren(...view.pieces.map((piece, at) => {
+    const weight = (values[row * n + at] / 255) * largest, found = element("span", piece, { class: span(at) });
+    if (span(at) === "profile") inProfile += weight;
+    found.style.background = `rgba(${BLUE},${Math.sqrt(values[row * n + at] / 255).toFixed(3)})`;
+    if (values[row * n + at] > 160) found.style.color = "white";
+    hint(found, `${(100 * weight).toFixed(1)}% of the attention\n${span(at) || "chat marks"}`);
+    return found;
+  }));
+  $("view-note").textContent = `${state.head}, mean over the response: ${(100 * inProfile).toFixed(0)}% on the profile (blue line), darkest ${(100 * largest).toFixed(1)}%`;
+}
+
+function press(event) {
+  const move = { ArrowUp: data.heads, ArrowDown: -data.heads, ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!move) return;
+  event.preventDefault();
+  const next = indexOf(state.head) + move;
+  if (next >= 0 && next < size) go({ head: nameOf(next) });
+}
+
+// figures that were drawn beforehand
+
+function drawFigures(tab) {
+  const panel = $(tab === "texts" ? "texts-figures" : tab), figures = data.figures[tab], names = Object.keys(figures);
+  panel.replaceChildren();
+  if (tab === "ablation") drawCost(panel);
+  if (!names.length) {
+    if (!panel.children.length) panel.append(element("p", "Nothing of this kind was measured for this page.", { class: "hint" }));
+    return;
+  }
+  const chosen = tab in state && names.includes(state[tab]) ? state[tab] : names[0];
+  const select = element("select", undefined, { "aria-label": "figure" }), box = element("div", undefined, { class: "figure" });
+  options(select, names.map((name) => [name, words(name)]));
+  select.value = chosen;
+  const plot = (name) => { const { data: traces, layout } = figures[name]; Plotly.react(box, traces, { ...layout, autosize: true }, PLOT); };
+  select.addEventListener("change", () => { if (tab in fresh) go({ [tab]: select.value }); else plot(select.value); });
+  const controls = element("div", undefined, { class: "controls" });
+  controls.append(select);
+  panel.append(controls, box);
+  plot(chosen);
+}
+
+function drawCost(panel) {
+  if (!data.cost.length) return;
+  const found = element("table");
+  table(found, ["ablated", "measure", "nats per token", "95% interval over users"], data.cost.map((row) =>
+    [row.ablated, row.measure, number(row.mean ?? NaN, 3), row.low === null ? "\u2013" : `${number(row.low, 3)} to ${number(row.high, 3)}`]));
+  [...found.rows].slice(1).forEach((row, index) => { if (data.cost[index].measure === "taken") row.classList.add("main"); });
+  panel.append(found, element("p", "Held-out examples. Gain: NLL without the profile minus NLL with it. Taken: the gain that the ablation removes. Harm: what it costs where there is no profile. Random sets hold other heads of the same layers.", { class: "hint" }));
+}
+
+// texts
+
+function tokens(target, one, largest) {
+  target.replaceChildren(...one.pieces.map((piece, at) => {
+    const found = element("span", piece), shift = one.shifts[at];
+    if (shift === null) return found;
+    found.style.background = `rgba(${shift < 0 ? RED : BLUE},${Math.min(0.75, (0.75 * Math.abs(shift)) / largest).toFixed(3)})`;
+    const moved = (one.alternatives[at] || []).map(([other, change]) => `${change > 0 ? "+" : "\u2212"}${Math.abs(change).toFixed(3)}  ${JSON.stringify(other)}`);
+    if (one.gamma) hint(found, [`log p steered \u2212 full ${number(shift, 3)}`, `KL ${number(one.kl[at] ?? NaN, 3)} nats`, ...moved].join("\n"));
+    return found;
+  }));
+}
+
+const scores = (one) => Object.entries(one.scores).map(([name, value]) => `${name} ${number(value, 3)}`).join(", ");
+
+function drawTexts() {
+  if (!grid || writing) return;
+  const gamma = +state.gamma, k = +state.k;
+  const find = (g) => grid.texts.find((one) => one.example === state.text && one.gamma === g && (one.k === k || !g));
+  const plain = find(0), steered = find(gamma);
+  const largest = Math.max(1e-9, ...grid.texts.filter((one) => one.example === state.text).flatMap((one) => one.shifts.map((shift) => Math.abs(shift ?? 0))));
+  $("text-own").textContent = grid.references[state.text];
+  tokens($("text-plain"), plain, largest);
+  tokens($("text-steered"), steered, largest);
+  $("plain-scores").textContent = scores(plain);
+  $("steered-scores").textContent = scores(steered);
+  $("steered-title").textContent = `${grid.rule}, \u03b3 = ${gamma}, K = ${k}`;
+  $("text-note").textContent = `Blue tokens were made likelier by steering, red ones less likely; hover for what moved.${gamma ? ` Heads: ${steered.heads}` : ""}`;
+}
+
+let writing = null;
+async function write() {
+  writing = new AbortController();
+  $("write").disabled = true; $("cancel").disabled = false; $("spinner").hidden = false;
+  $("text-steered").textContent = ""; $("steered-scores").textContent = "";
+  try {
+    const reply = await fetch("steer", {
+      method: "POST", headers: { "Content-Type": "application/json" }, signal: writing.signal,
+      body: JSON.stringify({ example: state.text, gamma: +$("gamma-free").value, k: +$("k-free").value }),
+    });
+    if (!reply.ok) throw new Error((await reply.json()).error);
+    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let rest = "", done = false; !done;) {
+      const part = await reader.read();
+      done = part.done;
+      const lines = (rest + (part.value ?? "")).split("\n");
+      rest = lines.pop();
+      for (const line of lines.map((text) => JSON.parse(text))) {
+        if (line.error) throw new Error(line.error);
+        if (line.text !== undefined) $("text-steered").append(line.text);
+        if (line.done) show(line.done);
+      }
+    }
+  } catch (error) {
+    if (error.name === "AbortError") $("steered-scores").textContent = "cancelled";
+    else $("steered-scores").textContent = `error: ${error.message}`;
+  } finally {
+    writing = null;
+    $("write").disabled = false; $("cancel").disabled = true; $("spinner").hidden = true;
+  }
+}
+
+function show(one) {
+  tokens($("text-steered"), one, Math.max(1e-9, ...one.shifts.map((shift) => Math.abs(shift ?? 0))));
+  $("steered-scores").textContent = scores(one);
+  $("steered-title").textContent = `${grid.rule}, \u03b3 = ${one.gamma}, K = ${one.k}`;
+}
+
+// everything
+
+const drawn = new Map();
+function draw() {
+  for (const tab of document.querySelectorAll("[role=tab]")) {
+    const name = tab.id.slice(4), selected = name === state.tab;
+    tab.setAttribute("aria-selected", selected);
+    tab.tabIndex = selected ? 0 : -1;
+    $(name).hidden = !selected;
+  }
+  $("user").value = state.user; $("map").value = state.map; $("head").value = state.head;
+  $("view").value = state.view; $("text").value = state.text;
+  if (grid) {
+    const gammas = [0, ...grid.gammas].sort((a, b) => a - b);
+    $("gamma").value = gammas.indexOf(+state.gamma); $("gamma-value").textContent = state.gamma;
+    $("k").value = grid.ks.indexOf(+state.k); $("k-value").textContent = state.k;
+  }
+  if (state.tab === "heads") { drawHeatmap(); drawDetail(); drawAttention(); }
+  if (state.tab === "texts") drawTexts();
+  const chosen = state[state.tab] ?? "";
+  if (state.tab in data.figures && drawn.get(state.tab) !== chosen) { drawn.set(state.tab, chosen); drawFigures(state.tab); }
+}
+
+options($("user"), [[EVERYBODY, `mean of ${data.users.length} users`], ...data.users.map((user) => [user, user])]);
+options($("map"), [...Object.keys(data.maps), ...defined].map((name) => [name, isFamily(name) ? `family: ${words(name)}` : name]));
+options($("view"), views.map((view) => [view.example, `${view.user}: ${view.example}`]));
+options($("text"), texts.map(([example, user]) => [example, `${user}: ${example}`]));
+if (!grid) for (const part of document.querySelectorAll("#texts > :not(#texts-figures)")) part.hidden = true;
+if (grid) {
+  for (const [id, values] of [["gamma", [0, ...grid.gammas].sort((a, b) => a - b)], ["k", grid.ks]]) {
+    Object.assign($(id), { min: 0, max: values.length - 1, step: 1 });
+    $(id).addEventListener("input", (event) => go({ [id]: String(values[event.target.value]) }));
+  }
+  if (data.live) {
+    const free = (id, text, attributes) => { const label = element("label", `${text} `); label.append(element("input", undefined, { id, type: "number", ...attributes })); return label; };
+    $("live").prepend(free("gamma-free", "\u03b3", { min: -1, max: 20, step: 0.1, value: state.gamma }), " ", free("k-free", "K", { min: 1, max: size, step: 1, value: state.k }), " ");
+    $("live").hidden = false;
+    $("write").addEventListener("click", write);
+    $("cancel").addEventListener("click", () => writing && writing.abort());
+  }
+}
+$("user").addEventListener("change", (event) => {
+  const user = event.target.value, view = views.find((one) => one.user === user);
+  go({ user, ...(view ? { view: view.example } : {}) });
+});
+$("map").addEventListener("change", (event) => go({ map: event.target.value }));
+$("view").addEventListener("change", (event) => go({ view: event.target.value }));
+$("text").addEventListener("change", (event) => go({ text: event.target.value }));
+$("head").addEventListener("change", (event) => {
+  const at = indexOf(event.target.value);
+  event.target.setCustomValidity(at < 0 ? `Heads are L0H0 to ${nameOf(size - 1)}` : "");
+  if (at < 0) event.target.reportValidity();
+  else go({ head: nameOf(at) });
+});
+$("heatmap").addEventListener("keydown", press);
+document.querySelector("[role=tablist]").addEventListener("click", (event) => { if (event.target.role === "tab") go({ tab: event.target.id.slice(4) }); });
+document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
+  const tabs = [...document.querySelectorAll("[role=tab]")], at = tabs.findIndex((tab) => tab.id === `tab-${state.tab}`);
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: tabs.length - 1 }[event.key];
+  if (to === undefined) return;
+  const next = tabs[(to + tabs.length) % tabs.length];
+  go({ tab: next.id.slice(4) });
+  next.focus();
+});
+draw();
+})();

@@ -1,0 +1,203 @@
+"""The page: one template, one script, and the data as JSON that nothing runs."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+from plotly.colors import get_colorscale
+from scipy.stats import t as student
+
+from dps_lens import plots
+from dps_lens.explorer.content import ExampleView, Exploration, significant
+from dps_lens.explorer.words import facts
+from dps_lens.plots.theme import SIGNED
+from dps_lens.scores import HeadScores
+
+MAX_VALUES = 5_000_000
+"""Values of examples that a page holds, two bytes each; above, a page shows the means of users."""
+
+_SINGLE = 500_000
+_BASELINES = {"no_profile": "no profile", "other_user": "other users' profiles"}
+
+
+def page(found: Exploration, *, live: bool = False) -> str:
+    """The whole page.
+
+    Args:
+        found: what to show.
+        live: let the page ask its server for new texts.
+    """
+    from jinja2 import Environment, PackageLoader, select_autoescape
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("dps_lens", "explorer"),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+    )
+    scripts = [_plotly(), _read("explorer.js")]
+    return environment.get_template("explorer.html.jinja").render(
+        title=found.title,
+        lead=_lead(found),
+        verdict=found.cost.verdict() if found.cost is not None else "",
+        style=Markup(_read("explorer.css")),
+        scripts=[Markup(script) for script in scripts],
+        hashes=" ".join(_hash(script) for script in scripts),
+        connect="'self'" if live else "'none'",
+        data=Markup(_json(content(found) | {"live": live})),
+        facts=facts(found),
+    )
+
+
+def content(found: Exploration) -> dict[str, Any]:
+    """What the script draws, as plain values."""
+    scores = found.scores
+    baseline = str(scores.manifest.get("contrast"))
+    layers, heads = scores.values.shape[1:]
+    names = {"PCS": None, **({"own profile": "own", _BASELINES[baseline]: baseline} if scores.components else {})}
+    sizes = {len(scores.users), *(len(scores.rows(user)) for user in scores.users)}
+    return {
+        "layers": layers,
+        "heads": heads,
+        "unit": scores.manifest.get("unit", "nats per token"),
+        "colours": get_colorscale(SIGNED),
+        "users": list(scores.users),
+        "maps": {name: _packed(scores.clusters(of=of)) for name, of in names.items()},
+        "examples": _examples(scores),
+        "t": {size: float(student.ppf(0.975, size - 1)) for size in sizes if size > 1},
+        "families": {name: _family(family) for name, family in found.families.items()},
+        "tops": [str(head) for head in found.heads],
+        "significant": significant(scores),
+        "figures": _figures(found),
+        "cost": _rows(found.cost.to_frame().to_dict("records")) if found.cost is not None else [],
+        "views": [_view(view) for view in found.views],
+        "grid": _grid(found),
+    }
+
+
+def _lead(found: Exploration) -> str:
+    scores = found.scores
+    model = scores.manifest.get("model", {})
+    lead = f"{model.get('name', 'model')}: {len(scores.users)} users, {len(scores.user_ids)} discovery examples"
+    return lead + (f", {len(found.cost.user_ids)} held out" if found.cost is not None else "")
+
+
+def _examples(scores: HeadScores) -> dict[str, Any] | None:
+    if scores.values.numel() > MAX_VALUES:
+        return None
+    place = {user: index for index, user in enumerate(scores.users)}
+    return {
+        "ids": list(scores.example_ids),
+        "user": [place[user] for user in scores.user_ids],
+        "values": _packed(scores.values),
+    }
+
+
+def _family(family: HeadScores) -> dict[str, Any]:
+    if not family.defined:
+        return {"reason": str(family.manifest.get("reason", "not defined"))}
+    return {"unit": str(family.manifest.get("unit", "")), "values": _packed(family.mean())}
+
+
+def _figures(found: Exploration) -> dict[str, Any]:
+    """Figures of `dps_lens.plots`, by tab and name."""
+    drawn: dict[str, dict[str, Any]] = {"overlap": {}, "ablation": {}, "texts": {}}
+    if found.between_users is not None:
+        drawn["overlap"]["users"] = plots.overlap(found.between_users)
+    if found.between_families is not None:
+        drawn["overlap"]["families"] = plots.overlap(found.between_families)
+        defined = {name: family for name, family in found.families.items() if family.defined}
+        for name, family in defined.items():
+            shown = plots.families(found.scores, family, k=len(found.heads), names=("PCS", name.replace("_", " ")))
+            drawn["overlap"][f"PCS and {name.replace('_', ' ')}"] = shown
+    if found.effects is not None:
+        for measure in found.effects.measures:
+            drawn["ablation"][measure] = plots.ablation(found.effects, measure=measure)
+    if found.grid is not None and len({one.user for one in found.grid.texts}) > 1:
+        if "style" in found.grid.measures:
+            drawn["texts"]["style against fluency"] = plots.pareto(found.grid)
+        for measure in found.grid.measures:
+            drawn["texts"][f"{measure} by K"] = plots.k_sweep(found.grid, measure=measure)
+    return {tab: {name: json.loads(one.to_json()) for name, one in of.items()} for tab, of in drawn.items()}
+
+
+def _view(view: ExampleView) -> dict[str, Any]:
+    top = view.attention.amax(dim=1).clamp(min=1e-9)
+    scaled = (view.attention / top[:, None] * 255).round().to(torch.uint8)
+    return {
+        "user": view.user,
+        "example": view.example,
+        "pieces": list(view.pieces),
+        "spans": view.spans,
+        "heads": [str(head) for head in view.heads],
+        "largest": [round(float(value), 4) for value in top],
+        "values": base64.b64encode(scaled.numpy().tobytes()).decode(),
+    }
+
+
+def _grid(found: Exploration) -> dict[str, Any] | None:
+    grid = found.grid
+    if grid is None:
+        return None
+    return {
+        "rule": grid.manifest.get("rule", "dps"),
+        "gammas": list(grid.gammas),
+        "ks": list(grid.ks),
+        "references": grid.references,
+        "texts": [
+            {
+                "user": one.user,
+                "example": one.example,
+                "gamma": one.gamma,
+                "k": one.k,
+                "heads": one.heads,
+                "pieces": one.pieces,
+                "shifts": one.shifts,
+                "kl": one.kl,
+                "alternatives": one.alternatives,
+                "scores": {name: round(value, 3) for name, value in one.scores.items()},
+            }
+            for one in grid.texts
+        ],
+    }
+
+
+def _rows(rows: list[dict[Any, Any]]) -> list[dict[str, Any]]:
+    return [
+        {str(key): None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        for row in rows
+    ]
+
+
+def _packed(values: Any) -> dict[str, str]:
+    """Numbers as base64, little-endian: single precision, or half where there are many, to keep a page small."""
+    kind = "<f4" if values.numel() <= _SINGLE else "<f2"
+    return {"kind": kind, "data": base64.b64encode(np.asarray(values.numpy(), dtype=kind).tobytes()).decode()}
+
+
+def _json(value: Any) -> str:
+    """JSON that no text in it can end: a bare "<" is never needed."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+@cache
+def _read(name: str) -> str:
+    return (files("dps_lens") / "explorer" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return re.sub(r"</(?=script)", r"<\\/", get_plotlyjs(), flags=re.IGNORECASE).replace("\r\n", "\n")

@@ -1,0 +1,140 @@
+"""The same page with a live model behind it, on this machine only."""
+
+import json
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dps_lens.data import PromptConfig, User, build_prompt
+from dps_lens.errors import DPSLensError, SteeringError
+from dps_lens.explorer.content import Exploration, ranked_for
+from dps_lens.explorer.page import page
+from dps_lens.heads import HeadSet
+from dps_lens.model import HookedModel
+from dps_lens.steering import generate
+
+HOST = "127.0.0.1"
+_ALTERNATIVES = 3
+
+
+def make_app(model: HookedModel, users: Sequence[User], found: Exploration) -> Any:
+    """A Flask application with the page at `/`, and `POST /steer`, which writes one text.
+
+    Args:
+        model: the model that was explored.
+        users: those of the page.
+        found: of `explore`; its grid names the rule, the examples and the length of a text.
+
+    Raises:
+        SteeringError: flask is not installed, or the exploration holds no texts.
+    """
+    try:
+        from flask import Flask, Response, jsonify, request
+    except ImportError:
+        raise SteeringError("explore: the live page needs flask; run: pip install 'dps_lens[app]'") from None
+    if found.grid is None:
+        raise SteeringError("explore: the exploration holds no texts to steer; make it with a grid")
+    app, writer = Flask("dps_lens"), Writer(model, users, found)
+    shown = page(found, live=True)
+
+    @app.before_request
+    def only_here() -> Any:
+        # A page of another site may know this address, but not pretend to be it.
+        if request.host.partition(":")[0] not in (HOST, "localhost"):
+            return jsonify(error="open the page at 127.0.0.1"), 403
+        return None
+
+    @app.get("/")
+    def index() -> Any:
+        return Response(shown, mimetype="text/html")
+
+    @app.post("/steer")
+    def steer() -> Any:
+        asked = request.get_json(silent=True)  # other sites cannot send JSON without being asked for permission
+        try:
+            example, heads, gamma = writer.asked(asked)
+        except DPSLensError as error:
+            return jsonify(error=str(error)), 400
+        lines = (json.dumps(line) + "\n" for line in writer.write(example, heads, gamma))
+        return Response(lines, mimetype="application/x-ndjson")
+
+    return app
+
+
+class Writer:
+    """Writes texts of the page's examples, one at a time."""
+
+    def __init__(self, model: HookedModel, users: Sequence[User], found: Exploration) -> None:
+        self.model, self.grid = model, found.grid
+        assert self.grid is not None
+        asked = {one.example for one in self.grid.texts}
+        self._examples = {one.id: one for user in users for one in user.examples if one.id in asked}
+        total = found.scores.values[0].numel()
+        owners = {one.user_id for one in self._examples.values()}
+        self._heads = ranked_for(found.scores, [user for user in users if user.id in owners], total)
+        self._config = PromptConfig(**self.grid.manifest["prompt"])
+        self._lock = threading.Lock()
+
+    def asked(self, request: Any) -> tuple[Any, HeadSet, float]:
+        """Example, heads and γ of a request.
+
+        Raises:
+            SteeringError: a field is missing or wrong; names it.
+        """
+        if not isinstance(request, dict):
+            raise SteeringError("steer: send a JSON object with example, gamma and k")
+        example, gamma, k = (request.get(name) for name in ("example", "gamma", "k"))
+        if example not in self._examples:
+            raise SteeringError(f"steer: example {example!r} is not on this page")
+        if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not -1 <= gamma <= 1000:
+            raise SteeringError(f"steer: gamma {gamma!r} is not a number of at least −1")
+        heads = self._heads[self._examples[example].user_id]
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= len(heads):
+            raise SteeringError(f"steer: k {k!r} is not a whole number from 1 to {len(heads)}")
+        chosen: Any = heads[:k]
+        return self._examples[example], chosen, float(gamma)
+
+    def write(self, example: Any, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:
+        """`{"text": …}` piece by piece, then `{"done": …}`; closing the iterator stops the model."""
+        assert self.grid is not None
+        with self._lock:
+            prompt = build_prompt(self.model, example, config=self._config)
+            stream: Any = generate(
+                self.model,
+                prompt,
+                heads=heads,
+                gamma=gamma,
+                rule=self.grid.manifest["rule"],
+                max_new_tokens=self.grid.manifest["max_new_tokens"],
+                keep_alternatives=_ALTERNATIVES,
+                stream=True,
+            )
+            pieces = iter(stream)
+            try:
+                for _, text in pieces:
+                    yield {"text": text}
+            except DPSLensError as error:
+                yield {"error": str(error)}
+                return
+            finally:
+                close = getattr(pieces, "close", None)
+                if close is not None:
+                    close()
+            written = stream.generation
+            yield {
+                "done": {
+                    "gamma": gamma,
+                    "k": len(heads),
+                    "pieces": written.pieces[0],
+                    "shifts": _plain(written.shifts[0].tolist()),
+                    "kl": _plain(written.kl[0].tolist()),
+                    "alternatives": written.alternatives[0] if written.alternatives else [],
+                    "scores": {},
+                }
+            }
+
+
+def _plain(values: Sequence[float]) -> list[float | None]:
+    """JSON knows no NaN."""
+    return [None if math.isnan(value) else value for value in values]
