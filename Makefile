@@ -3,10 +3,12 @@ VENV ?= .venv
 TL3_VENV ?= .venv-tl3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-full test-tl3 check format clean
+.PHONY: help demo figures docs test test-full test-tl3 check format clean
 
 help:
 	@echo "make demo       find heads of a small model that carry the probe users' preferences; writes runs/demo/report.html"
+	@echo "make figures    the figures of a paper, from the demo's run, into figures/out"
+	@echo "make docs       the documentation, into build/docs"
 	@echo "make test       the tests"
 	@echo "make test-full  the tests, with those that take minutes"
 	@echo "make test-tl3   the tests with a HookedTransformer of transformer-lens 3.9"
@@ -34,6 +36,13 @@ constraints-tl3.txt: constraints.txt
 demo: $(VENV)/.run
 	$(VENV)/bin/dps-lens demo
 
+figures: $(VENV)/.dev
+	test -f runs/demo/scores.json || $(MAKE) demo
+	$(VENV)/bin/python -m figures
+
+docs: $(VENV)/.dev
+	$(VENV)/bin/mkdocs build --strict --quiet
+
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -m "not full"
 
@@ -43,7 +52,7 @@ test-full: $(VENV)/.dev
 test-tl3: $(TL3_VENV)/.dev
 	$(TL3_VENV)/bin/python -m pytest tests/test_hooked_transformer.py
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 from conftest import write_jsonl
@@ -32,7 +35,7 @@ def scored(tmp_path_factory, model):
 def test_help_answers_at_once_and_names_every_command():
     done = run("--help")
     assert done.returncode == 0
-    for command in ("score", "steer", "demo", "compare", "ablate", "evaluate", "fetch"):
+    for command in ("score", "steer", "demo", "compare", "ablate", "evaluate", "fetch", "report", "explore"):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
     loaded = subprocess.run(
@@ -189,6 +192,67 @@ def test_demo_writes_its_report(tmp_path, model):
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     for user in ("asker-bread", "asker-bicycles", "asker-birds"):
         assert user in page
+    found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert found["grid"]["gammas"] == [0.5, 1.0, 2.0]
+    assert found["grid"]["ks"] == [1, 3]
+    assert len(found["tops"]) == 3
+    assert found["cost"]
+
+
+def test_report_shows_a_run(scored, model, tmp_path):
+    """With an ablation run beside it; a second call reads what the first one wrote."""
+    out, _ = scored
+    common = ["--max-users", 2, "--ks", "1,2", "--n-random", 2, "--kinds", "induction", "--model", model]
+    assert run("ablate", "--run", out, "--out", tmp_path / "ablation", *common).returncode == 0
+    arguments = ["report", out, "--out", tmp_path / "report.html", "--ablation", tmp_path / "ablation"]
+    arguments += ["--k", 3, "--ks", "1,2", "--gammas", "0.5,2", "--max-new-tokens", 4, "--kinds", "induction"]
+    done = run(*arguments, "--model", model)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert {*found["figures"]["ablation"]} >= {"taken", "harm"}
+    assert [*found["families"]] == ["induction"]
+    assert found["grid"]["gammas"] == [0.5, 2.0]
+    units = sorted((out / "page").rglob("*.safetensors"))
+    assert units
+    before = [unit.stat().st_mtime_ns for unit in units]
+    assert run(*arguments, "--model", model).returncode == 0
+    assert [unit.stat().st_mtime_ns for unit in units] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gammas", "x"], "write 0.5,1,2"),
+        (["--ks", "a"], "write 1,5,10"),
+        (["--users", "docs.jsonl"], "name their file"),
+        (["--ablation", "nowhere"], "nowhere"),
+    ],
+)
+def test_report_says_what_is_wrong(scored, model, arguments, message, tmp_path):
+    write_jsonl(tmp_path / "docs.jsonl", [{"user_id": "x", "title": "a", "text": f"b {n}"} for n in range(6)])
+    done = run("report", scored[0], *arguments, "--model", model, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_explore_serves_the_page_here_only(scored, model):
+    out, _ = scored
+    arguments = ["explore", out, "--port", 0, "--k", 3, "--ks", "1,2", "--gammas", 1, "--max-new-tokens", 4]
+    command = [sys.executable, "-m", "dps_lens.cli", *map(str, arguments), "--model", model]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as server:
+        try:
+            url = server.stdout.readline().split()[0]
+            assert url.startswith("http://127.0.0.1:")
+            with urllib.request.urlopen(url) as reply:
+                assert b'"live": true' in reply.read()
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0, "Ctrl-C is how it ends"
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ def explore(
     typer.echo(f"http://{HOST}:{server.port}/  (Ctrl-C ends it)")
     try:
         server.serve_forever()
+    except KeyboardInterrupt:
+        typer.echo("ended")
     finally:
         server.server_close()
 
