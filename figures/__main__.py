@@ -1,6 +1,6 @@
 """All figures of a run, as HTML, PDF and PNG.
 
-    python -m figures --run runs/demo --out figures/out
+python -m figures --run runs/demo --out figures/out
 """
 
 import argparse

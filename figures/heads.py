@@ -1,6 +1,6 @@
 """Where the profile is read: the mean map of all users, its top heads outlined, heads of the population dotted.
 
-    python -m figures.heads --run runs/demo
+python -m figures.heads --run runs/demo
 """
 
 from pathlib import Path
@@ -16,7 +16,9 @@ COLUMN = "acl"
 
 def draw(run: Path) -> go.Figure:
     scores = dps.HeadScores.load(run)
-    return plots.heatmap(scores, heads=scores.top(10, label="top 10"), significance=dps.significant_heads(scores), fade=True)
+    return plots.heatmap(
+        scores, heads=scores.top(10, label="top 10"), significance=dps.significant_heads(scores), fade=True
+    )
 
 
 if __name__ == "__main__":

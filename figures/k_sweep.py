@@ -1,6 +1,6 @@
 """How far steered texts leave the model's own, for growing K.
 
-    python -m figures.k_sweep --run runs/demo
+python -m figures.k_sweep --run runs/demo
 """
 
 from pathlib import Path

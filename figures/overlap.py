@@ -1,6 +1,6 @@
 """Do users share heads? Jaccard of their top ten, beside chance and the halves of one user.
 
-    python -m figures.overlap --run runs/demo
+python -m figures.overlap --run runs/demo
 """
 
 from pathlib import Path

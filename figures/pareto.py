@@ -1,6 +1,6 @@
 """Style against fluency of steered texts, at every γ and K.
 
-    python -m figures.pareto --run runs/demo
+python -m figures.pareto --run runs/demo
 """
 
 from pathlib import Path

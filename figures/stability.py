@@ -1,6 +1,6 @@
 """How many users a stable top ten needs.
 
-    python -m figures.stability --run runs/demo
+python -m figures.stability --run runs/demo
 """
 
 from pathlib import Path

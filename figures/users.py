@@ -1,6 +1,6 @@
 """The map of every user, in one scale.
 
-    python -m figures.users --run runs/demo
+python -m figures.users --run runs/demo
 """
 
 from pathlib import Path

@@ -192,7 +192,7 @@ def test_pareto_and_sweep_hold_the_grid(grid):
         assert list(line.error_y.array) == pytest.approx(
             [frame.loc[(*one, "style"), "high"] - frame.loc[(*one, "style"), "mean"] for one in at]
         )
-    ringed = {*zip(lines["beaten by no other"].x, lines["beaten by no other"].y, strict=True)}
+    ringed = {*zip(lines["unbeaten"].x, lines["unbeaten"].y, strict=True)}
     everything = {(x, y) for k in (1, 3) for x, y in zip(lines[f"K = {k}"].x, lines[f"K = {k}"].y, strict=True)}
     unbeaten = {
         one for one in everything

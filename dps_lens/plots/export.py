@@ -1,9 +1,12 @@
 """Figures as files: HTML always, PDF, PNG and SVG where there is a browser to print them."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from textwrap import wrap
+from typing import Any, Literal, TypeAlias
 
 import plotly.graph_objects as go
 
@@ -17,6 +20,7 @@ WIDTHS: dict[str, int] = {"icml": 312, "cvpr": 312, "acl": 291, "acl-wide": 605,
 
 FORMATS = ("html", "pdf", "png", "svg")
 _LABELS, _TICKS = 10.7, 9.3
+_LONG = 40
 _SCALE = 3
 _HELP = (
     "export: PDF, PNG and SVG need kaleido and Chromium or Chrome: pip install 'dps_lens[figures]', then "
@@ -69,25 +73,58 @@ def export(
 
 
 def fit(figure: go.Figure, width: int) -> None:
-    """Make a figure as wide as a column, in place: letters of 8 and 7 pt, no title, narrow margins."""
+    """Make a figure as wide as a column, in place: letters of 8 and 7 pt, no title, narrow margins, legend on top.
+
+    What a colour bar says beside its unit stands above the figure.
+    """
     shape = (figure.layout.height or 400) / 700
+    height = max(round(width * min(max(shape, 0.62), 1.4)), 200)
+    notes = _colour_bars(figure)
     figure.update_layout(
         width=width,
-        height=max(round(width * min(max(shape, 0.55), 1.4)), 180),
+        height=height + 12 * len(notes),
         title=None,
         font={"size": _LABELS},
-        margin={"l": 44, "r": 8, "t": 14, "b": 40},
+        margin={"l": 44, "r": 8, "t": 14 + 13 * len(notes), "b": 40},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": _TICKS}},
     )
-    figure.update_xaxes(tickfont={"size": _TICKS}, title={"font": {"size": _LABELS}, "standoff": 4})
-    figure.update_yaxes(tickfont={"size": _TICKS}, title={"font": {"size": _LABELS}, "standoff": 4})
+    for each, room in ((figure.for_each_xaxis, width), (figure.for_each_yaxis, height)):
+        each(partial(_axis, room=room))
+    if notes:
+        above = {"x": 0, "xref": "paper", "y": 1, "yref": "paper", "xanchor": "left", "yanchor": "bottom", "yshift": 3}
+        figure.add_annotation(text="<br>".join(notes), align="left", showarrow=False, **above)
     figure.update_annotations(font={"size": _TICKS})
+    figure.for_each_trace(_smaller, selector={"type": "scatter"})
+
+
+def _colour_bars(figure: go.Figure) -> list[str]:
     bars = [figure.layout.coloraxis.colorbar]
     bars += [trace.colorbar for trace in figure.data if trace.type == "heatmap" and trace.showscale is not False]
-    for bar in bars:
-        if bar.title.text:
-            bar.update(thickness=8, tickfont={"size": _TICKS}, xpad=4, ypad=0)
-            title = {"text": bar.title.text.replace("<br>", " "), "side": "right", "font": {"size": _TICKS}}
-            bar.title.update(title)
+    notes = []
+    for bar in (bar for bar in bars if bar.title.text):
+        first, *rest = bar.title.text.split("<br>")
+        if len(bar.title.text) <= _LONG:
+            first, rest = " ".join([first, *rest]), []
+        notes += rest
+        bar.update(thickness=8, tickfont={"size": _TICKS}, xpad=4, ypad=0)
+        bar.title.update(text=first, side="right", font={"size": _TICKS})
+    return notes
+
+
+def _axis(axis: Any, room: int) -> None:
+    """Letters for print, and a title in lines that the axis has room for."""
+    letters = max(12, int(0.62 * room / (0.55 * _LABELS)))
+    text = "<br>".join(wrap(axis.title.text, letters)) if axis.title.text else axis.title.text
+    axis.update(
+        tickfont={"size": _TICKS}, title={"text": text, "font": {"size": _LABELS}, "standoff": 4}, automargin=True
+    )
+
+
+def _smaller(trace: go.Scatter) -> None:
+    if isinstance(trace.marker.size, int | float):
+        trace.marker.size *= 0.7
+    if trace.mode and "text" in trace.mode:
+        trace.textfont.size = 7
 
 
 @contextmanager
@@ -111,6 +148,8 @@ def browser() -> Iterator[None]:
 
 def _image(figure: go.Figure, name: str) -> bytes:
     try:
-        return figure.to_image(format=name, scale=_SCALE if name == "png" else 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The kopts argument")  # plotly's own, where a server runs
+            return figure.to_image(format=name, scale=_SCALE if name == "png" else 1)
     except (ValueError, RuntimeError, ImportError) as error:
         raise PlotError(f"{_HELP} ({str(error).splitlines()[0]})") from error

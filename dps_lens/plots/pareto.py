@@ -2,6 +2,7 @@
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import hex_to_rgb
 
 from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.grid import SteeringGrid
@@ -36,13 +37,14 @@ def pareto(grid: SteeringGrid, *, y: str = "style", x: str = "NLL", title: str |
     for index, k in enumerate(grid.ks):
         at = sorted([(k, gamma) for gamma in grid.gammas] + [plain], key=lambda setting: setting[1])
         xs, ys = (wide[name].loc[at] for name in (x, y))
+        pale = "rgba({},{},{},0.3)".format(*hex_to_rgb(LINES[index % len(LINES)]))
         figure.add_scatter(
             x=xs["mean"],
             y=ys["mean"],
-            error_x={"array": xs["high"] - xs["mean"], "thickness": 0.7, "width": 0},
-            error_y={"array": ys["high"] - ys["mean"], "thickness": 0.7, "width": 0},
+            error_x={"array": xs["high"] - xs["mean"], "color": pale, "thickness": 1, "width": 0},
+            error_y={"array": ys["high"] - ys["mean"], "color": pale, "thickness": 1, "width": 0},
             customdata=np.stack([[gamma for _, gamma in at], ys["low"], ys["high"], xs["low"], xs["high"]], axis=-1),
-            text=[f"γ {gamma:g}" for _, gamma in at],
+            text=[f"{gamma:g}" if gamma or not index else "" for _, gamma in at],
             textposition="top left",
             textfont={"size": 9},
             mode="lines+markers+text",
@@ -58,14 +60,15 @@ def pareto(grid: SteeringGrid, *, y: str = "style", x: str = "NLL", title: str |
         x=wide[x]["mean"][best],
         y=wide[y].loc[wide[x].index, "mean"][best],
         mode="markers",
-        marker={"symbol": "circle-open", "size": 15, "color": "#444444", "line": {"width": 1.2}},
+        marker={"symbol": "circle-open", "size": 13, "color": "#444444", "line": {"width": 1.2}},
         hoverinfo="skip",
-        name="beaten by no other",
+        name="unbeaten",
     )
     users = len({one.user for one in grid.texts})
     figure.update_layout(
         template=TEMPLATE,
-        title=title or f"{grid.manifest.get('rule', 'dps')}: {y} against {x}, {users} users, 95% intervals over users",
+        title=title
+        or f"{grid.manifest.get('rule', 'dps')}, numbers are γ: {y} against {x}, 95% intervals over {users} users",
         height=440,
         legend={"orientation": "h", "y": -0.2},
         xaxis={"title": _WORDS.get(x, x)},
