@@ -212,8 +212,8 @@ def steering_grid(
     manifest = {
         "call": "steering_grid",
         "rule": rule,
-        "gammas": strengths,
-        "ks": sizes,
+        "gammas": list(strengths),
+        "ks": list(sizes),
         "max_new_tokens": length,
         "alternatives": alternatives,
         "prompt": config["prompt"].to_dict(),
