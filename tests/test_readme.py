@@ -29,7 +29,7 @@ def test_every_command_and_option_exists():
 
     commands = typer.main.get_command(app).commands
     shown = re.findall(r"^dps-lens (\w+)(.*)$", README, re.MULTILINE)
-    assert {name for name, _ in shown} == {"score", "steer", "demo", "compare", "ablate", "evaluate", "fetch"}
+    assert {name for name, _ in shown} == {*commands}
     for name, rest in shown:
         known = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"(--[\w-]+)", rest)) <= known
