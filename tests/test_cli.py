@@ -213,11 +213,13 @@ def test_report_shows_a_run(scored, model, tmp_path):
     assert {*found["figures"]["ablation"]} >= {"taken", "harm"}
     assert [*found["families"]] == ["induction"]
     assert found["grid"]["gammas"] == [0.5, 2.0]
-    units = sorted((out / "page").rglob("*.safetensors"))
+    units = [unit for folder in out.glob("page-*") for unit in folder.rglob("*.safetensors")]
     assert units
     before = [unit.stat().st_mtime_ns for unit in units]
     assert run(*arguments, "--model", model).returncode == 0
     assert [unit.stat().st_mtime_ns for unit in units] == before
+    other = ["--gammas", 1, "--ks", 2, "--max-new-tokens", 2, "--k", 2, "--out", tmp_path / "other.html"]
+    assert run("report", out, *other, "--model", model).returncode == 0, "other settings lie beside these"
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,25 @@ def test_explore_resumes_and_refuses_other_models(explored, llama, probe, tmp_pa
         dps.explore(llama.hooked, probe[:1], small)
 
 
+def test_heads_of_the_shown_examples_and_bare_scores(explored, llama, probe, tmp_path, open_page):
+    """Nothing is shown on examples that chose the heads; scores without a contrast have one map, one user no folds."""
+    options = {"gammas": (1.0,), "ks": (1,), "max_users": 1, "max_new_tokens": 2, "progress": False, "k": 2}
+    leaking = dps.HeadScores(
+        explored.scores.values[:1], example_ids=[probe[0].examples[-1].id], user_ids=[probe[0].id]
+    )  # fmt: skip
+    with pytest.raises(ScoreError, match="evaluate on other examples"):
+        dps.explore(llama.hooked, probe[:1], leaking, **options)
+    scoring = {"contrast": None, "max_examples": 1, "prompt": PROMPT, "progress": False}
+    alone = dps.score_heads(llama.hooked, probe[:1], **scoring)
+    found = dps.explore(llama.hooked, probe[:1], alone, **options)
+    assert [*content(found)["maps"]] == ["PCS"]
+    assert "the user's older texts" in page(found).replace("&#39;", "'")
+    opened = open_page(found.write(tmp_path / "alone.html").as_uri())
+    assert detail(opened.page)[0] == str(alone.top(1)[0])
+    assert not opened.problems
+    assert make_app(llama.hooked, probe[:1], found).test_client().get("/", base_url=f"http://{HOST}").status_code == 200
+
+
 def test_attention_of_a_large_model_is_that_of_the_best_heads(explored, monkeypatch, llama, probe):
     monkeypatch.setattr("dps_lens.explorer.content._MAX_ATTENTION", 1)
     monkeypatch.setattr("dps_lens.explorer.content._SHARE_OF_TOP", 2)

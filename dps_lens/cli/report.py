@@ -1,5 +1,6 @@
 """`dps-lens report` and `dps-lens explore`."""
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,9 +74,10 @@ def explore(
     """The page of 'report' with a live model: write anew at any γ and K. Only this machine can open it."""
     import logging
 
-    from werkzeug.serving import make_server
+    from dps_lens.explorer.server import HOST, check_flask, make_app
 
-    from dps_lens.explorer.server import HOST, make_app
+    check_flask()
+    from werkzeug.serving import make_server
 
     found, loaded, people = _explored(
         "explore", run, users, outputs, ablation, kinds, k, gammas, ks, shown_users, max_new_tokens, model, device,
@@ -126,6 +128,13 @@ def _explored(
     families = dps.reference_heads(loaded, words(kinds)) if kinds else None
     found = dps.explore(
         loaded, people, scores, families=families, effects=effects, k=k, gammas=strengths, ks=sizes,
-        max_users=shown_users, max_new_tokens=max_new_tokens, out=run / "page", force=force,
+        max_users=shown_users, max_new_tokens=max_new_tokens,
+        out=_folder(run, strengths, sizes, shown_users, max_new_tokens),
+        force=force,
     )  # fmt: skip
     return found, loaded, people
+
+
+def _folder(run: Path, *settings: Any) -> Path:
+    """Where texts of these settings are kept, beside those of others."""
+    return run / f"page-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dps_lens.analysis import AblationCost, Overlap, SetEffects, attention_pattern, overlap, significant_heads
+from dps_lens.analysis.ablation import check_held_out
 from dps_lens.analysis.rankings import rankings
 from dps_lens.analysis.significance import MIN_USERS
 from dps_lens.data import PromptConfig, User, build_prompt
@@ -123,7 +124,8 @@ def explore(
         progress: show progress bars.
 
     Raises:
-        ScoreError: none of the users has an evaluation example, or the scores are of another model.
+        ScoreError: none of the users has an evaluation example, heads were chosen on one that would be shown, or the
+            scores are of another model.
         HeadError: the model has fewer heads than asked for.
     """
     described = describe_model(model)
@@ -137,10 +139,10 @@ def explore(
     families = dict(families or {})
     heads = cost.heads if cost is not None else scores.top(k)
     config = PromptConfig(**scores.manifest["prompt"]) if "prompt" in scores.manifest else PromptConfig()
-    sets: Any = scores if set(scores.users) - {user.id for user in shown} else scores.top(max(ks))
+    check_held_out("explore", scores, [user.examples[-1] for user in shown])
     grid = steering_grid(
-        model, shown, sets, gammas=gammas, ks=ks, max_new_tokens=max_new_tokens, prompt=config, progress=progress,
-        out=Path(out) / "grid" if out is not None else None, force=force,
+        model, shown, chooser(scores, max(ks)), gammas=gammas, ks=ks, max_new_tokens=max_new_tokens, prompt=config,
+        progress=progress, out=Path(out) / "grid" if out is not None else None, force=force,
     )  # fmt: skip
     looked = _looked_at(scores, families, shape, len(shown) * config.profile_tokens * 2)
     views = _views(model, shown, looked, config, Path(out) / "attention" if out is not None else None, force, progress)
@@ -159,10 +161,15 @@ def explore(
     )
 
 
+def chooser(scores: HeadScores, k: int) -> HeadScores | HeadSet:
+    """Scores, by which other users choose a user's heads; the heads themselves where there is one user only."""
+    return scores if len(scores.users) > 1 else scores.top(k)
+
+
 def ranked_for(scores: HeadScores, users: Sequence[User], k: int) -> dict[str, HeadSet]:
-    """The best `k` heads for each user, chosen by other users where the scores hold enough of them."""
-    mine: Any = scores if set(scores.users) - {user.id for user in users} else scores.top(k)
-    return {user: sets[0] for user, sets in rankings("explore", {"heads": mine}, users, (k,))[0]["heads"].items()}
+    """The best `k` heads for each user."""
+    found = rankings("explore", {"heads": chooser(scores, k)}, users, (k,))[0]["heads"]
+    return {user: sets[0] for user, sets in found.items()}
 
 
 def significant(scores: HeadScores) -> list[str]:

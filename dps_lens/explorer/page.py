@@ -60,7 +60,7 @@ def content(found: Exploration) -> dict[str, Any]:
     scores = found.scores
     baseline = str(scores.manifest.get("contrast"))
     layers, heads = scores.values.shape[1:]
-    names = {"PCS": None, **({"own profile": "own", _BASELINES[baseline]: baseline} if scores.components else {})}
+    names = {"PCS": None, **({"own profile": "own", _BASELINES[baseline]: baseline} if baseline in _BASELINES else {})}
     sizes = {len(scores.users), *(len(scores.rows(user)) for user in scores.users)}
     return {
         "layers": layers,

@@ -1,5 +1,6 @@
 """The same page with a live model behind it, on this machine only."""
 
+import importlib.util
 import json
 import math
 import threading
@@ -29,10 +30,9 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration) -> A
     Raises:
         SteeringError: flask is not installed, or the exploration holds no texts.
     """
-    try:
-        from flask import Flask, Response, jsonify, request
-    except ImportError:
-        raise SteeringError("explore: the live page needs flask; run: pip install 'dps_lens[app]'") from None
+    check_flask()
+    from flask import Flask, Response, jsonify, request
+
     if found.grid is None:
         raise SteeringError("explore: the exploration holds no texts to steer; make it with a grid")
     app, writer = Flask("dps_lens"), Writer(model, users, found)
@@ -60,6 +60,16 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration) -> A
         return Response(lines, mimetype="application/x-ndjson")
 
     return app
+
+
+def check_flask() -> None:
+    """Say what to install where there is no flask.
+
+    Raises:
+        SteeringError: there is none.
+    """
+    if importlib.util.find_spec("flask") is None:
+        raise SteeringError("explore: the live page needs flask; run: pip install 'dps_lens[app]'")
 
 
 class Writer:

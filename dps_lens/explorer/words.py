@@ -25,11 +25,11 @@ def facts(found: "Exploration") -> list[tuple[str, str]]:
         controls, seed = found.cost.manifest.get("controls"), found.cost.manifest.get("seed")
         rows.append(("controls", f"{len(found.cost.draws)} random sets, {controls}, seed {seed}"))
     if found.grid is not None:
-        about = found.grid.manifest
+        about, who = found.grid.manifest, "other users" if len(found.scores.users) > 1 else "the user's older texts"
         rows.append(
             (
                 "texts",
-                f"rule {about['rule']}, greedy, at most {about['max_new_tokens']} tokens; heads chosen by other users",
+                f"rule {about['rule']}, greedy, at most {about['max_new_tokens']} tokens; heads chosen by {who}",
             )
         )
     libraries = model.get("libraries", {})
