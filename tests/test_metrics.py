@@ -100,6 +100,12 @@ def test_meteor_needs_wordnet(monkeypatch):
     assert metrics_of(TASKS["lamp-4"]) == ("ROUGE-L", "ROUGE-1", "METEOR")
 
 
+def test_a_table_made_with_wordnet_is_read_without():
+    rows = pd.DataFrame([{"user": "u", "example": "e", "method": "rag", "METEOR": 0.5, "ROUGE-L": 0.1}])
+    table = Evaluation(rows, pd.DataFrame(), pd.DataFrame(), TASKS["lamp-4"])
+    assert table.metrics == ("ROUGE-L", "METEOR")
+
+
 def grams(text):
     """2- to 4-grams of characters within words, each word between two spaces."""
     found = Counter()

@@ -201,7 +201,7 @@ def test_pareto_and_sweep_hold_the_grid(grid):
     assert ringed == unbeaten
     sweep = plots.k_sweep(grid, measure="KL")
     assert list(sweep.data[1].y) == [frame.loc[(2.0, k, "KL"), "difference"] for k in (1, 3)]
-    for call in (lambda: plots.pareto(grid, y="METEOR"), lambda: plots.k_sweep(grid, measure="nonsense")):
+    for call in (lambda: plots.pareto(grid, y="accuracy"), lambda: plots.k_sweep(grid, measure="nonsense")):
         with pytest.raises(EvaluationError, match="not in this grid"):
             call()
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from dps_lens.data.tasks import TASKS, Task
 from dps_lens.errors import EvaluationError
-from dps_lens.evaluation.metrics import OVER_ALL, jackknife, metrics_of, summary_of
+from dps_lens.evaluation.metrics import OVER_ALL, all_metrics, jackknife, summary_of
 from dps_lens.files import write_json
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Evaluation:
     @property
     def metrics(self) -> tuple[str, ...]:
         """The task's metrics that were measured, then those of every task."""
-        measured = (*metrics_of(self.task), *OTHERS)
+        measured = (*all_metrics(self.task), *OTHERS)
         return tuple(name for name in measured if name in self.rows or name in OVER_ALL)
 
     @property
