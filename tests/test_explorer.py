@@ -257,6 +257,25 @@ def test_circuitsvis_runs_no_text_and_needs_no_network(llama, probe, tmp_path, o
 
 
 @pytest.mark.full
+def test_attention_of_a_long_prompt_is_on_the_screen_in_time(llama, probe, tmp_path, open_page):
+    """2,000 tokens, 48 of them written, in under 5 s."""
+    from dataclasses import replace
+
+    prompt = dps.build_prompt(llama.hooked, probe[0].examples[0], config=PROMPT)
+    start = 2000 - 48
+    pattern = torch.rand(1, 48, 2000, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    spans = {"profile": (4, 1700), "task": (1700, 1940), "response": (start, 2000)}
+    long = dps.analysis.AttentionPattern((Head(0, 0),), pattern, ("token",) * 2000, replace(prompt, spans=spans))
+    begun = time.perf_counter()
+    file = tmp_path / "attention.html"
+    file.write_text(dps.plots.attention_html(long), encoding="utf-8")
+    opened = open_page(file.as_uri())
+    opened.page.wait_for_selector(".heatmaplayer image")
+    assert time.perf_counter() - begun < 5
+    assert not opened.problems
+
+
+@pytest.mark.full
 def test_large_runs_stay_usable(tmp_path, open_page):
     """80 layers × 64 heads, 200 users: under 25 MB, on the screen in under 3 s."""
     users = [f"user {index}" for index in range(200)]

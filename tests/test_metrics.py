@@ -12,7 +12,7 @@ from dps_lens.analysis.intervals import interval
 from dps_lens.data import Example
 from dps_lens.data.tasks import TASKS
 from dps_lens.errors import EvaluationError
-from dps_lens.evaluation import StyleMeasure, metrics, metrics_of, rouge, score_example
+from dps_lens.evaluation import Evaluation, StyleMeasure, metrics, metrics_of, rouge, score_example
 from dps_lens.evaluation.metrics import LABELS, jackknife, macro_f1, meteor, summary_of
 from dps_lens.evaluation.style import written_by
 

@@ -199,6 +199,11 @@ def test_pareto_and_sweep_hold_the_grid(grid):
         if not any(x <= one[0] and y >= one[1] and (x, y) != one for x, y in everything)
     }  # fmt: skip
     assert ringed == unbeaten
+    both = plots.pareto({"dps": grid, "again": grid})
+    assert [trace.name for trace in both.data[:4]] == ["dps, K = 1", "dps, K = 3", "again, K = 1", "again, K = 3"]
+    other = dps.evaluation.SteeringGrid(grid.texts, grid.gammas, grid.ks, {"another": "text"})
+    with pytest.raises(EvaluationError, match="the same examples"):
+        plots.pareto({"dps": grid, "other": other})
     sweep = plots.k_sweep(grid, measure="KL")
     assert list(sweep.data[1].y) == [frame.loc[(2.0, k, "KL"), "difference"] for k in (1, 3)]
     for call in (lambda: plots.pareto(grid, y="accuracy"), lambda: plots.k_sweep(grid, measure="nonsense")):

@@ -1,5 +1,8 @@
 """Personalisation against fluency at every γ and K."""
 
+import html
+from collections.abc import Mapping
+
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import hex_to_rgb
@@ -17,27 +20,37 @@ _WORDS = {
 _SMALLER_IS_BETTER = ("NLL", "KL", "repeated", "MAE")
 
 
-def pareto(grid: SteeringGrid, *, y: str = "style", x: str = "NLL", title: str | None = None) -> go.Figure:
-    """One line a K, one marker a γ, from γ = 0; the settings that no other beats in both measures are ringed.
+def pareto(
+    grids: SteeringGrid | Mapping[str, SteeringGrid], *, y: str = "style", x: str = "NLL", title: str | None = None
+) -> go.Figure:
+    """One line a rule and K, one marker a γ, from γ = 0; the settings that no other beats in both measures are ringed.
 
     Args:
-        grid: of `steering_grid`.
+        grids: of `steering_grid`; several by name, such as one a rule, share the picture.
         y: what counts as personalisation.
         x: what it costs.
         title: of the figure.
 
     Raises:
-        EvaluationError: the grid does not hold a measure.
+        EvaluationError: a grid does not hold a measure, or the grids are of different examples.
     """
-    _check("plots.pareto", grid, x, y)
-    frame = grid.to_frame()
-    wide = {name: frame[frame["measure"] == name].set_index(["K", "gamma"]) for name in (x, y)}
+    named = {"": grids} if isinstance(grids, SteeringGrid) else dict(grids)
+    for grid in named.values():
+        _check("plots.pareto", grid, x, y)
+    if len({tuple(sorted(grid.references)) for grid in named.values()}) != 1:
+        raise EvaluationError("plots.pareto: give one grid, or several of the same examples")
     figure = go.Figure()
-    plain = (0, 0.0)
-    for index, k in enumerate(grid.ks):
-        at = sorted([(k, gamma) for gamma in grid.gammas] + [plain], key=lambda setting: setting[1])
-        xs, ys = (wide[name].loc[at] for name in (x, y))
-        pale = "rgba({},{},{},0.3)".format(*hex_to_rgb(LINES[index % len(LINES)]))
+    points: list[tuple[float, float]] = []
+    lines = [(name, k) for name, grid in named.items() for k in grid.ks]
+    for index, (name, k) in enumerate(lines):
+        grid = named[name]
+        wide = grid.to_frame().set_index(["measure", "K", "gamma"])
+        at = sorted([(k, gamma) for gamma in grid.gammas] + [(0, 0.0)], key=lambda setting: setting[1])
+        xs, ys = (wide.loc[[(measure, *setting) for setting in at]] for measure in (x, y))
+        points += zip(xs["mean"], ys["mean"], strict=True)
+        colour = LINES[index % len(LINES)]
+        pale = "rgba({},{},{},0.3)".format(*hex_to_rgb(colour))
+        label = html.escape(f"{name}, K = {k}" if name else f"K = {k}", quote=False)
         figure.add_scatter(
             x=xs["mean"],
             y=ys["mean"],
@@ -48,27 +61,29 @@ def pareto(grid: SteeringGrid, *, y: str = "style", x: str = "NLL", title: str |
             textposition="top left",
             textfont={"size": 9},
             mode="lines+markers+text",
-            line={"color": LINES[index % len(LINES)], "dash": DASHES[index % len(DASHES)], "width": 1.5},
+            line={"color": colour, "dash": DASHES[index % len(DASHES)], "width": 1.5},
             marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
-            name=f"K = {k}",
-            hovertemplate=f"K = {k}, γ = %{{customdata[0]:g}}<br>{y} %{{y:.3f}} (%{{customdata[1]:.3f}} to "
+            name=label,
+            hovertemplate=f"{label}, γ = %{{customdata[0]:g}}<br>{y} %{{y:.3f}} (%{{customdata[1]:.3f}} to "
             f"%{{customdata[2]:.3f}})<br>{x} %{{x:.3f}} (%{{customdata[3]:.3f}} to %{{customdata[4]:.3f}})"
             "<extra></extra>",
         )
-    best = front(wide[x]["mean"].to_numpy(), wide[y].loc[wide[x].index, "mean"].to_numpy(), x, y)
+    every = np.array(list(dict.fromkeys(points)))
+    best = every[front(every[:, 0], every[:, 1], x, y)]
     figure.add_scatter(
-        x=wide[x]["mean"][best],
-        y=wide[y].loc[wide[x].index, "mean"][best],
+        x=best[:, 0],
+        y=best[:, 1],
         mode="markers",
         marker={"symbol": "circle-open", "size": 13, "color": "#444444", "line": {"width": 1.2}},
         hoverinfo="skip",
         name="unbeaten",
     )
-    users = len({one.user for one in grid.texts})
+    first = next(iter(named.values()))
+    rule, users = first.manifest.get("rule", "dps"), len({one.user for one in first.texts})
+    what = rule if len(named) == 1 else f"{len(named)} rules"
     figure.update_layout(
         template=TEMPLATE,
-        title=title
-        or f"{grid.manifest.get('rule', 'dps')}, numbers are γ: {y} against {x}, 95% intervals over {users} users",
+        title=title or f"{what}, numbers are γ: {y} against {x}, 95% intervals over {users} users",
         height=440,
         legend={"orientation": "h", "y": -0.2},
         xaxis={"title": _WORDS.get(x, x)},
