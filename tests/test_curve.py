@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import dps_lens as dps
 from dps_lens.analysis import SetEffects
 from dps_lens.analysis.rankings import folds, rankings
-from dps_lens.analysis.set_sweep import SetSweep, copied_tokens, neutral_prompt
+from dps_lens.analysis.set_sweep import EditSweep, copied_tokens, neutral_prompt
 from dps_lens.data import build_prompt
 from dps_lens.errors import HeadError, PromptError, RunError, ScoreError
 from dps_lens.families import draw_seed
@@ -246,7 +246,7 @@ def test_unknown_parts_are_refused(curve, unchecked):
 
 def test_every_draw_is_measured_once_for_every_user(llama, users, short, monkeypatch):
     measured, sweeps = [], []
-    real = SetSweep.unit
+    real = EditSweep.unit
 
     def unit(self, number, conditions):
         sweeps.append(self)
@@ -263,7 +263,7 @@ def test_every_draw_is_measured_once_for_every_user(llama, users, short, monkeyp
         assert found["draws.own"].shape == (2, 2, len(self.draws_of(number)), 2)
         return found
 
-    monkeypatch.setattr(SetSweep, "unit", unit)
+    monkeypatch.setattr(EditSweep, "unit", unit)
     families = {"one": HeadSet.parse("L1H2,L1H0,L2H3"), "two": {user.id: HEADS for user in users}}
     for n_random in (20, 1, 0):
         measured.clear()
@@ -520,7 +520,7 @@ def digest(folder):
 
 def counting(monkeypatch, fail_after=None):
     calls = []
-    real = SetSweep.unit
+    real = EditSweep.unit
 
     def unit(self, number, conditions):
         if fail_after is not None and len(calls) == fail_after:
@@ -528,7 +528,7 @@ def counting(monkeypatch, fail_after=None):
         calls.append(number)
         return real(self, number, conditions)
 
-    monkeypatch.setattr(SetSweep, "unit", unit)
+    monkeypatch.setattr(EditSweep, "unit", unit)
     return calls
 
 

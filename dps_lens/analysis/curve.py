@@ -1,17 +1,20 @@
 """Ablate or patch the top K heads of several families on held-out examples, beside random heads."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dps_lens.analysis.effects import CONDITIONS, SetEffects
 from dps_lens.analysis.rankings import Family, Select
-from dps_lens.analysis.set_sweep import Condition, SetSweep, ablated, neutral_prompt
+from dps_lens.analysis.set_sweep import Condition, EditSweep, ablated, neutral_prompt
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.errors import ScoreError
 from dps_lens.families import shipped_paragraphs
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, Positions
 from dps_lens.model import HookedModel
+from dps_lens.runs import Engine
 from dps_lens.scoring.branches import BatchSize
 from dps_lens.scoring.sweep import Contrast, aligned_z, donors_of
 
@@ -36,6 +39,7 @@ def ablation_curve(
     batch_size: BatchSize = "auto",
     out: str | Path | None = None,
     force: bool = False,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> SetEffects:
     """Ablate the top K heads of every family on evaluation examples: with own profile, without, with another's.
@@ -64,6 +68,7 @@ def ablation_curve(
         batch_size: branches a batch.
         out: a run folder; a run that is started again there resumes.
         force: drop what `out` holds.
+        engine: as in `score_heads`.
         progress: show a progress bar.
 
     Raises:
@@ -73,7 +78,9 @@ def ablation_curve(
     if unknown := {*controls} - {*CONDITIONS}:
         raise ScoreError(f"ablation_curve: controls {sorted(unknown)} are unknown; use some of {', '.join(CONDITIONS)}")
     texts = tuple(neutral) if neutral is not None else shipped_paragraphs()
-    sets = SetSweep.of(
+    if engine is not None:
+        engine.start(model)
+    sets = AblationSweep.of(
         "ablation_curve",
         model,
         users,
@@ -89,6 +96,8 @@ def ablation_curve(
         ngram=ngram,
         seed=seed,
         batch_size=batch_size,
+        texts=texts,
+        controls=tuple(controls),
     )
     if sets.ablation not in ("zero", "uniform"):
         raise ScoreError(
@@ -96,16 +105,29 @@ def ablation_curve(
             "patch_heads for 'patch'"
         )
 
-    def conditions(number: int, example: Example) -> dict[str, Condition]:
-        donor = donors_of(example, sets.users, 1, seed)
-        prompts = {"own": sets.build(example, "own"), "no_profile": sets.build(example, "none")}
-        if donor:
-            prompts["other_user"] = sets.build(example, donor[0])
-        if texts:
-            prompts["neutral"] = neutral_prompt(model, texts[number % len(texts)])
-        return {name: ablated(name, sets.branches_of(built), drawn=name in controls) for name, built in prompts.items()}
+    return sets.run(out, force, progress, engine)
 
-    return sets.run(conditions, {"neutral": list(texts), "controls": list(controls)}, out, force, progress)
+
+@dataclass
+class AblationSweep(EditSweep):
+    """The sweep of `ablation_curve`."""
+
+    texts: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
+
+    def conditions(self, number: int, example: Example) -> dict[str, Condition]:
+        donor = donors_of(example, self.users, 1, self.seed)
+        prompts = {"own": self.build(example, "own"), "no_profile": self.build(example, "none")}
+        if donor:
+            prompts["other_user"] = self.build(example, donor[0])
+        if self.texts:
+            prompts["neutral"] = neutral_prompt(self.model, self.texts[number % len(self.texts)])
+        return {
+            name: ablated(name, self.branches_of(built), drawn=name in self.controls) for name, built in prompts.items()
+        }
+
+    def more(self) -> dict[str, Any]:
+        return {"neutral": list(self.texts), "controls": list(self.controls)}
 
 
 def patch_heads(
@@ -126,6 +148,7 @@ def patch_heads(
     batch_size: BatchSize = "auto",
     out: str | Path | None = None,
     force: bool = False,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> SetEffects:
     """Necessity and sufficiency of the top K heads: noising and denoising patches on evaluation examples.
@@ -144,7 +167,9 @@ def patch_heads(
         raise ScoreError(f"patch_heads: patch_from {patch_from!r} is unknown; use 'no_profile' or 'other_user'")
     if patch_from == "other_user" and len(users) < 2:
         raise ScoreError("patch_heads: 'other_user' needs at least two users")
-    sets = SetSweep.of(
+    if engine is not None:
+        engine.start(model)
+    sets = PatchSweep.of(
         "patch_heads",
         model,
         users,
@@ -160,17 +185,27 @@ def patch_heads(
         ngram=ngram,
         seed=seed,
         batch_size=batch_size,
+        patch_from=patch_from,
     )
+    return sets.run(out, force, progress, engine)
 
-    def conditions(number: int, example: Example) -> dict[str, Condition]:
-        own = sets.build(example, "own")
-        donor = donors_of(example, sets.users, 1, seed) if patch_from == "other_user" else []
-        other = sets.build(example, donor[0] if donor else "none")
+
+@dataclass
+class PatchSweep(EditSweep):
+    """The sweep of `patch_heads`."""
+
+    patch_from: Contrast = "no_profile"
+
+    def conditions(self, number: int, example: Example) -> dict[str, Condition]:
+        own = self.build(example, "own")
+        donor = donors_of(example, self.users, 1, self.seed) if self.patch_from == "other_user" else []
+        other = self.build(example, donor[0] if donor else "none")
         suffix = " (other)" if donor else ""
         found = {}
-        for name, full, base, source in (("noising", "own", own, other), ("denoising", patch_from, other, own)):
-            values, where = aligned_z(model, base, source, sets.positions)
-            found[name + suffix] = ablated(full, sets.branches_of(base), drawn=True, values=values, where=where)
+        for name, full, base, source in (("noising", "own", own, other), ("denoising", self.patch_from, other, own)):
+            values, where = aligned_z(self.model, base, source, self.positions)
+            found[name + suffix] = ablated(full, self.branches_of(base), drawn=True, values=values, where=where)
         return found
 
-    return sets.run(conditions, {"patch_from": patch_from}, out, force, progress)
+    def more(self) -> dict[str, Any]:
+        return {"patch_from": self.patch_from}

@@ -253,8 +253,9 @@ def _suffix(name: str) -> str:
 
 
 def stack_draws(rows: Sequence[Mapping[int, Tensor]], user_ids: Sequence[str], n_draws: int) -> Tensor:
-    """`[draw user family k 2]` from each example's draws, `draw → [family k 2]`."""
+    """`[draw user family k 2]` from each example's draws, `draw → [family k 2]`; draws that every user has."""
     by_user: dict[str, dict[int, Tensor]] = {}
     for owner, found in zip(user_ids, rows, strict=True):
         by_user.setdefault(owner, {}).update(found)
-    return torch.stack([torch.stack([own[draw] for own in by_user.values()]) for draw in range(n_draws)])
+    complete = [draw for draw in range(n_draws) if all(draw in own for own in by_user.values())]
+    return torch.stack([torch.stack([own[draw] for own in by_user.values()]) for draw in complete])

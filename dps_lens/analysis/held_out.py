@@ -65,6 +65,7 @@ def held_out_effects(
     check_held_out("held_out_effects", scores, examples)
     heads: HeadSet = scores.top(k)
     sweep = Sweep(model, list(users), method="exact", exact_layers=0, confirm=0.0, **settings_of(scores))
+    sweep = sweep.with_means(None, progress)
     chosen, rows = heads.mask(model.cfg), []
     for example in tqdm(examples, desc="held-out effects", unit="example", disable=None if progress else True):
         rows.append(sum(term.weight * term.exact(chosen) for term in sweep.terms(example)))

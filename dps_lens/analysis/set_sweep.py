@@ -1,10 +1,11 @@
 """Runs sets of heads, chosen and random, through conditions of held-out examples; resumable."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float64
@@ -21,7 +22,7 @@ from dps_lens.families import draw_seed, random_heads
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, Positions
 from dps_lens.model import HookedModel, Runner, describe_model
-from dps_lens.runs import RunFolder
+from dps_lens.runs import Engine, RunFolder, Units, Work, kept, make_units
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.branches import BatchSize, Branches
 from dps_lens.scoring.sweep import data_digest
@@ -52,9 +53,12 @@ def ablated(full: str, branches: Branches, *, drawn: bool = False, **edit: Any) 
     return Condition(full, branches, partial(branches.ablated_losses, **edit), drawn)
 
 
+Self = TypeVar("Self", bound="SetSweep")
+
+
 @dataclass
 class SetSweep:
-    """One setting of `ablation_curve` or `patch_heads`; `call` names it in errors."""
+    """Sets of heads, chosen and random, and the held-out examples they meet; `call` names the run in errors."""
 
     call: str
     model: HookedModel
@@ -76,7 +80,7 @@ class SetSweep:
 
     @classmethod
     def of(
-        cls,
+        cls: type[Self],
         call: str,
         model: HookedModel,
         users: Sequence[User],
@@ -89,7 +93,7 @@ class SetSweep:
         ngram: int = 1,
         batch_size: BatchSize = "auto",
         **options: Any,
-    ) -> "SetSweep":
+    ) -> Self:
         """With the settings that the families were scored with, where none are given.
 
         Raises:
@@ -165,26 +169,6 @@ class SetSweep:
             torch.stack([heads.mask(cfg) for heads in group]) if group else empty for group in (chosen, random)
         )
 
-    def unit(self, number: int, conditions: Mapping[str, Condition]) -> dict[str, Tensor]:
-        """What one example gives: `full.…` [2], `chosen.…` [family k 2], `draws.…` [family k draw 2]."""
-        chosen, random = self.masks(number)
-        size = (len(self.ranked[0]), len(self.ks))
-        copied = self.copied(self.examples[number])
-        found: dict[str, Tensor] = {}
-        for name, condition in conditions.items():
-            clean = condition.branches.losses
-            # Neutral text is not the user's response and copies nothing.
-            weights = torch.zeros_like(clean) if name == "neutral" else copied
-            found[f"full.{condition.full}"] = _split(clean[None], weights)[0]
-            if condition.edited is None:
-                continue
-            masks = torch.cat([chosen, random]) if condition.drawn else chosen
-            change = _split(condition.edited(masks) - clean, weights)
-            found[f"chosen.{name}"] = change[: len(chosen)].reshape(*size, 2)
-            if condition.drawn:
-                found[f"draws.{name}"] = change[len(chosen) :].reshape(*size, len(self.draws_of(number)), 2)
-        return found
-
     def copied(self, example: Example) -> Float64[Tensor, " pos"]:
         """1 for response tokens that end an n-gram of the response which the own profile holds."""
         prompt = self.build(example, "own")
@@ -216,26 +200,10 @@ class SetSweep:
             "data": data_digest(self.users, self.examples),
         }
 
-    def run(
-        self,
-        conditions: Callable[[int, Example], dict[str, Condition]],
-        more: Mapping[str, Any],
-        out: str | Path | None,
-        force: bool,
-        progress: bool,
-    ) -> SetEffects:
-        """Measure every example; finished ones are read from `out`."""
-        manifest = self.fingerprint() | dict(more)
-        if out is not None and force:
-            (Path(out) / "effects.json").unlink(missing_ok=True)  # else old effects load when this run is cut short
-        folder = RunFolder(out, manifest, force=force) if out is not None else None
-        units = self.units(
-            folder, lambda number, example: self.unit(number, conditions(number, example)), "editing heads", progress
-        )
-        effects = self.collect(units, manifest)
-        if out is not None:
-            effects.save(out)
-        return effects
+    @cached_property
+    def by_key(self) -> dict[str, int]:
+        """Numbers of the examples by the keys of their units."""
+        return {f"{example.user_id}|{example.id}": number for number, example in enumerate(self.examples)}
 
     def units(
         self,
@@ -245,33 +213,87 @@ class SetSweep:
         progress: bool,
     ) -> list[dict[str, Tensor]]:
         """What `measure` gives for every example and its number; finished ones are read from the folder."""
-        units = []
-        bar = tqdm(self.examples, desc=description, unit="example", disable=None if progress else True)
-        for number, example in enumerate(bar):
-            key = f"{example.user_id}|{example.id}"
-            unit = folder.get(key) if folder else None
-            if unit is None:
-                unit = measure(number, example)
-                if folder:
-                    folder.put(key, unit)
-            units.append(unit)
-        return units
+        bar = tqdm(self.by_key.items(), desc=description, unit="example", disable=None if progress else True)
+        return [kept(folder, key, partial(measure, number, self.examples[number])) for key, number in bar]
 
-    def collect(self, units: Sequence[Mapping[str, Tensor]], manifest: dict[str, Any]) -> SetEffects:
-        user_ids = tuple(example.user_id for example in self.examples)
+
+@dataclass
+class EditSweep(SetSweep, Work):
+    """A run that edits sets of heads in conditions of every example, and measures the losses."""
+
+    @abstractmethod
+    def conditions(self, number: int, example: Example) -> dict[str, Condition]:
+        """What the sets are edited in."""
+
+    def more(self) -> dict[str, Any]:
+        """What else decides the result."""
+        return {}
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | self.more()
+
+    def owner(self, key: str) -> str:
+        return self.examples[self.by_key[key]].user_id
+
+    def make(self, key: str, given: Any = None) -> dict[str, Tensor]:
+        number = self.by_key[key]
+        return self.unit(number, self.conditions(number, self.examples[number]))
+
+    def unit(self, number: int, conditions: Mapping[str, Condition]) -> dict[str, Tensor]:
+        """What one example gives: `full.…` [2], `chosen.…` [family k 2], `draws.…` [family k draw 2]."""
+        chosen, random = self.masks(number)
+        size = (len(self.ranked[0]), len(self.ks))
+        copied = self.copied(self.examples[number])
+        found: dict[str, Tensor] = {}
+        for name, condition in conditions.items():
+            clean = condition.branches.losses
+            # Neutral text is not the user's response and copies nothing.
+            weights = torch.zeros_like(clean) if name == "neutral" else copied
+            found[f"full.{condition.full}"] = _split(clean[None], weights)[0]
+            if condition.edited is None:
+                continue
+            masks = torch.cat([chosen, random]) if condition.drawn else chosen
+            change = _split(condition.edited(masks) - clean, weights)
+            found[f"chosen.{name}"] = change[: len(chosen)].reshape(*size, 2)
+            if condition.drawn:
+                found[f"draws.{name}"] = change[len(chosen) :].reshape(*size, len(self.draws_of(number)), 2)
+        return found
+
+    def run(self, out: str | Path | None, force: bool, progress: bool, engine: Engine | None = None) -> SetEffects:
+        """Measure every example; finished ones are read from `out`."""
+        manifest = self.fingerprint()
+        if out is not None and force:
+            (Path(out) / "effects.json").unlink(missing_ok=True)  # else old effects load when this run is cut short
+        folder = RunFolder(out, manifest, force=force) if out is not None else None
+        found = make_units(
+            self, list(self.by_key), folder=folder, engine=engine, what="editing heads", progress=progress
+        )
+        found.note(manifest, engine)
+        effects = self.collect(found, manifest)
+        if out is not None:
+            effects.save(out)
+        return effects
+
+    def collect(self, found: Units, manifest: dict[str, Any]) -> SetEffects:
+        """Effects on the examples whose units were made."""
+        units, numbers = list(found.made.values()), [self.by_key[key] for key in found.made]
+        user_ids = tuple(self.examples[number].user_id for number in numbers)
 
         def group(prefix: str) -> dict[str, list[Tensor]]:
             return {name[len(prefix) :]: [u[name] for u in units] for name in units[0] if name.startswith(prefix)}
 
         draws = {}
         for name, rows in group("draws.").items() if self.n_random else ():
-            dealt = [dict(zip(self.draws_of(number), row.unbind(2), strict=True)) for number, row in enumerate(rows)]
+            dealt = [
+                dict(zip(self.draws_of(number), row.unbind(2), strict=True))
+                for number, row in zip(numbers, rows, strict=True)
+            ]
             draws[name] = stack_draws(dealt, user_ids, self.n_random)
         return SetEffects(
             tuple(self.ranked[0]),
             self.ks,
             user_ids,
-            tuple(example.id for example in self.examples),
+            tuple(self.examples[number].id for number in numbers),
             {name: torch.stack(rows) for name, rows in group("full.").items()},
             {name: torch.stack(rows) for name, rows in group("chosen.").items()},
             draws,

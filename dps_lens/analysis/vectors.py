@@ -1,8 +1,10 @@
 """Preference vectors: the mean output of a user's heads, added where there is no profile."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -11,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dps_lens.analysis.effects import SetEffects
 from dps_lens.analysis.rankings import Family, Select
-from dps_lens.analysis.set_sweep import Condition, SetSweep
+from dps_lens.analysis.set_sweep import Condition, EditSweep
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.heads import HeadSet
@@ -113,7 +115,7 @@ def vector_recovery(
     at = model.cfg.n_layers // 3 if layer is None else layer
     if not 0 <= at < model.cfg.n_layers:
         raise HeadError(f"vector_recovery: layer {at} is not in this model of {model.cfg.n_layers} layers")
-    sets = SetSweep.of(
+    sets = VectorSweep.of(
         "vector_recovery",
         model,
         users,
@@ -127,27 +129,38 @@ def vector_recovery(
         ngram=ngram,
         seed=seed,
         batch_size=batch_size,
+        layer=at,
+        scale=scale,
+        vector_examples=vector_examples,
     )
     sets.positions = "response"  # where vectors are added, whatever the scores were measured at
-    outputs: dict[str, Tensor] = {}
     for user in tqdm(sets.users, desc="preference vectors", unit="user", disable=None if progress else True):
-        outputs[user.id] = scale * head_outputs(model, user, max_examples=vector_examples, prompt=sets.prompt)
+        sets.outputs[user.id] = scale * head_outputs(model, user, max_examples=vector_examples, prompt=sets.prompt)
 
-    def conditions(number: int, example: Example) -> dict[str, Condition]:
-        branches = sets.branches(example, "none")
-        donor = donors_of(example, sets.users, 1, seed)
-        found = {
-            "vector": Condition("no_profile", branches, partial(added, branches, at, outputs[example.user_id]), True)
-        }
+    return sets.run(out, force, progress)
+
+
+@dataclass
+class VectorSweep(EditSweep):
+    """The sweep of `vector_recovery`."""
+
+    layer: int = 0
+    scale: float = 1.0
+    vector_examples: int | None = None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def conditions(self, number: int, example: Example) -> dict[str, Condition]:
+        branches = self.branches(example, "none")
+        donor = donors_of(example, self.users, 1, self.seed)
+        add = partial(added, branches, self.layer)
+        found = {"vector": Condition("no_profile", branches, partial(add, self.outputs[example.user_id]), True)}
         if donor:
-            found["vector (other)"] = Condition(
-                "no_profile", branches, partial(added, branches, at, outputs[donor[0].id])
-            )
-        found["own"] = Condition("own", sets.branches(example, "own"))
+            found["vector (other)"] = Condition("no_profile", branches, partial(add, self.outputs[donor[0].id]))
+        found["own"] = Condition("own", self.branches(example, "own"))
         return found
 
-    more = {"layer": at, "scale": scale, "vector_examples": vector_examples}
-    return sets.run(conditions, more, out, force, progress)
+    def more(self) -> dict[str, Any]:
+        return {"layer": self.layer, "scale": self.scale, "vector_examples": self.vector_examples}
 
 
 @torch.inference_mode()

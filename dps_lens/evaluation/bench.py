@@ -1,9 +1,8 @@
-"""The benchmark table: methods × metrics on the users' own tasks, settings chosen on discovery examples."""
+"""One setting of `evaluate`: what is run for a user and an example, and how the table is put together."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from warnings import warn
 
@@ -11,114 +10,35 @@ import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from dps_lens.analysis.ablation import check_held_out
 from dps_lens.analysis.rankings import Rankings, Select, rankings
-from dps_lens.analysis.set_sweep import shared_settings
 from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
+from dps_lens.data.tasks import Task
 from dps_lens.data.tokenizer import PromptTokenizer, without_special
-from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.answers import fluency, measured, text_of
+from dps_lens.evaluation.checks import check_bench
 from dps_lens.evaluation.cost import COSTS, measure_costs
-from dps_lens.evaluation.methods import Asked, Method, Row, Setting, describe, find_method, write
-from dps_lens.evaluation.metrics import check_reference, lower_is_better, metrics_of, score_example, summary_of
-from dps_lens.evaluation.portraits import Portraits
+from dps_lens.evaluation.methods import Method, Row, Setting, describe, write
+from dps_lens.evaluation.metrics import lower_is_better, metrics_of, score_example, summary_of
+from dps_lens.evaluation.portraits import Part, Portraits
 from dps_lens.evaluation.result import REFERENCE, Evaluation
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel, describe_model
-from dps_lens.runs import RunFolder, kept
+from dps_lens.runs import Engine, RunFolder, Units, Work, make_units
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.sweep import data_digest
-from dps_lens.steering.tuning import check_tunable
 
-
-def evaluate(
-    model: HookedModel,
-    users: Sequence[User],
-    methods: Mapping[str, Asked],
-    *,
-    strengths: Sequence[float] = (0.25, 0.5, 1.0),
-    ks: Sequence[int] = (10,),
-    layers: Sequence[int] | None = None,
-    choose_on: int = 1,
-    vector_examples: int | None = 8,
-    select: "Select | Mapping[str, Select]" = "global",
-    exclude: Mapping[str, HeadSet] | None = None,
-    max_examples: int | None = None,
-    max_new_tokens: int | None = None,
-    prompt: PromptConfig | None = None,
-    seed: int = 0,
-    out: str | Path | None = None,
-    force: bool = False,
-    progress: bool = True,
-) -> Evaluation:
-    """Let every method answer the users' evaluation examples, and measure the answers.
-
-    All methods share the prompts and the decoding loop of `generate`, greedily. What a method leaves open (strength,
-    K, layer) is chosen for all users at once, by the task's first metric on discovery examples.
-
-    | method | |
-    |---|---|
-    | `"plain"` | the task input alone |
-    | `"rag"` | with the profile: the user's documents that retrieval finds |
-    | `"prompt"` | with the model's own description of the user in place of the profile |
-    | `"cad"`, `"cos"`, `"dola"` | rules of `generate`, with the profile |
-    | `("dps", scores)`, `("decore", scores)`, `("amplify", scores)`, … | rules of heads, with the profile |
-    | `"stylevector"`, `"steerx"` | vectors of the user (`style_vector`, `steerx_vector`), without the profile |
-    | `"lora"` | the model with the user's LoRA, trained on discovery examples, without the profile |
-    | `"rag+stylevector"`, `"rag+steerx"`, `"rag+lora"` | the same, with the profile |
-    | `("dps+cad", scores)`, … | stacks |
-
-    Args:
-        model: a hooked model.
-        users: of one task; their evaluation examples are answered.
-        methods: name → method, in the order of the table.
-        strengths: the grid of γ and α, and of what a LoRA's change is multiplied by.
-        ks: the grid of numbers of heads.
-        layers: the grid of a vector's layer; a third, half and two thirds of the way up by default.
-        choose_on: the newest so many discovery examples of each user choose; 0 where no method has a choice.
-        vector_examples: the newest so many discovery examples that a vector or LoRA is made of; those that choose are
-            left out while choosing.
-        select: as in `ablation_curve`; with `"user"`, heads are ranked by the discovery examples that also choose.
-        exclude: as in `ablation_curve`.
-        max_examples: the newest so many evaluation examples of each user.
-        max_new_tokens: by default what the task needs.
-        prompt: how prompts are built; by default as for the scores.
-        seed: of the folds that select heads.
-        out: a run folder, where the evaluation is saved; a run that is started again there resumes.
-        force: drop what `out` holds.
-        progress: show progress bars.
-
-    Raises:
-        EvaluationError: users of several tasks, an unknown method, nothing to choose on, a layer outside the model, or
-            a reference that is not of the task's form.
-        ScoreError: as `ablation_curve`.
-        SteeringError: LoRA without peft, or on a `HookedTransformer`.
-    """
-    depth = model.cfg.n_layers
-    grid = tuple(dict.fromkeys((depth // 3, depth // 2, 2 * depth // 3))) if layers is None else tuple(layers)
-    found = {name: find_method(name, asked, strengths, ks, grid) for name, asked in methods.items()}
-    families = {name: method.family for name, method in found.items() if method.family is not None}
-    shared = shared_settings("evaluate", families, ablation=None, positions="response", prompt=prompt)
-    bench = Bench(
-        model, list(users), found, tuple(ks), choose_on, vector_examples, select, exclude or {}, max_examples,
-        max_new_tokens, shared["prompt"], seed, progress,
-    )  # fmt: skip
-    manifest = bench.fingerprint()
-    folder = RunFolder(out, manifest, force=force) if out is not None else None
-    if out is not None:
-        Evaluation.remove(out)
-    evaluation = bench.run(folder, manifest)
-    if out is not None:
-        evaluation.save(out)
-    return evaluation
+_COSTS = "costs"
 
 
 @dataclass
-class Bench:
-    """One setting of `evaluate`."""
+class Bench(Work):
+    """One setting of `evaluate`.
+
+    Attributes:
+        choice: the setting of every method, once it is chosen.
+    """
 
     model: HookedModel
     users: list[User]
@@ -132,60 +52,14 @@ class Bench:
     max_new_tokens: int | None
     prompt: PromptConfig
     seed: int
-    progress: bool
+    choice: dict[str, Setting] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.users or not self.methods:
-            raise EvaluationError("evaluate: give at least one user and one method")
-        limits = (self.max_examples, self.max_new_tokens, self.vector_examples)
-        if self.choose_on < 0 or any(limit is not None and limit < 1 for limit in limits):
-            raise EvaluationError(
-                "evaluate: choose_on is not negative; max_examples, max_new_tokens and vector_examples are at least 1"
-            )
-        tasks = sorted({user.task.name for user in self.users})
-        if len(tasks) > 1:
-            raise EvaluationError(f"evaluate: users of several tasks ({', '.join(tasks)}); evaluate one at a time")
-        self.task = self.users[0].task
-        self._check_methods()
-        self._check_users()
+        check_bench(self)
 
-    def _check_methods(self) -> None:
-        if REFERENCE in self.methods:
-            raise EvaluationError(f"evaluate: {REFERENCE!r} is what the user wrote; call the method something else")
-        for name, method in self.methods.items():
-            if method.adapter:
-                check_tunable(f"evaluate: method {name!r}", self.model)
-            if not method.settings:
-                raise EvaluationError(f"evaluate: method {name!r} has no setting; give a strength, K and layer")
-            if len(method.settings) > 1 and not (self.choose_on and self.task.has_pairs):
-                raise EvaluationError(
-                    f"evaluate: method {name!r} has several settings and nothing to choose them on "
-                    f"(choose_on={self.choose_on}, task {self.task.name}); give one strength, K and layer"
-                    + (", or raise choose_on" if self.task.has_pairs else "")
-                )
-            outside = [one.layer for one in method.settings if one.layer not in (None, *range(self.model.cfg.n_layers))]
-            if outside:
-                raise EvaluationError(
-                    f"evaluate: layer {outside[0]} is not in this model of {self.model.cfg.n_layers} layers"
-                )
-
-    def _check_users(self) -> None:
-        methods = self.methods.values()
-        least = self.choose_on * any(len(method.settings) > 1 for method in methods)
-        least += any(method.made for method in methods)
-        for user in self.users:
-            if not user.examples:
-                raise EvaluationError(f"evaluate: user {user.id!r} has no evaluation example; leave the user out")
-            if least and len(self.discovery(user)) < least:
-                raise EvaluationError(
-                    f"evaluate: user {user.id!r} has {len(self.discovery(user))} discovery examples, {least} are "
-                    "needed; leave the user out"
-                )
-        for example in self.examples:
-            check_reference(example)
-        for method in methods:
-            if isinstance(method.family, HeadScores):
-                check_held_out("evaluate", method.family, self.examples)
+    @property
+    def task(self) -> Task:
+        return self.users[0].task
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -244,30 +118,82 @@ class Bench:
             "data": data_digest(self.users, self.examples),
         }
 
-    def run(self, folder: RunFolder | None, manifest: dict[str, Any]) -> Evaluation:
-        """Choice, answers, costs."""
-        self.portraits = Portraits(self.model, self.users, self.prompt, newest=self.vector_examples, folder=folder)
-        choice, choices = self.choose(folder)
+    def run(
+        self, folder: RunFolder | None, manifest: dict[str, Any], engine: Engine | None, progress: bool
+    ) -> Evaluation:
+        """What is made of users, choice, answers, costs."""
+        where: dict[str, Any] = {"folder": folder, "engine": engine, "progress": progress}
+        described = make_units(self, list(self.parts), what="describing users", unit="part", split=False, **where)
+        self.portraits.made.update(described.made)
+        chosen_on = make_units(self, list(self.choosing_by_key), what="choosing", split=False, **where)
+        self.choice, choices = self.choose(chosen_on.made)
+        answered = make_units(self, list(self.by_key), what="answering", **where)
+        costs = make_units(self, [_COSTS], what="timing", split=False, **where).made[_COSTS]
         rows: list[dict[str, Any]] = []
         style = None if self.task.closed else StyleMeasure(self.users)
-        for example in self.bar(self.examples, "answering"):
-            chosen = self.rows_of(example, choice)
-            unit = kept(folder, f"answer|{example.user_id}|{example.id}", partial(self.answer, example, chosen))
-            answers = {row.method.name: unit[f"tokens.{index}"] for index, row in enumerate(chosen)}
+        for key, unit in answered.made.items():
+            example = self.by_key[key]
+            answers = {name: unit[f"tokens.{index}"] for index, name in enumerate(self.choice)}
             answers[REFERENCE] = self.cut_reference(example)
             rows += measured(self.model, example, answers, unit["fluency"].tolist(), style)
-        first = self.examples[0]
-        timed = partial(measure_costs, self.model, self.prompts(first), self.rows_of(first, choice), self.length)
-        costs = kept(folder, "costs", timed)
         columns = {name: costs[name].tolist() for name in COSTS}
         frame = pd.DataFrame({"method": list(self.defined), **columns})
+        given_up = described.quarantined | chosen_on.quarantined | answered.quarantined
+        Units({}, given_up).note(manifest, engine)
         return Evaluation(pd.DataFrame(rows), choices, frame, self.task, manifest)
 
-    def bar(self, items: Any, what: str) -> Any:
-        return tqdm(items, desc=what, unit="example", disable=None if self.progress else True)
+    @cached_property
+    def portraits(self) -> Portraits:
+        return Portraits(self.model, self.users, self.prompt, newest=self.vector_examples)
 
-    def rows_of(self, example: Example, settings: Mapping[str, Setting]) -> list[Row]:
-        return [self.row(example, self.defined[name], one) for name, one in settings.items()]
+    @cached_property
+    def parts(self) -> dict[str, Callable[[], Part]]:
+        """What methods need of users, by key, and how each part is made."""
+        return {key: make for user in self.users for key, make in self.parts_of(user.id).items()}
+
+    def parts_of(self, user_id: str) -> dict[str, Callable[[], Part]]:
+        found: dict[str, Callable[[], Part]] = {}
+        for name, method in self.defined.items():
+            for kind in method.needs:
+                for leave_out in (0, self.choose_on) if name in self.several else (0,):
+                    found |= self.portraits.parts(kind, user_id, leave_out)
+        return found
+
+    @cached_property
+    def by_key(self) -> dict[str, Example]:
+        """Evaluation examples by the keys of their answers."""
+        return {f"answer|{example.user_id}|{example.id}": example for example in self.examples}
+
+    @cached_property
+    def choosing_by_key(self) -> dict[str, Example]:
+        examples = self.choosing if self.several else []
+        return {f"choose|{example.user_id}|{example.id}": example for example in examples}
+
+    def owner(self, key: str) -> str:
+        return self.by_key[key].user_id
+
+    def given(self, key: str) -> dict[str, Part]:
+        """The parts of a unit's user."""
+        example = (self.by_key | self.choosing_by_key | {_COSTS: self.examples[0]}).get(key)
+        parts = self.parts_of(example.user_id) if example else ()
+        return {part: self.portraits.made[part] for part in parts if part in self.portraits.made}
+
+    def make(self, key: str, given: Any = None) -> dict[str, Tensor]:
+        self.portraits.made.update(given or {})
+        if key in self.by_key:
+            return self.answer(self.by_key[key], self.rows_of(self.by_key[key]))
+        if key in self.choosing_by_key:
+            example = self.choosing_by_key[key]
+            return self.write(
+                example, [self.row(example, self.several[n], one, self.choose_on) for n, one in self.plan]
+            )
+        if key == _COSTS:
+            first = self.examples[0]
+            return measure_costs(self.model, self.prompts(first), self.rows_of(first), self.length)
+        return self.parts[key]()
+
+    def rows_of(self, example: Example) -> list[Row]:
+        return [self.row(example, self.defined[name], one) for name, one in self.choice.items()]
 
     def row(self, example: Example, method: Method, setting: Setting, leave_out: int = 0) -> Row:
         """A method with a setting, for the user of an example; made without the newest discovery examples."""
@@ -280,23 +206,30 @@ class Bench:
             adapter = self.portraits.adapter(example.user_id, leave_out)
         return Row(method, setting, heads, vector, adapter)
 
-    def choose(self, folder: RunFolder | None) -> tuple[dict[str, Setting], pd.DataFrame]:
+    @cached_property
+    def several(self) -> dict[str, Method]:
+        """Methods that leave something to be chosen."""
+        return {name: method for name, method in self.defined.items() if len(method.settings) > 1}
+
+    @property
+    def plan(self) -> list[tuple[str, Setting]]:
+        """What is tried on an example that chooses, in the order of its answers."""
+        return [(name, setting) for name, method in self.several.items() for setting in method.settings]
+
+    def choose(self, units: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Setting], pd.DataFrame]:
         """The setting of every method with the best mean over users, the first of equals; and the whole grid."""
-        several = {name: method for name, method in self.defined.items() if len(method.settings) > 1}
         metric = metrics_of(self.task)[0]
-        plan = [(name, setting) for name, method in several.items() for setting in method.settings]
         rows = []
-        for example in self.bar(self.choosing if several else [], "choosing"):
-            ready = [self.row(example, self.defined[n], one, self.choose_on) for n, one in plan]
-            unit = kept(folder, f"choose|{example.user_id}|{example.id}", partial(self.write, example, ready))
-            for index, (name, setting) in enumerate(plan):
+        for key, unit in units.items():
+            example = self.choosing_by_key[key]
+            for index, (name, setting) in enumerate(self.plan):
                 text = text_of(self.model, unit[f"tokens.{index}"])
                 score = score_example(example, text, synonyms=False)[metric]
                 rows.append({"method": name, "setting": setting, "user": example.user_id, metric: score})
         chosen, table = {}, []
         for name, method in self.defined.items():
             values = {}
-            for setting in method.settings if name in several else ():
+            for setting in method.settings if name in self.several else ():
                 own = pd.DataFrame([r for r in rows if (r["method"], r["setting"]) == (name, setting)])
                 values[setting] = summary_of(metric, self.task)(own)
             sign = -1 if lower_is_better(metric) else 1

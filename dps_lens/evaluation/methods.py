@@ -22,10 +22,13 @@ Asked: TypeAlias = str | tuple[str, Family]
 
 Shown: TypeAlias = Literal["own", "none", "note"]
 
+Kind: TypeAlias = Literal["style", "steerx", "lora", "description"]
+"""What is made of a user."""
+
 GREEDY = Rule()
 LORA = "lora"
 _SHOWN: dict[str, Shown] = {"plain": "none", "rag": "own", "prompt": "note", LORA: "none", f"rag+{LORA}": "own"}
-VECTORS = {"stylevector": "style", "steerx": "steerx"}
+VECTORS: dict[str, Kind] = {"stylevector": "style", "steerx": "steerx"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Method:
         shows: what the prompt holds beside the task: the profile, nothing, or a description of the user.
         family: heads of the rule.
         settings: the grid.
-        vector: `"style"` or `"steerx"`, empty for none.
+        vector: `"style"` or `"steerx"`, if any.
         adapter: the model is tuned to the user.
     """
 
@@ -68,13 +71,23 @@ class Method:
     shows: Shown
     family: Family | None
     settings: tuple[Setting, ...]
-    vector: str = ""
+    vector: Kind | None = None
     adapter: bool = False
 
     @property
     def made(self) -> bool:
         """Whether discovery examples are needed to make something of a user."""
-        return bool(self.vector) or self.adapter
+        return self.vector is not None or self.adapter
+
+    @property
+    def needs(self) -> list[Kind]:
+        """What is made of a user before this method can answer."""
+        found: list[Kind] = [self.vector] if self.vector else []
+        if self.adapter:
+            found.append("lora")
+        if self.shows == "note":
+            found.append("description")
+        return found
 
     @property
     def call(self) -> tuple[str, str]:
@@ -101,7 +114,7 @@ def find_method(
         EvaluationError: the method is unknown, or lacks its heads.
     """
     rule_name, family = (asked, None) if isinstance(asked, str) else asked
-    rule, shows, vector = GREEDY, _SHOWN.get(rule_name, "own"), VECTORS.get(rule_name.removeprefix("rag+"), "")
+    rule, shows, vector = GREEDY, _SHOWN.get(rule_name, "own"), VECTORS.get(rule_name.removeprefix("rag+"))
     if vector:
         shows = "own" if rule_name.startswith("rag+") else "none"
         rule, rule_name = find_rule("vector"), "vector"

@@ -13,13 +13,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dps_lens.data import Prompt
 from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.errors import ScoreError
+from dps_lens.families.work import FamilyWork
 from dps_lens.intervene import recording_z
 from dps_lens.model import HookedModel, Runner, native_attention
+from dps_lens.runs import Engine, RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.branches import Branches, single_heads
 
@@ -75,25 +76,51 @@ class FunctionVector:
             "seed": self.seed,
         }
 
-    def score(self, model: HookedModel, *, progress: bool = True) -> HeadScores:
+    def measure(self, model: HookedModel, key: str, given: Any = None) -> dict[str, Tensor]:
+        """A task's mean z, `mean|task`; or, given that, the effects in one trial, `trial|index|task`."""
+        kind, _, rest = key.partition("|")
+        if kind == "mean":
+            mean, correct = self.task_mean(model, self._task(rest))
+            return {"mean": mean, "correct": torch.tensor(correct)}
+        index, _, name = rest.partition("|")
+        return {"effect": self.effect(model, self._task(name), int(index), given)}
+
+    def _task(self, name: str) -> Task:
+        return next(task for task in self.tasks if task.name == name)
+
+    def score(
+        self,
+        model: HookedModel,
+        *,
+        folder: RunFolder | None = None,
+        engine: Engine | None = None,
+        progress: bool = True,
+    ) -> HeadScores:
         """Scores `[trial layer head]`, grouped by task; NaN with a reason where no task is learnt.
 
         Raises:
             ScoreError: a task has too few pairs, or the prompts too few shots to shuffle.
         """
-        values, ids, owners, accuracies, left_out = [], [], [], {}, []
-        for task in tqdm(self.tasks, desc="in-context tasks", unit="task", disable=None if progress else True):
-            mean, correct = self.task_mean(model, task)
+        accuracies, left_out = {}, []
+        work = FamilyWork(model, self)
+        where: dict[str, Any] = {"folder": folder, "engine": engine, "progress": progress}
+        tasks = {f"mean|{task.name}": task for task in self.tasks}
+        trials: dict[str, tuple[Task, int]] = {}
+        for key, found in work.run(list(tasks), what="in-context tasks", unit="task", **where).items():
+            task, accuracy = tasks[key], int(found["correct"]) / self.n_trials
             chance = _chance(model, task)
-            accuracies[task.name] = {"accuracy": correct / self.n_trials, "chance": chance}
-            if correct / self.n_trials <= chance + 2 * math.sqrt(chance * (1 - chance) / self.n_trials):
+            accuracies[task.name] = {"accuracy": accuracy, "chance": chance}
+            if accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / self.n_trials):
                 left_out.append(task.name)
                 continue
-            for index in range(self.n_trials):
-                values.append(self.effect(model, task, index, mean))
-                ids.append(f"{task.name} {index}")
-                owners.append(task.name)
-        manifest: dict[str, Any] = {"in_context": accuracies, "left_out": left_out}
+            own = {f"trial|{index}|{task.name}": (task, index) for index in range(self.n_trials)}
+            work.inputs |= dict.fromkeys(own, found["mean"])
+            trials |= own
+        effects = work.run(list(trials), what="indirect effects", unit="trial", **where)
+        values = [found["effect"] for found in effects.values()]
+        ids = [f"{task.name} {index}" for task, index in map(trials.__getitem__, effects)]
+        owners = [trials[key][0].name for key in effects]
+        manifest: dict[str, Any] = {"in_context": accuracies, "left_out": left_out, **work.left_out}
         if not values:
             manifest["reason"] = f"in-context accuracy is at chance in every task ({', '.join(left_out)})"
             values, ids, owners = [torch.full((model.cfg.n_layers, model.cfg.n_heads), torch.nan)], ["none"], ["none"]

@@ -14,6 +14,7 @@ from dps_lens.families.function_vector import FunctionVector
 from dps_lens.families.repeated import Repeated
 from dps_lens.families.retrieval import Retrieval
 from dps_lens.model import HookedModel, describe_model
+from dps_lens.runs import Engine, RunFolder
 from dps_lens.scores import HeadScores
 
 
@@ -35,8 +36,10 @@ class Family(Protocol):
         """What decides the scores."""
         ...
 
-    def score(self, model: HookedModel, *, progress: bool = True) -> HeadScores:
-        """Scores `[prompt layer head]`."""
+    def score(
+        self, model: HookedModel, *, folder: RunFolder | None, engine: Engine | None, progress: bool
+    ) -> HeadScores:
+        """Scores `[prompt layer head]`; units, if it has any, are kept in the folder and made by the engine."""
         ...
 
 
@@ -49,6 +52,7 @@ def reference_heads(
     kinds: Sequence[Kind] = ("induction", "retrieval", "function_vector"),
     *,
     cache: bool | str | Path = True,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> dict[str, HeadScores]:
     """Score every head as a member of known families.
@@ -60,6 +64,8 @@ def reference_heads(
             `Retrieval(haystack=…, lengths=…)`, `FunctionVector(tasks=…)` from `dps_lens.families`.
         cache: keep scores in the user's cache folder, or in this folder, and read them from there for the same
             model and settings; False computes anew. A model with hooks, as inside `ablate`, is always computed.
+            An interrupted call resumes there.
+        engine: as in `score_heads`.
         progress: show progress bars.
 
     Returns:
@@ -69,6 +75,8 @@ def reference_heads(
     Raises:
         ScoreError: a kind is unknown, or given twice.
     """
+    if engine is not None:
+        engine.start(model)
     found = {}
     for kind in kinds:
         family = _family(kind)
@@ -85,9 +93,10 @@ def reference_heads(
         folder = None if _has_hooks(model) else _folder(cache, manifest)
         scores = _cached(folder, manifest)
         if scores is None:
-            scores = family.score(model, progress=progress)
+            run = RunFolder(folder, manifest) if folder else None
+            scores = family.score(model, folder=run, engine=engine, progress=progress)
             scores.manifest = manifest | scores.manifest
-            if folder:
+            if folder and "quarantined" not in scores.manifest:
                 scores.save(folder)
         scores.manifest["unit"] = family.unit
         found[family.name] = scores

@@ -9,7 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.errors import ScoreError
+from dps_lens.families.work import FamilyWork
 from dps_lens.model import HookedModel
+from dps_lens.runs import Engine, RunFolder
 from dps_lens.scores import HeadScores
 
 RepeatedKind: TypeAlias = Literal["induction", "previous_token", "duplicate_token"]
@@ -42,18 +44,32 @@ class Repeated:
         """What decides the scores, for a manifest."""
         return {"n_prompts": self.n_prompts, "length": self.length, "seed": self.seed}
 
-    def score(self, model: HookedModel, *, progress: bool = True) -> HeadScores:
-        """Scores `[prompt layer head]`; a pass a prompt, quick enough to need no progress bar.
+    def measure(self, model: HookedModel, key: str, given: Any = None) -> dict[str, Tensor]:
+        """Scores in the prompt of one seed."""
+        tokens = repeated_tokens(model, self.length, int(key))
+        return {"score": attention_to(model, tokens, _target(self.name, tokens))}
+
+    def score(
+        self,
+        model: HookedModel,
+        *,
+        folder: RunFolder | None = None,
+        engine: Engine | None = None,
+        progress: bool = True,
+    ) -> HeadScores:
+        """Scores `[prompt layer head]`.
 
         Raises:
             ScoreError: the prompt does not fit the model's context, or the vocabulary is too small.
         """
         if 2 * self.length + 1 > model.cfg.n_ctx:
             raise ScoreError(f"{self.name}: {2 * self.length + 1} tokens do not fit the context of {model.cfg.n_ctx}")
-        prompts = [repeated_tokens(model, self.length, self.seed + index) for index in range(self.n_prompts)]
-        values = torch.stack([attention_to(model, tokens, _target(self.name, tokens)) for tokens in prompts])
-        ids = [f"seed {self.seed + index}" for index in range(self.n_prompts)]
-        return HeadScores(values, example_ids=ids, user_ids=ids)
+        work = FamilyWork(model, self)
+        seeds = [str(self.seed + index) for index in range(self.n_prompts)]
+        found = work.run(seeds, folder=folder, engine=engine, what=self.name, unit="prompt", progress=progress)
+        ids = [f"seed {seed}" for seed in found]
+        values = torch.stack([unit["score"] for unit in found.values()])
+        return HeadScores(values, example_ids=ids, user_ids=ids, manifest=work.left_out)
 
 
 def repeated_tokens(model: HookedModel, length: int, seed: int) -> Int[Tensor, "1 pos"]:

@@ -10,11 +10,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dps_lens.data.tokenizer import Offsets, PromptTokenizer
 from dps_lens.errors import ScoreError
+from dps_lens.families.work import FamilyWork
 from dps_lens.model import HookedModel, Runner, native_attention
+from dps_lens.runs import Engine, RunFolder
 from dps_lens.scores import HeadScores
 
 MIN_RECALLED = 10
@@ -88,26 +89,37 @@ class Retrieval:
             "haystack": self.haystack,
         }
 
-    def score(self, model: HookedModel, *, progress: bool = True) -> HeadScores:
+    def measure(self, model: HookedModel, key: str, given: Any = None) -> dict[str, Tensor]:
+        """One needle: `copied [layer head]`; empty where it was not recalled."""
+        length, number, place = map(int, key.split("|"))
+        copied = _run(model, self.haystack, self.needles[number], length, self.depths[place])
+        return {} if copied is None else {"copied": copied}
+
+    def score(
+        self,
+        model: HookedModel,
+        *,
+        folder: RunFolder | None = None,
+        engine: Engine | None = None,
+        progress: bool = True,
+    ) -> HeadScores:
         """Scores `[recalled run, layer, head]`; NaN with a reason where fewer than 10 runs recalled."""
         values, ids, tried = [], [], {}
-        lengths = sorted(length for length in self.lengths if length <= model.cfg.n_ctx)
-        runs = len(self.depths) * len(self.needles)
-        with tqdm(total=len(lengths) * runs, desc="needles", unit="run", disable=None if progress else True) as bar:
-            for length in lengths:
-                recalled = 0
-                for number, needle in enumerate(self.needles):
-                    for depth in self.depths:
-                        run = _run(model, self.haystack, needle, length, depth)
-                        bar.update()
-                        if run is not None:
-                            recalled += 1
-                            values.append(run)
-                            ids.append(f"needle {number}, {length} tokens, depth {depth}")
-                tried[str(length)] = f"{recalled} of {runs}"
-                if not recalled:
-                    break
-        manifest: dict[str, Any] = {"recalled": tried}
+        work = FamilyWork(model, self)
+        for length in sorted(length for length in self.lengths if length <= model.cfg.n_ctx):
+            places = [(number, place) for number in range(len(self.needles)) for place in range(len(self.depths))]
+            keys = {f"{length}|{number}|{place}": (number, place) for number, place in places}
+            what = f"needles in {length} tokens"
+            found = work.run(list(keys), folder=folder, engine=engine, what=what, unit="run", progress=progress)
+            recalled = [key for key, unit in found.items() if unit]
+            for key in recalled:
+                number, place = keys[key]
+                values.append(found[key]["copied"])
+                ids.append(f"needle {number}, {length} tokens, depth {self.depths[place]}")
+            tried[str(length)] = f"{len(recalled)} of {len(keys)}"
+            if not recalled:
+                break
+        manifest: dict[str, Any] = {"recalled": tried, **work.left_out}
         if len(values) < MIN_RECALLED:
             manifest["reason"] = f"{len(values)} needles were recalled ({tried}); {MIN_RECALLED} are needed"
             values, ids = [torch.full((model.cfg.n_layers, model.cfg.n_heads), torch.nan)], ["none"]

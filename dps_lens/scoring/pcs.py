@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from dps_lens.data import Discovery, PromptConfig, User
 from dps_lens.intervene import Ablation, Positions
 from dps_lens.model import HookedModel
-from dps_lens.runs import RunFolder
+from dps_lens.runs import Engine, RunFolder, make_units
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.branches import BatchSize
 from dps_lens.scoring.sweep import Contrast, Direction, Method, Sweep
@@ -34,6 +32,7 @@ def score_heads(
     batch_size: BatchSize = "auto",
     out: str | Path | None = None,
     force: bool = False,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> HeadScores:
     """Score every head of a model on the discovery examples of users.
@@ -69,6 +68,7 @@ def score_heads(
         batch_size: branches a batch; `"auto"` chooses by device.
         out: a run folder; a run that is started again there resumes.
         force: drop what `out` holds.
+        engine: `RayEngine(…)` makes the examples' units on many machines, `Shard(i, n)` makes a part of them.
         progress: show a progress bar.
 
     Returns:
@@ -76,8 +76,10 @@ def score_heads(
 
     Raises:
         ScoreError: the settings do not fit together, or a user has no discovery example.
-        RunError: `out` holds a run with other settings.
+        RunError: `out` holds a run with other settings, or an engine could not make one unit.
     """
+    if engine is not None:
+        engine.start(model)
     sweep = Sweep(
         model,
         list(users),
@@ -95,20 +97,11 @@ def score_heads(
         n_donors=n_donors,
         seed=seed,
         batch_size=batch_size,
-        progress=progress,
     )
     folder = RunFolder(out, sweep.fingerprint(), force=force) if out is not None else None
-    units = []
-    bar = tqdm(sweep.examples, desc="scoring heads", unit="example", disable=None if progress else True)
-    for example in bar:
-        key = f"{example.user_id}|{example.id}"
-        unit = folder.get(key) if folder else None
-        if unit is None:
-            unit = sweep.unit(example)
-            if folder:
-                folder.put(key, unit)
-        units.append(unit)
-    scores = sweep.collect(units)
+    sweep = sweep.with_means(engine, progress)
+    found = make_units(sweep, list(sweep.by_key), folder=folder, engine=engine, what="scoring heads", progress=progress)
+    scores = sweep.collect(found, engine)
     if out is not None:
         scores.save(out)
     return scores

@@ -3,20 +3,20 @@
 import hashlib
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dps_lens.data import Discovery, Example, Prompt, PromptConfig, User, build_prompt
 from dps_lens.errors import PromptError, ScoreError
 from dps_lens.intervene import ABLATIONS, POSITIONS, Ablation, Positions, Where, record_z
 from dps_lens.model import HookedModel, Runner, describe_model
+from dps_lens.runs import Engine, Units, Work, make_units
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.attribution import attribute
 from dps_lens.scoring.branches import BatchSize, Branches, single_heads
@@ -61,8 +61,12 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One setting of `score_heads`: what is run for an example, and how results are put together."""
+class Sweep(Work):
+    """One setting of `score_heads`: what is run for an example, and how results are put together.
+
+    Attributes:
+        means: for `mean`, `[layer head d_head]` over the edited positions of all examples, by component.
+    """
 
     model: HookedModel
     users: list[User]
@@ -80,7 +84,7 @@ class Sweep:
     n_donors: int
     seed: int
     batch_size: BatchSize
-    progress: bool = True
+    means: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -122,8 +126,19 @@ class Sweep:
         return found
 
     @cached_property
+    def by_key(self) -> dict[str, Example]:
+        """Examples by the keys of their units."""
+        return {f"{example.user_id}|{example.id}": example for example in self.examples}
+
+    @cached_property
     def runner(self) -> Runner:
         return Runner.of(self.model)
+
+    def make(self, key: str, given: Any = None) -> dict[str, Tensor]:
+        return self.unit(self.by_key[key]) if key in self.by_key else self.sums(key)
+
+    def owner(self, key: str) -> str:
+        return self.by_key[key].user_id
 
     def donors(self, example: Example) -> list[User]:
         """Other users of the same task, the same for every run with this seed."""
@@ -206,25 +221,36 @@ class Sweep:
         chosen.view(-1)[rest.topk(count).indices] = True
         return chosen
 
-    @cached_property
-    def means(self) -> dict[str, Float[Tensor, "layer head d_head"]]:
-        """Mean z per head over the edited positions of all examples, by component; for `mean` only."""
+    def with_means(self, engine: Engine | None, progress: bool) -> "Sweep":
+        """For `mean`, the same sweep that knows the mean z of every head."""
         if self.ablation != "mean":
-            return {}
-        totals: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-        for example in tqdm(self.examples, desc="mean of z", unit="example", disable=None if self.progress else True):
+            return self
+        users = list(dict.fromkeys(example.user_id for example in self.examples))
+        made = make_units(self, users, engine=engine, what="mean of z", unit="user", split=False, progress=progress)
+        found = made.made.values()
+        means = {}
+        for name in ("own", self.contrast):
+            sums = [one[f"sum.{name}"] for one in found if f"sum.{name}" in one]
+            if sums:
+                count = sum(int(one[f"count.{name}"]) for one in found if f"count.{name}" in one)
+                means[name] = (torch.stack(sums).sum(0) / count).float()
+        # A prompt without profile has no profile positions; its edit is empty whatever the values are.
+        nothing = torch.zeros_like(means["own"])
+        return replace(self, means={name: means.get(name, nothing) for name in ("own", self.contrast) if name})
+
+    def sums(self, user: str) -> dict[str, Tensor]:
+        """Sums of z over the edited positions of a user's prompts: `sum.…` and `count.…` by component."""
+        found: dict[str, Tensor] = {}
+        for example in (one for one in self.examples if one.user_id == user):
             for name, prompts in self.conditions(example).items():
                 for prompt in prompts:
                     start, stop = prompt.spans["profile"]
                     if self.positions == "profile" and stop <= start:
                         continue
                     z = record_z(self.model, prompt, positions=self.positions).double()
-                    totals[name] = totals.get(name, torch.zeros(())) + z.sum(1)
-                    counts[name] = counts.get(name, 0) + z.shape[1]
-        means = {name: (total / counts[name]).float() for name, total in totals.items()}
-        # A prompt without profile has no profile positions; its edit is empty whatever the values are.
-        return {name: means.get(name, torch.zeros_like(means["own"])) for name in ("own", self.contrast) if name}
+                    found[f"sum.{name}"] = found.get(f"sum.{name}", torch.zeros(())) + z.sum(1)
+                    found[f"count.{name}"] = found.get(f"count.{name}", torch.tensor(0)) + z.shape[1]
+        return found
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the result, for the run folder and the manifest."""
@@ -248,7 +274,10 @@ class Sweep:
             "data": data_digest(self.users, self.examples),
         }
 
-    def collect(self, units: list[dict[str, Tensor]]) -> HeadScores:
+    def collect(self, found: Units, engine: Engine | None = None) -> HeadScores:
+        """Scores of the examples whose units were made."""
+        units, examples = list(found.made.values()), [self.by_key[key] for key in found.made]
+
         def gather(prefix: str) -> dict[str, Tensor]:
             names = [name for name in units[0] if name.startswith(prefix)]
             return {name[len(prefix) :]: torch.stack([unit[name] for unit in units]) for name in names}
@@ -257,10 +286,11 @@ class Sweep:
         values = components["own"] - components[self.contrast] if self.contrast else components["own"]
         dated = {user.id: "strictly older documents" if user.dated else "leave-one-out" for user in self.users}
         manifest = {**self.fingerprint(), "sign": SIGN, "unit": "nats per token", "profiles": dated}
+        found.note(manifest, engine)
         return HeadScores(
             values,
-            example_ids=[example.id for example in self.examples],
-            user_ids=[example.user_id for example in self.examples],
+            example_ids=[example.id for example in examples],
+            user_ids=[example.user_id for example in examples],
             components=components,
             nll=gather("nll."),
             exact=torch.stack([unit["exact"].bool() for unit in units]) if "exact" in units[0] else None,
