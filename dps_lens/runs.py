@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dps_lens.errors import RunError, ScoreError
-from dps_lens.files import read_tensors, write_json, write_tensors, write_text
+from dps_lens.files import read_tensors, replacing, write_json, write_tensors, write_text
 
 _MANIFEST = "run.json"
 
@@ -84,6 +85,22 @@ class RunFolder:
         write_tensors(self._file(key), tensors, {"unit": key})
         self._quarantine(key).unlink(missing_ok=True)
 
+    def adopt(self, other: Path) -> None:
+        """Copy the whole units of another folder of the same run."""
+        for unit in sorted((other / "units").glob("*.safetensors")):
+            try:
+                read_tensors(unit)
+            except ScoreError:
+                warn(f"{unit} is not whole and is left out", stacklevel=3)
+                continue
+            with replacing(self.path / "units" / unit.name) as copy:
+                shutil.copyfile(unit, copy)
+
+    @property
+    def n_units(self) -> int:
+        """How many are finished."""
+        return len(self._units())
+
     def quarantine(self, key: str, error: str) -> Path:
         """Note why a unit was given up; it is tried again when the run is started again."""
         write_text(self._quarantine(key), f"{key}\n\n{error}\n")
@@ -146,7 +163,7 @@ class Engine(ABC):
     status: str = ""
     """Beside the progress bar."""
 
-    def start(self, model: Any) -> None:
+    def start(self, model: Any) -> None:  # noqa: B027
         """Be ready for work on this model; called before its description is asked for."""
 
     def share(self, work: Work, keys: Sequence[str]) -> Sequence[str]:
@@ -157,7 +174,7 @@ class Engine(ABC):
     def make(self, work: Work, keys: Sequence[str], folder: Path | None) -> Iterator[tuple[str, Unit]]:
         """Units as they are finished."""
 
-    def note(self, manifest: dict[str, Any]) -> None:
+    def note(self, manifest: dict[str, Any]) -> None:  # noqa: B027
         """Say in a manifest what this engine leaves out."""
 
 

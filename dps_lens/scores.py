@@ -114,13 +114,28 @@ class HeadScores:
         rows = [index for index, owner in enumerate(self.user_ids) if owner not in users]
         if not rows:
             raise ScoreError(f"without: all of the {len(self.users)} users are left out")
-        return self._take(rows)
+        return self.take(rows)
 
     def newest(self, n: int) -> "HeadScores":
         """The last `n` examples of each user."""
-        return self._take([row for user in self.users for row in self.rows(user)[-n:]])
+        return self.take([row for user in self.users for row in self.rows(user)[-n:]])
 
-    def _take(self, rows: Sequence[int]) -> "HeadScores":
+    @classmethod
+    def join(cls, parts: Sequence["HeadScores"]) -> "HeadScores":
+        """The examples of all parts, with the manifest of the first."""
+        first = parts[0]
+        return cls(
+            torch.cat([part.values for part in parts]),
+            example_ids=[one for part in parts for one in part.example_ids],
+            user_ids=[one for part in parts for one in part.user_ids],
+            components={name: torch.cat([part.components[name] for part in parts]) for name in first.components},
+            nll={name: torch.cat([part.nll[name] for part in parts]) for name in first.nll},
+            exact=torch.cat([part.exact for part in parts]),
+            manifest=first.manifest,
+        )
+
+    def take(self, rows: Sequence[int]) -> "HeadScores":
+        """These examples, in this order."""
         return HeadScores(
             self.values[rows],
             example_ids=[self.example_ids[row] for row in rows],

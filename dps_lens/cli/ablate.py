@@ -7,6 +7,7 @@ import typer
 
 from dps_lens.cli.app import app
 from dps_lens.cli.checks import check_same_model, numbers, with_discovery, words
+from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import BatchSize, Device, Dtype, Kinds, MaxUsers, Model, Outputs, Run, Select, Users
 from dps_lens.cli.tables import print_effects
 
@@ -32,30 +33,38 @@ def ablate(
     device: Device = None,
     dtype: Dtype = "auto",
     force: Annotated[bool, typer.Option(help="Drop what the run folder holds.")] = False,
+    workers: Workers = None,
+    ray: RayAddress = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = 0,
+    shard: ShardOf = None,
 ) -> None:
     """Ablate the top heads of every family on held-out examples, beside random heads; resumes where it stopped."""
     import dps_lens as dps
 
     scores = dps.HeadScores.load(run)
-    loaded = dps.load_model(model, device=device, dtype=dtype)
-    check_same_model("ablate", scores, loaded)
-    families = {"preference": scores, **dps.reference_heads(loaded, words(kinds))}
-    measure = dps.patch_heads if patch else dps.ablation_curve
-    tested = dps.load_users(users, outputs=outputs, max_users=max_users)
-    effects = measure(
-        loaded,
-        with_discovery(tested) if select is Select.own else tested,
-        families,
-        ks=numbers("ks", ks),
-        n_random=n_random,
-        select={"preference": "user" if select is Select.own else "global"},
-        max_examples=held_out,
-        seed=seed,
-        batch_size=batch_size or "auto",
-        out=out,
-        force=force,
-    )
+    with engine_of(workers, ray, cpus, gpus, shard) as engine:
+        loaded = load_for(engine, model, device, dtype)
+        check_same_model("ablate", scores, loaded)
+        families = {"preference": scores, **dps.reference_heads(loaded, words(kinds), engine=engine)}
+        measure = dps.patch_heads if patch else dps.ablation_curve
+        tested = dps.load_users(users, outputs=outputs, max_users=max_users)
+        effects = measure(
+            loaded,
+            with_discovery(tested) if select is Select.own else tested,
+            families,
+            ks=numbers("ks", ks),
+            n_random=n_random,
+            select={"preference": "user" if select is Select.own else "global"},
+            max_examples=held_out,
+            seed=seed,
+            batch_size=batch_size or "auto",
+            out=out,
+            force=force,
+            engine=engine,
+        )
     effects.to_frame().to_csv(out / "effects.csv", index=False)
     effects.plot().write_html(out / "effects.html", include_plotlyjs=True)
     print_effects(effects)
+    say_shard(shard, out)
     typer.echo(f"effects.csv and effects.html are in {out}")

@@ -8,6 +8,7 @@ import typer
 
 from dps_lens.cli.app import app
 from dps_lens.cli.checks import check_same_model, with_discovery
+from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import METHODS, Device
 from dps_lens.cli.tables import print_evaluation
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from dps_lens.cli.config import EvaluateConfig
     from dps_lens.data import User
     from dps_lens.heads import HeadSet
+    from dps_lens.runs import Engine
     from dps_lens.scores import HeadScores
 
 
@@ -50,6 +52,11 @@ def evaluate(
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the default), float32, bfloat16 or float16.")] = None,
     force: Annotated[bool, typer.Option(help="Drop what the run folder holds.")] = False,
+    workers: Workers = None,
+    ray: RayAddress = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = 0,
+    shard: ShardOf = None,
 ) -> None:
     """Compare ways to answer as the user would: metrics with intervals, settings chosen on discovery examples."""
     import dps_lens as dps
@@ -63,38 +70,41 @@ def evaluate(
         "dtype": dtype,
     }  # fmt: skip
     wanted = read_config(config, {name: value for name, value in given.items() if value is not None})
-    loaded = dps.load_model(wanted.model, device=wanted.device, dtype=wanted.dtype)
-    people = dps.load_users(wanted.users, outputs=wanted.outputs, max_users=wanted.max_users)
-    people = with_discovery(people) if people[0].task.has_pairs else people
-    found = dps.evaluate(
-        loaded,
-        people,
-        _methods(wanted, loaded, people),
-        strengths=wanted.strengths,
-        ks=wanted.ks,
-        layers=wanted.layers,
-        choose_on=wanted.choose_on,
-        max_examples=wanted.held_out,
-        max_new_tokens=wanted.max_new_tokens,
-        seed=wanted.seed,
-        out=out,
-        force=force,
-    )
+    with engine_of(workers, ray, cpus, gpus, shard) as engine:
+        loaded = load_for(engine, wanted.model, wanted.device, wanted.dtype)
+        people = dps.load_users(wanted.users, outputs=wanted.outputs, max_users=wanted.max_users)
+        people = with_discovery(people) if people[0].task.has_pairs else people
+        found = dps.evaluate(
+            loaded,
+            people,
+            _methods(wanted, loaded, people, engine),
+            strengths=wanted.strengths,
+            ks=wanted.ks,
+            layers=wanted.layers,
+            choose_on=wanted.choose_on,
+            max_examples=wanted.held_out,
+            max_new_tokens=wanted.max_new_tokens,
+            seed=wanted.seed,
+            out=out,
+            force=force,
+            engine=engine,
+        )
     found.rows.to_csv(out / "answers.csv", index=False)
     write_text(out / "config.yaml", wanted.as_yaml())
     baseline = wanted.baseline or ("rag" if "rag" in found.methods else found.methods[0])
     print_evaluation(found, baseline)
     found.plot(baseline=baseline).write_html(out / "evaluation.html", include_plotlyjs=True)
+    say_shard(shard, out)
     typer.echo(f"answers.csv, evaluation.json, evaluation.html and config.yaml are in {out}")
 
 
-def _methods(wanted: "EvaluateConfig", model: Any, users: "list[User]") -> Mapping[str, Any]:
+def _methods(wanted: "EvaluateConfig", model: Any, users: "list[User]", engine: "Engine | None") -> Mapping[str, Any]:
     """Methods by name; families are made where a method asks for them."""
     from dps_lens.errors import EvaluationError
     from dps_lens.evaluation.methods import is_own_method
     from dps_lens.steering.rules import find_rule
 
-    families = _Families(wanted, model, users)
+    families = _Families(wanted, model, users, engine)
     found: dict[str, Any] = {}
     for method in wanted.methods:
         rule, _, family = method.partition(":")
@@ -109,8 +119,8 @@ def _methods(wanted: "EvaluateConfig", model: Any, users: "list[User]") -> Mappi
 class _Families:
     """Heads by the name of their family, made once."""
 
-    def __init__(self, wanted: "EvaluateConfig", model: Any, users: "list[User]") -> None:
-        self._wanted, self._model, self._users = wanted, model, users
+    def __init__(self, wanted: "EvaluateConfig", model: Any, users: "list[User]", engine: "Engine | None") -> None:
+        self._wanted, self._model, self._users, self._engine = wanted, model, users, engine
         self._made: dict[str, Any] = {}
 
     def of(self, method: str, name: str) -> Any:
@@ -126,7 +136,7 @@ class _Families:
             elif name == "random":
                 self._made[name] = self._random(self.of(method, "preference"))
             else:
-                self._made.update(dps.reference_heads(self._model, [name]))
+                self._made.update(dps.reference_heads(self._model, [name], engine=self._engine))
         return self._made[name]
 
     def _random(self, scores: "HeadScores") -> "dict[str, HeadSet]":

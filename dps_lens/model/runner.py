@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.model.attention import HookedModel, is_bridge
+from dps_lens.model.describe import check_weights
 from dps_lens.model.growing import growing_cache
 from dps_lens.model.shared import NotShareableError, may_share, shared_attention, shared_cache
 
@@ -48,7 +49,12 @@ class Runner(ABC):
 
     @staticmethod
     def of(model: HookedModel) -> "Runner":
-        """The runner of a `TransformerBridge` or a `HookedTransformer`."""
+        """The runner of a `TransformerBridge` or a `HookedTransformer`.
+
+        Raises:
+            ModelCheckError: the model was loaded without weights.
+        """
+        check_weights(model)
         if is_bridge(model):
             return BridgeRunner(model)
         from dps_lens.model.hooked import HookedRunner
