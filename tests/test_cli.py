@@ -35,7 +35,7 @@ def scored(tmp_path_factory, model):
 def test_help_answers_at_once_and_names_every_command():
     done = run("--help")
     assert done.returncode == 0
-    for command in ("score", "steer", "demo", "compare", "ablate", "evaluate", "fetch", "report", "explore"):
+    for command in ("score", "steer", "demo", "compare", "ablate", "evaluate", "fetch", "report", "explore", "merge"):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
     loaded = subprocess.run(
@@ -65,6 +65,41 @@ def test_score_writes_a_run_and_resumes(scored, model):
     assert other.returncode == 2
     assert other.stderr.strip().endswith("use another folder, or --force to start anew")
     assert "Traceback" not in other.stderr
+
+
+def test_score_on_workers_and_in_shards_is_the_same(scored, model, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    options = ("--model", model, "--max-users", 3, "--examples", 1)
+    done = run("score", "--out", tmp_path / "ray", *options, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "last step: 3 units on " in done.stderr
+    for shard in ("1/2", "2/2"):
+        done = run("score", "--out", tmp_path / shard[0], *options, "--shard", shard)
+        assert f"these are the users of shard {shard}; when all are done: dps-lens merge" in done.stdout
+    done = run("merge", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "merged")
+    assert "3 units are in" in done.stdout
+    expected = dps.HeadScores.load(scored[0])
+    for place in ("ray", "merged"):
+        found = dps.HeadScores.load(tmp_path / place)
+        assert found.example_ids == expected.example_ids
+        assert found.values == pytest.approx(expected.values, abs=1e-5)
+        assert found.manifest == expected.manifest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workers", 2, "--shard", "1/2"), "--shard is for sites without Ray"),
+        (("--shard", "half"), "Shard: 'half' is none; write the second of eight as 2/8"),
+        (("--workers", 1, "--device", "cpu"), "workers take GPUs with --gpus"),
+    ],
+)
+def test_engines_that_do_not_fit(model, tmp_path, arguments, message):
+    done = run("score", "--out", tmp_path, "--model", model, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_steer_prints_json_lines(scored, model):

@@ -436,7 +436,20 @@ def test_a_lost_node_without_spare_capacity(home, llama, tiny_folders, users, wh
     config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
     model, users, out = dps.load_model(sys.argv[1]), dps.load_users("probe", max_users=4), Path(sys.argv[2])
     ray.init(address=cluster.address, log_to_driver=False)
-    engine = dps.RayEngine(workers=2)
+    folder = sys.argv[1]
+
+    def load():
+        from dps_lens.scoring.sweep import Sweep
+
+        def unit(self, example):
+            time.sleep(1)
+            return real(self, example)
+
+        real, Sweep.unit = Sweep.unit, unit
+        torch.set_num_threads(1)
+        return dps.load_model(folder)
+
+    engine = dps.RayEngine(workers=2, load=load)
     engine.start(model)
     while len(engine._crew.at_work) < 2:
         for seat, _ in engine._crew.wait():
@@ -452,7 +465,7 @@ def test_a_lost_node_without_spare_capacity(home, llama, tiny_folders, users, wh
     loser.start()
     dps.score_heads(model, users, max_examples=3, prompt=config, out=out, engine=engine, progress=False)
     loser.join()
-    print(engine.summary.units, engine.summary.deaths, engine.summary.again, engine.status)
+    print("result:", engine.summary.units, engine.summary.deaths, engine.summary.again, engine.status)
     ray.shutdown()
     cluster.shutdown()
     """
@@ -466,7 +479,8 @@ def test_a_lost_node_without_spare_capacity(home, llama, tiny_folders, users, wh
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    units, deaths, again, *status = done.stdout.split()
+    (result,) = re.findall("result: (.*)", done.stdout)
+    units, deaths, again, *status = result.split()
     assert (units, deaths, status) == ("12", "1", ["1", "of", "2", "workers"])
     assert int(again) <= 2
     assert digest(tmp_path / "run") == digest(whole)

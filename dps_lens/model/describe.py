@@ -41,7 +41,7 @@ def describe_model(model: HookedModel) -> dict[str, Any]:
 
 def has_weights(model: HookedModel) -> bool:
     """Whether it was loaded with any; `device="meta"` reads none."""
-    return any(parameter.device.type != "meta" for parameter in model.parameters())
+    return not vars(model).get("_dps_lens_empty", False)
 
 
 def check_weights(model: HookedModel) -> None:

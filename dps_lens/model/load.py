@@ -88,7 +88,9 @@ def load_model(
         if bars:
             hf_logging.enable_progress_bar()
     hf_model = hf_model.to(torch.device(device)).eval()
-    return _loaded_by(again, wrap_model(hf_model, tokenizer, source, device=device, dtype=torch_dtype))
+    model = _loaded_by(again, wrap_model(hf_model, tokenizer, source, device=device, dtype=torch_dtype))
+    object.__setattr__(model, "_dps_lens_empty", device == "meta")
+    return model
 
 
 def loader_of(model: HookedModel) -> "functools.partial[HookedModel] | None":

@@ -63,8 +63,9 @@ class Runner(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
-        return next(self.model.parameters()).device
+        """Where token ids go in; weights that wait on a disk are no place."""
+        places = (parameter.device for parameter in self.model.parameters())
+        return next((place for place in places if place.type != "meta"), torch.device("cpu"))
 
     @abstractmethod
     def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
