@@ -59,10 +59,8 @@ def main():
     torch.set_num_threads(1)
     shares = {positions: utilisation(positions) for positions in ("response", "all")}
     print(f"utilisation: {shares['response']:.2f} (response), {shares['all']:.2f} (all)\n")
-    print(
-        "| model | tokens | weights | a prompt's cache | residuals kept | a head, response | a head, all | an example |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("model", "tokens", "weights", "cache of a prompt", "residuals", "a head", "a head, all", "an example")
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for name, shape in SHAPES.items():
         cfg = SimpleNamespace(**COMMON, **shape)
         kv_width, head_width = cfg.n_key_value_heads * cfg.d_head, cfg.n_heads * cfg.d_head
@@ -77,8 +75,8 @@ def main():
             every = flops(cfg, tokens - RESPONSE, RESPONSE, "all")[1] / per_second["all"]
             print(
                 f"| {name} | {tokens:,} | {weights / 2**30:.1f} GiB | {cache / 2**30:.2f} GiB | "
-                f"{residuals / 2**20:.0f} MiB | {1000 * head / per_second['response']:.1f} ms | {1000 * every:.0f} ms | "
-                f"{example:.1f} s |"
+                f"{residuals / 2**20:.0f} MiB | {1000 * head / per_second['response']:.1f} ms | "
+                f"{1000 * every:.0f} ms | {example:.1f} s |"
             )
 
 
