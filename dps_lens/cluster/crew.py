@@ -26,7 +26,8 @@ class Seat:
         ready: its answer that is waited for; None where it is at work.
         flights: units it was handed, in order.
         node: where it runs.
-        falls: workers in a row that died here before they answered.
+        nodes: that were there when the worker was hired.
+        falls: workers in a row that died here before they answered, while no node was lost.
         log: lines that are not written yet.
     """
 
@@ -35,6 +36,7 @@ class Seat:
     ready: Any
     flights: dict[Any, str] = field(default_factory=dict)
     node: str = ""
+    nodes: frozenset[str] = frozenset()
     falls: int = 0
     log: list[str] = field(default_factory=list)
 
@@ -74,7 +76,7 @@ class Crew:
 
     def _hire(self, number: int) -> Seat:
         actor: Any = self._actor.remote(self._load, self._cpus)
-        return Seat(number, actor, actor.ready.remote(self._box))
+        return Seat(number, actor, actor.ready.remote(self._box), nodes=self._nodes())
 
     @property
     def at_work(self) -> list[Seat]:
@@ -112,7 +114,7 @@ class Crew:
         if not came and not self.at_work and not self._warned:
             self._warned = True
             warn(
-                f"no worker answers yet; each wants {self._cpus} CPUs and {self._gpus:g} GPUs, the cluster has "
+                f"no worker has the model yet; each wants {self._cpus} CPUs and {self._gpus:g} GPUs, the cluster has "
                 f"{ray.cluster_resources()}",
                 stacklevel=2,
             )
@@ -129,7 +131,7 @@ class Crew:
         try:
             answer: Ready | Failure = ray.get(seat.ready)
         except ray.exceptions.RayError as error:
-            seat.falls += 1
+            seat.falls += seat.nodes <= self._nodes()
             seat.note(f"died before it answered: {error}")
             if seat.falls < _FALLS:
                 self.replace(seat)
@@ -160,13 +162,16 @@ class Crew:
 
         ray.kill(seat.actor)
         hired = self._hire(seat.number)
-        seat.actor, seat.ready = hired.actor, hired.ready
+        seat.actor, seat.ready, seat.nodes = hired.actor, hired.ready, hired.nodes
 
     def stands(self, node: str) -> bool:
         """Whether a node is there."""
+        return node in self._nodes()
+
+    def _nodes(self) -> frozenset[str]:
         import ray
 
-        return any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())
+        return frozenset(one["NodeID"] for one in ray.nodes() if one["Alive"])
 
     def dismiss(self) -> None:
         """Let everybody go."""
