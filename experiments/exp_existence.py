@@ -21,7 +21,8 @@ sets of the same layers.
 Decision rule. (1), (2): supported if both p, the larger of the two directions, are at most 0.05 and the interval of the
 share lies above 0.20, five times 4%; not supported if a p is larger or the interval lies below 0.20; else undecided.
 (3): supported if each of the three overlaps has p at most 0.05 and an interval above 1/3 (half of the heads are
-shared); not supported if a p is larger or an interval lies below 1/3; else undecided. Three hypotheses, no further correction.
+shared); not supported if a p is larger or an interval lies below 1/3; else undecided. Three hypotheses, each reported;
+no further correction.
 """
 
 from collections.abc import Sequence
