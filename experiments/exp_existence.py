@@ -68,7 +68,7 @@ def measure(config: Existence, lab: Lab) -> Findings:
             "share": shares,
             "reliability": reliable,
             "halves of users": halved,
-            "cumulative": curve.rename_axis("rank").reset_index(),
+            "cumulative": curve,
         },
         [*claims, found_again(reliable)],
     )
