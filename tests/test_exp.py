@@ -11,7 +11,7 @@ import yaml
 from experiments.setup import main
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
-CLASSES = {"existence": "Existence"}
+CLASSES = {"existence": "Existence", "factors": "Factors"}
 
 
 @pytest.fixture
