@@ -1,23 +1,19 @@
 """Users who cross style and topic: prompts that share either, both or neither, and effects of the two factors."""
 
 import random
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy.stats import t
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dps_lens.analysis.intervals import user_means
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.errors import DataError
-from dps_lens.model import HookedModel, Runner, describe_model
-from dps_lens.runs import RunFolder, kept
+from dps_lens.model import HookedModel, Runner
 from dps_lens.scoring import Branches
-from dps_lens.scoring.sweep import data_digest
 
 SHARED = {"own": (True, True), "style": (True, False), "topic": (False, True), "neither": (False, False)}
 """Condition → whether the author of the shown profile shares style and topic with the author of the text."""
@@ -56,34 +52,18 @@ def contrasts(conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def changes(
-    model: HookedModel,
-    users: Sequence[User],
-    examples: Sequence[Example],
-    masks: Bool[Tensor, "row layer head"],
-    *,
-    prompt: PromptConfig,
-    seed: int,
-    out: Path,
-) -> tuple[dict[str, Float[Tensor, "example row"]], dict[str, Float[Tensor, " example"]]]:
-    """By condition: what ablating each row's heads changes, and the NLL of the full model; resumable."""
-    settings = {"call": "crossing", "prompt": prompt.to_dict(), "seed": seed, "model": describe_model(model)}
-    about = {"sets": [row.nonzero().tolist() for row in masks], "data": data_digest(users, examples)}
-    folder, runner, units = RunFolder(out, settings | about), Runner.of(model), []
+def conditions(
+    model: HookedModel, users: Sequence[User], prompt: PromptConfig, seed: int
+) -> Callable[[Example], Iterator[tuple[str, Branches]]]:
+    """The four prompts of an example, ready for ablations."""
+    runner = Runner.of(model)
 
-    def unit(example: Example) -> dict[str, Tensor]:
-        found = {}
-        for condition in SHARED:
-            shown = "own" if condition == "own" else donor(example, users, condition, seed)
-            branches = Branches(runner, build_prompt(model, example, shown, config=prompt))  # type: ignore[arg-type]
-            found[condition] = branches.ablated(masks) - branches.nll
-            found[f"nll.{condition}"] = torch.tensor(branches.nll, dtype=torch.float64)
-        return found
+    def of(example: Example) -> Iterator[tuple[str, Branches]]:
+        for name in SHARED:
+            shown = "own" if name == "own" else donor(example, users, name, seed)
+            yield name, Branches(runner, build_prompt(model, example, shown, config=prompt))  # type: ignore[arg-type]
 
-    for example in tqdm(examples, desc="style and topic", unit="example", disable=None):
-        units.append(kept(folder, f"{example.user_id}|{example.id}", lambda example=example: unit(example)))
-    effects = {name: torch.stack([found[name] for found in units]) for name in SHARED}
-    return effects, {name: torch.stack([found[f"nll.{name}"] for found in units]) for name in SHARED}
+    return of
 
 
 def within_cells(values: Float[Tensor, " example"], cells: Sequence[str], level: float = 0.95) -> dict[str, float]:

@@ -36,7 +36,9 @@ from dps_lens.data import Example, User
 from dps_lens.families import draw_seed, random_heads
 from dps_lens.scores import HeadScores
 from dps_lens.scoring import single_heads
-from experiments.crossing import EFFECTS, SHARED, changes, contrasts, within_cells
+from dps_lens.scoring.sweep import data_digest
+from experiments.crossing import EFFECTS, SHARED, conditions, contrasts, within_cells
+from experiments.measured import Changes, changes
 from experiments.setup import Claim, Config, Findings, Lab, Outcome, decide, main
 
 ALPHA = 0.05
@@ -72,10 +74,11 @@ def measure(config: Factors, lab: Lab) -> Findings:
     return Findings(tables, [*claims, spares(held_out)])
 
 
-def run(examples: Sequence[Example], masks: Tensor, name: str, users: list[User], config: Factors, lab: Lab):
-    return changes(
-        lab.model, users, examples, masks, prompt=config.prompt.config(), seed=config.seed, out=lab.out / name
-    )
+def run(examples: Sequence[Example], masks: Tensor, name: str, users: list[User], config: Factors, lab: Lab) -> Changes:
+    prompt = config.prompt.config()
+    about = {"prompt": prompt.to_dict(), "seed": config.seed, "data": data_digest(users, examples)}
+    shown = conditions(lab.model, users, prompt, config.seed)
+    return changes(lab.model, examples, shown, lambda _: masks, about, lab.out / name)
 
 
 def as_scores(values: Float[Tensor, "example row"], examples: Sequence[Example], name: str, cfg) -> HeadScores:

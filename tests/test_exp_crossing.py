@@ -10,7 +10,8 @@ from scipy.stats import t
 import dps_lens as dps
 from dps_lens.errors import DataError
 from dps_lens.scoring import single_heads
-from experiments.crossing import SHARED, changes, contrasts, donor, within_cells
+from experiments.crossing import SHARED, conditions, contrasts, donor, within_cells
+from experiments.measured import changes
 
 
 def test_donors_share_what_they_should(probe):
@@ -68,8 +69,8 @@ def test_the_head_that_reads_signatures_responds_to_style(toy_model, toy_users, 
         for user, (style, topic) in zip(toy_users, labels, strict=False)
     ]
     examples = [user.examples[0] for user in users]
-    masks = single_heads(2, 4)
-    effects, nll = changes(toy_model, users, examples, masks, prompt=dps.PromptConfig(), seed=0, out=tmp_path)
+    shown = conditions(toy_model, users, dps.PromptConfig(), 0)
+    effects, nll = changes(toy_model, examples, shown, lambda _: single_heads(2, 4), {}, tmp_path)
     found = contrasts(effects)
     style = found["style"].mean(0).reshape(2, 4)
     assert float(style[1, 2]) == float(style.max()) > 0.5
