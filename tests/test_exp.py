@@ -11,7 +11,13 @@ import yaml
 from experiments.setup import main
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
-CLASSES = {"existence": "Existence", "factors": "Factors", "causality": "Causality", "users": "Users"}
+CLASSES = {
+    "existence": "Existence",
+    "factors": "Factors",
+    "causality": "Causality",
+    "users": "Users",
+    "samples": "Samples",
+}
 
 
 @pytest.fixture
