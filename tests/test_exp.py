@@ -17,6 +17,7 @@ CLASSES = {
     "causality": "Causality",
     "users": "Users",
     "samples": "Samples",
+    "positions": "Positions",
 }
 
 
