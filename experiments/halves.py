@@ -46,6 +46,16 @@ def jackknife(statistic: Callable[[list[int]], float], n_users: int, level: floa
     return {"mean": value, "low": value - half, "high": value + half}
 
 
+def bootstrap(
+    statistic: Callable[[list[int]], float], n_users: int, n: int, seed: int, level: float = 0.95
+) -> dict[str, float]:
+    """A statistic of users with quantiles over resampled users, for what is not smooth, such as an overlap."""
+    rng, tail = np.random.default_rng(seed), (1 - level) / 2
+    drawn = [statistic(rng.integers(n_users, size=n_users).tolist()) for _ in range(n)]
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return {"mean": statistic(list(range(n_users))), "low": float(low), "high": float(high)}
+
+
 def without(splits: Sequence[tuple[list[int], list[int]]], kept: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The same splits among fewer users."""
     stay = set(kept)

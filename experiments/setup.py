@@ -29,7 +29,7 @@ from dps_lens.model import HookedModel, describe_model
 from experiments.tables import cell, table
 
 Outcome: TypeAlias = Literal["supported", "not supported", "undecided"]
-DATA = "DPS_LENS_DATA"
+DATA, MOST_ROWS = "DPS_LENS_DATA", 100
 
 
 class Prompts(BaseModel):
@@ -168,7 +168,8 @@ def write(findings: Findings, lab: Lab, about: str) -> None:
     parts = [about.strip()]
     for name, frame in findings.tables.items():
         write_text(out / "tables" / f"{name}.csv", frame.to_csv(index=False))
-        parts.append(f"## {name}\n\n{markdown(frame)}")
+        few = frame if len(frame) <= MOST_ROWS else frame.head(MOST_ROWS)
+        parts.append(f"## {name}\n\n{markdown(few)}" + ("" if len(few) == len(frame) else "\n\n…"))
     write_json(out / "verdict.json", [asdict(claim) for claim in findings.claims])
     parts.append("## verdict\n\n" + markdown(verdicts(findings.claims)))
     write_text(out / "results.md", "\n\n".join(parts) + "\n")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from experiments.setup import main
+from figures.__main__ import EXPERIMENTS
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
 CLASSES = {
@@ -46,6 +47,8 @@ def test_an_experiment_runs_decides_and_repeats_itself(name, smoke):
     tables = {file.name: file.read_bytes() for file in (out / "tables").iterdir()}
     assert all(len(pd.read_csv(out / "tables" / name)) for name in tables)
     assert import_module(f"experiments.exp_{name}").__doc__.strip().splitlines()[0] in (out / "results.md").read_text()
+    script = next(script for script, folder in EXPERIMENTS.items() if folder == name)
+    assert import_module(f"figures.{script}").draw(out).data
     again = smoke(name, "again")
     assert {file.name: file.read_bytes() for file in (again / "tables").iterdir()} == tables
     assert (again / "verdict.json").read_bytes() == (out / "verdict.json").read_bytes()
