@@ -21,6 +21,7 @@ EXPERIMENTS = {
     "whose": "users",
     "samples": "samples",
     "positions": "positions",
+    "artefact": "artefact",
 }
 """Script → run folder of its experiment."""
 

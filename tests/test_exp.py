@@ -19,6 +19,7 @@ CLASSES = {
     "users": "Users",
     "samples": "Samples",
     "positions": "Positions",
+    "artefact": "Artefact",
 }
 
 
