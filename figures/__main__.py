@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "samples": "samples",
     "positions": "positions",
     "artefact": "artefact",
+    "transfer": "transfer",
 }
 """Script → run folder of its experiment."""
 

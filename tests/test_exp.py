@@ -12,15 +12,7 @@ from experiments.setup import main
 from figures.__main__ import EXPERIMENTS
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
-CLASSES = {
-    "existence": "Existence",
-    "factors": "Factors",
-    "causality": "Causality",
-    "users": "Users",
-    "samples": "Samples",
-    "positions": "Positions",
-    "artefact": "Artefact",
-}
+NAMES = ("existence", "factors", "causality", "users", "samples", "positions", "artefact", "transfer")
 
 
 @pytest.fixture
@@ -33,13 +25,13 @@ def smoke(tiny_folders, tmp_path):
         values |= {"model": str(tiny_folders["llama"]), "scores": str(tmp_path / "scores"), **changes}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
         options = ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / out)]
-        main(name, module.__doc__, getattr(module, CLASSES[name]), module.measure, options)
+        main(name, module.__doc__, getattr(module, name.capitalize()), module.measure, options)
         return tmp_path / out
 
     return run
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_experiment_runs_decides_and_repeats_itself(name, smoke):
     out = smoke(name)
     claims = json.loads((out / "verdict.json").read_text())
@@ -56,7 +48,14 @@ def test_an_experiment_runs_decides_and_repeats_itself(name, smoke):
 
 
 def test_a_docstring_says_beforehand_what_decides():
-    for name in CLASSES:
+    for name in NAMES:
         about = import_module(f"experiments.exp_{name}").__doc__
         for part in ("Question.", "Hypothes", "Measure.", "Control.", "Decision rule"):
             assert part in about, (name, part)
+
+
+def test_a_second_model_is_compared(smoke, tiny_folders):
+    out = smoke("transfer", second=str(tiny_folders["gpt2"]))
+    claims = json.loads((out / "verdict.json").read_text())
+    assert [claim["hypothesis"] for claim in claims][2:] == ["the same relative depth", "the same users are alike"]
+    assert "second" in (out / "tables" / "depth.csv").read_text()
