@@ -23,6 +23,7 @@ EXPERIMENTS = {
     "positions": "positions",
     "artefact": "artefact",
     "transfer": "transfer",
+    "safety": "safety",
 }
 """Script → run folder of its experiment."""
 

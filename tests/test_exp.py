@@ -12,7 +12,7 @@ from experiments.setup import main
 from figures.__main__ import EXPERIMENTS
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
-NAMES = ("existence", "factors", "causality", "users", "samples", "positions", "artefact", "transfer")
+NAMES = ("existence", "factors", "causality", "users", "samples", "positions", "artefact", "transfer", "safety")
 
 
 @pytest.fixture
