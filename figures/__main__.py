@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "artefact": "artefact",
     "transfer": "transfer",
     "safety": "safety",
+    "steering": "steering_kl",
 }
 """Script → run folder of its experiment."""
 

@@ -1,6 +1,8 @@
 """Every experiment, end to end on a small random model and probe users."""
 
 import json
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +14,18 @@ from experiments.setup import main
 from figures.__main__ import EXPERIMENTS
 
 CONFIGS = Path(__file__).parents[1] / "experiments" / "configs"
-NAMES = ("existence", "factors", "causality", "users", "samples", "positions", "artefact", "transfer", "safety")
+NAMES = (
+    "existence",
+    "factors",
+    "causality",
+    "users",
+    "samples",
+    "positions",
+    "artefact",
+    "transfer",
+    "safety",
+    "steering",
+)
 
 
 @pytest.fixture
@@ -40,7 +53,7 @@ def test_an_experiment_runs_decides_and_repeats_itself(name, smoke):
     tables = {file.name: file.read_bytes() for file in (out / "tables").iterdir()}
     assert all(len(pd.read_csv(out / "tables" / name)) for name in tables)
     assert import_module(f"experiments.exp_{name}").__doc__.strip().splitlines()[0] in (out / "results.md").read_text()
-    script = next(script for script, folder in EXPERIMENTS.items() if folder == name)
+    script = next(script for script, folder in EXPERIMENTS.items() if folder.removesuffix("_kl") == name)
     assert import_module(f"figures.{script}").draw(out).data
     again = smoke(name, "again")
     assert {file.name: file.read_bytes() for file in (again / "tables").iterdir()} == tables
@@ -59,3 +72,13 @@ def test_a_second_model_is_compared(smoke, tiny_folders):
     claims = json.loads((out / "verdict.json").read_text())
     assert [claim["hypothesis"] for claim in claims][2:] == ["the same relative depth", "the same users are alike"]
     assert "second" in (out / "tables" / "depth.csv").read_text()
+
+
+def test_one_command_draws_what_was_run(smoke, tmp_path, browser_path):
+    smoke("existence", "runs/existence")
+    command = [sys.executable, "-m", "figures", "--experiments", tmp_path / "runs", "--out", tmp_path / "drawn"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in (tmp_path / "drawn").iterdir()} == {
+        f"existence.{end}" for end in ("html", "pdf", "png")
+    }
