@@ -47,13 +47,18 @@ def intervals(frame: pd.DataFrame, *, label: str, group: str, x: str, title: str
     groups = list(dict.fromkeys(frame[group]))
     for number, name in enumerate(groups):
         rows = frame[frame[group] == name]
-        shift = 0.5 * (number - (len(groups) - 1) / 2) / len(groups)
+        shift = 0.7 * (number - (len(groups) - 1) / 2) / len(groups)
         figure.add_scatter(
             x=rows["mean"],
             y=[labels.index(one) + shift for one in rows[label]],
-            error_x={"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "width": 2},
+            error_x={
+                "array": rows["high"] - rows["mean"],
+                "arrayminus": rows["mean"] - rows["low"],
+                "width": 2,
+                "thickness": 1.3,
+            },
             mode="markers",
-            marker={"color": LINES[number % len(LINES)], "symbol": MARKERS[number % len(MARKERS)], "size": 7},
+            marker={"color": LINES[number % len(LINES)], "symbol": MARKERS[number % len(MARKERS)], "size": 6},
             customdata=rows[["low", "high", label]],
             hovertemplate="%{customdata[2]}<br>%{x:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})"
             f"<extra>{name}</extra>",
@@ -65,7 +70,7 @@ def intervals(frame: pd.DataFrame, *, label: str, group: str, x: str, title: str
         title=title,
         showlegend=len(groups) > 1,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        height=110 + 15 * len(labels) * max(2, len(groups)),
+        height=120 + 18 * len(groups) + len(labels) * (12 + 13 * len(groups)),
         xaxis={"title": x},
         yaxis={"tickvals": list(range(len(labels))), "ticktext": labels, "range": [len(labels) - 0.4, -0.6]},
     )
