@@ -10,7 +10,7 @@ at the profile. (2) Other heads write: the top 10 by first-order estimate at the
 random sets when ablated there. (3) The gain grows with the length of the profile, to 1,024 tokens. (4) With a profile
 in the first turn only, there is a gain in the last turn. (5) The heads take some of it there.
 
-Measure. Newest headline of 12 users; heads chosen on older documents by users of other folds. `taken`: cost of ablating
+Measure. Newest headline of 10 users; heads chosen on older documents by users of other folds. `taken`: cost of ablating
 with the own profile less the cost without. Sides: edits at the response, the profile or all positions. Length: 8 items
 by BM25 in 64 to 1,024 tokens; slope a doubling by least squares within each user. Dialogue: 3 headlines of a user as
 three turns, edits at every turn of the assistant.
@@ -49,7 +49,7 @@ TAKEN, RANDOM, BEYOND = "taken", "taken, random sets", "taken, more than random 
 class Positions(Config):
     k: int = 10
     n_random: int = 4
-    tested_users: int = 12
+    tested_users: int = 10
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
     long_items: int = 8
     turns: int = 3
