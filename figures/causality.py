@@ -1,4 +1,4 @@
-"""Personalisation lost against fluency lost, for the top heads of every family.
+"""Personalisation lost against fluency lost: each line is a family, its points growing K.
 
 python -m figures.causality --run runs/causality
 """
@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
 from figures.common import main, read
 
-COLUMN = "acl"
+COLUMN = "acl-wide"
 
 
 def draw(run: Path) -> go.Figure:
@@ -24,9 +24,7 @@ def draw(run: Path) -> go.Figure:
             y=taken["mean"],
             text=taken["k"],
             error_y={"array": taken["high"] - taken["mean"], "thickness": 1, "width": 2},
-            mode="lines+markers+text",
-            textposition="top center",
-            textfont={"size": 8},
+            mode="lines+markers",
             line={"color": LINES[number % len(LINES)], "dash": DASHES[number % len(DASHES)]},
             marker={"symbol": MARKERS[number % len(MARKERS)], "size": 6},
             name=str(family).replace("_", " "),
