@@ -1,6 +1,7 @@
-"""All figures of a run, as HTML, PDF and PNG.
+"""All figures of a run, and of experiments, as HTML, PDF and PNG.
 
 python -m figures --run runs/demo --out figures/out
+python -m figures --experiments runs
 """
 
 import argparse
@@ -13,15 +14,33 @@ from dps_lens.errors import PlotError
 from figures.common import OUT, RUN
 
 NAMES = ("heads", "users", "overlap", "stability", "pareto", "k_sweep")
+EXPERIMENTS = {
+    "existence": "existence",
+    "factors": "factors",
+    "causality": "causality",
+    "whose": "users",
+    "samples": "samples",
+    "positions": "positions",
+    "artefact": "artefact",
+    "transfer": "transfer",
+    "safety": "safety",
+    "steering": "steering_kl",
+}
+"""Script → run folder of its experiment."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=RUN)
+    parser.add_argument("--run", type=Path, help=f"run folder of 'dps-lens demo' or 'score'; {RUN} by default")
+    parser.add_argument("--experiments", type=Path, help="folder of the experiments' run folders")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
-    scripts = {name: import_module(f"figures.{name}") for name in NAMES}
-    drawn = {name: script.draw(arguments.run) for name, script in scripts.items()}
+    runs = dict.fromkeys(NAMES, arguments.run or RUN) if arguments.run or not arguments.experiments else {}
+    if arguments.experiments:
+        found = {name: arguments.experiments / folder for name, folder in EXPERIMENTS.items()}
+        runs |= {name: folder for name, folder in found.items() if (folder / "results.md").is_file()}
+    scripts = {name: import_module(f"figures.{name}") for name in runs}
+    drawn = {name: script.draw(runs[name]) for name, script in scripts.items()}
     try:
         with plots.browser():
             for name, figure in drawn.items():
