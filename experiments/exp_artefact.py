@@ -28,8 +28,8 @@ import pandas as pd
 import torch
 
 import dps_lens as dps
+from dps_lens.analysis.forced import Forced, combine
 from dps_lens.analysis.intervals import interval, user_means
-from dps_lens.analysis.steering import Forced, combine
 from dps_lens.data import Example, User, build_prompt
 from dps_lens.model import Runner
 from dps_lens.scoring import Branches
@@ -134,7 +134,7 @@ def leaking(users: list[User], config: Artefact, lab: Lab) -> dict[tuple[str, fl
         for name, contrast in contrasts.items():
             without = Forced(runner, contrast).logits()
             for strength in config.strengths:
-                steered = combine(rule, strength, full, None, without)
+                steered = combine(rule, strength, full, without=without)
                 change = token_losses(steered, forced.targets).double().mean() - clean
                 kl = divergence(steered, full).double().mean()
                 found.setdefault((name, strength), []).append((change.cpu(), kl.cpu()))

@@ -11,11 +11,13 @@ from torch.nn.functional import cross_entropy
 
 import dps_lens as dps
 from dps_lens.analysis import SteeringSweep
-from dps_lens.errors import ScoreError, SteeringError
+from dps_lens.errors import RunError, ScoreError, SteeringError
 from dps_lens.families import draw_seed, random_heads
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots import steering
 from dps_lens.scores import HeadScores
+from dps_lens.steering import SteeringVector
+from dps_lens.steering.generate import layers_to_contrast
 
 HEADS = HeadSet.parse("L1H2,L0H1")
 STRENGTHS = (0.5, 2.0)
@@ -91,6 +93,70 @@ def test_changes_and_kl_equal_the_plain_model(tinies, architecture, probe):
                 assert float(sweep.change[label][row, index]) == pytest.approx(np.mean(controls, 0)[0], abs=1e-4)
                 assert float(sweep.kl[label][row, index]) == pytest.approx(np.mean(controls, 0)[1], abs=1e-4)
     assert "cad (random)" not in sweep.methods
+
+
+@torch.no_grad()
+def early_logits(plain, prompt, layer):
+    """Float64, of the response, read off the residual stream that enters a layer."""
+    start, stop = prompt.spans["response"]
+    states = plain(input_ids=prompt.tokens[None], output_hidden_states=True).hidden_states
+    return plain.lm_head(plain.model.norm(states[layer]))[0, start - 1 : stop - 1].double()
+
+
+@torch.no_grad()
+def logits_with(plain, prompt, layer, values):
+    """Float64, of the response, a vector added to what leaves a layer from the last prompt token on."""
+    start, stop = prompt.spans["response"]
+
+    def add(module, arguments, output):
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[:, start - 1 :] += values
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = plain.model.layers[layer].register_forward_hook(add)
+    logits = plain(input_ids=prompt.tokens[None]).logits[0, start - 1 : stop - 1].double()
+    handle.remove()
+    return logits
+
+
+def test_rivals_without_heads_equal_the_plain_model(llama, probe):
+    """DoLa, with nothing ruled out, and vectors of the users, alone and with CAD."""
+    users = [probe[0], probe[5]]
+    vectors = {
+        user.id: dps.style_vector(llama.hooked, user, layer=1, max_examples=1, prompt=PROMPT, max_new_tokens=4)
+        for user in users
+    }
+    methods = {"dola": "dola", "style": ("vector", vectors), "both": ("vector+cad", vectors)}
+    sweep = dps.steering_sweep(llama.hooked, users, methods, **OPTIONS)
+    assert sweep.methods == tuple(methods), "random heads are no control of these"
+    assert layers_to_contrast(llama.hooked) == [1], "of 3 layers, one can be contrasted with"
+    for index, user in enumerate(users):
+        own, none = (dps.build_prompt(llama.hooked, user.examples[-1], of, config=PROMPT) for of in ("own", "none"))
+        full, without = (logits_of(llama.plain, of, 8) for of in (own, none))
+        early = early_logits(llama.plain, own, 1).log_softmax(-1)
+        vector = vectors[user.id].values
+        for row, strength in enumerate(STRENGTHS):
+            added = logits_with(llama.plain, own, 1, strength * vector)
+            mixed = {
+                "dola": full.log_softmax(-1) - strength * early,
+                "style": added,
+                "both": added + strength * (added - without),
+            }
+            for name, logits in mixed.items():
+                change = cross_entropy(logits, own.response_tokens) - cross_entropy(full, own.response_tokens)
+                p, q = (values.log_softmax(-1) for values in (logits, full))
+                assert float(sweep.change[name][row, index]) == pytest.approx(float(change), abs=1e-4)
+                kl = float((p.exp() * (p - q)).sum(-1).mean())
+                assert float(sweep.kl[name][row, index]) == pytest.approx(kl, abs=1e-4)
+
+
+def test_other_vectors_are_another_run(llama, probe, tmp_path):
+    values = torch.linspace(-1, 1, llama.hooked.cfg.d_model)
+    options = OPTIONS | {"out": tmp_path}
+    dps.steering_sweep(llama.hooked, probe[:1], {"v": ("vector", {probe[0].id: SteeringVector(values, 1)})}, **options)
+    other = {"v": ("vector", {probe[0].id: SteeringVector(2 * values, 1)})}
+    with pytest.raises(RunError, match="vectors"):
+        dps.steering_sweep(llama.hooked, probe[:1], other, **options)
 
 
 def test_only_the_carrier_steers(toy_model, toy_users):
@@ -240,8 +306,15 @@ def test_bad_input_says_what_to_do(llama, probe):
     def sweep(methods, **changes):
         return dps.steering_sweep(llama.hooked, users, methods, **{**OPTIONS, **changes})
 
-    with pytest.raises(SteeringError, match="dola.*use generate|rules tokens out"):
-        sweep({"dola": "dola"})
+    with pytest.raises(SteeringError, match="needs a vector a user"):
+        sweep({"style": "vector"})
+    vectors = {user.id: SteeringVector(torch.zeros(llama.hooked.cfg.d_model), 1) for user in users}
+    with pytest.raises(SteeringError, match=f"'style' has no vector of user '{users[1].id}'"):
+        sweep({"style": ("vector", {users[0].id: vectors[users[0].id]})})
+    with pytest.raises(SteeringError, match="last prompt token"):
+        sweep({"style": ("vector", vectors)}, positions="all")
+    with pytest.raises(SteeringError, match=r"a vector \[3\] at layer 1 is not of this model"):
+        sweep({"style": ("vector", vectors | {users[1].id: SteeringVector(torch.zeros(3), 1)})})
     with pytest.raises(SteeringError, match=r"needs heads, such as \('dps', scores\)"):
         sweep({"dps": "dps"})
     with pytest.raises(SteeringError, match="takes no heads"):

@@ -1,29 +1,31 @@
 """How steering moves the probability of users' own text: rules × strengths, teacher-forced."""
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
+from dps_lens.analysis.forced import Forced, Weights, combine
 from dps_lens.analysis.intervals import interval, user_means
 from dps_lens.analysis.rankings import Family, Select
 from dps_lens.analysis.set_sweep import SetSweep
-from dps_lens.data import Prompt, PromptConfig, User
-from dps_lens.errors import ScoreError, SteeringError
+from dps_lens.data import PromptConfig, User
+from dps_lens.errors import SteeringError
 from dps_lens.families import draw_seed, random_heads
 from dps_lens.heads import Head, HeadSet
-from dps_lens.intervene import Edit, Positions, Scale, attention_for, everywhere, window
-from dps_lens.model import Runner
+from dps_lens.intervene import Positions
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.branches import token_losses
-from dps_lens.steering.rules import Rule, divergence, entropy, find_rule
+from dps_lens.steering import SteeringVector
+from dps_lens.steering.generate import layers_to_contrast
+from dps_lens.steering.rules import Rule, divergence, find_rule
 
 if TYPE_CHECKING:
     import pandas
@@ -31,11 +33,8 @@ if TYPE_CHECKING:
 
     from dps_lens.model import HookedModel
 
-Method: TypeAlias = str | tuple[str, Family]
-"""A rule, such as `"cad"`; or a rule of heads with its heads, `("dps", scores)`."""
-
-Weights: TypeAlias = Mapping[Head, float]
-"""Heads and how much of the edit each gets, from 0 to 1."""
+Method: TypeAlias = str | tuple[str, Family | Mapping[str, SteeringVector]]
+"""A rule, such as `"cad"`; a rule of heads with its heads, `("dps", scores)`; or `("vector", {user: vector})`."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,8 @@ def steering_sweep(
         model: a hooked model.
         users: their evaluation examples are used.
         methods: name → rule, or rule and heads (a family as in `ablation_curve`):
-            `{"dps": ("dps", scores), "cad": "cad"}`.
+            `{"dps": ("dps", scores), "cad": "cad"}`; `vector` takes a vector a user. `dola` is `log p − strength ·
+            log p_j`, with nothing ruled out, so that the NLL is finite.
         strengths: positive, ascending: γ, α (both, for stacked rules), or the cap of an entropy γ.
         k: heads of each set.
         n_random: layer-matched random sets of every method with heads, spread over a user's examples.
@@ -179,24 +179,19 @@ def steering_sweep(
         progress: show a progress bar.
 
     Raises:
-        SteeringError: a rule is unknown, rules tokens out (`dola`: their NLL is infinite), adds vectors, or lacks its
-            heads; a weighted method has no scores or spreads attention evenly (`decore`), which has no parts.
+        SteeringError: a rule is unknown or lacks its heads or vectors, or vectors meet other positions than the
+            response; a weighted method has no scores or spreads attention evenly (`decore`), which has no parts.
         ScoreError: scores were measured on one of these examples, or at other positions.
     """
     if not strengths or min(strengths) <= 0 or list(strengths) != sorted({*strengths}):
         raise SteeringError(f"steering_sweep: strengths {list(strengths)} are not positive and ascending")
-    rules = {name: _rule_of(name, method) for name, method in methods.items()}
-    families = {name: method[1] for name, method in methods.items() if not isinstance(method, str)}
-    for name in weighted:
-        if not isinstance(families.get(name), HeadScores) or rules[name].uniform:
-            raise SteeringError(
-                f"steering_sweep: method {name!r} cannot be weighted; it needs scores, and a rule but decore"
-            )
+    asked = _Asked.of(methods, strengths, weighted)
+    asked.check(model, users, positions)
     sets = SetSweep.of(
         "steering_sweep",
         model,
         users,
-        families,
+        asked.families,
         (k,),
         positions=positions,
         prompt=prompt,
@@ -207,14 +202,9 @@ def steering_sweep(
         seed=seed,
         optional=True,
     )
-    named = {name: method if isinstance(method, str) else method[0] for name, method in methods.items()}
-    manifest = sets.fingerprint() | {"strengths": list(strengths), "rules": named}
-    if weighted:
-        manifest["weighted"] = sorted(weighted)
+    manifest = sets.fingerprint() | asked.described()
     folder = RunFolder(out, manifest, force=force) if out is not None else None
-    units = sets.units(
-        folder, lambda number, _: _measure(sets, number, rules, strengths, weighted), "steering", progress
-    )
+    units = sets.units(folder, lambda number, _: _measure(sets, number, asked), "steering", progress)
     names = [label for name in methods for label in (name, _random(name)) if f"change.{label}" in units[0]]
     return SteeringSweep(
         tuple(strengths),
@@ -227,43 +217,97 @@ def steering_sweep(
     )
 
 
-def _rule_of(name: str, method: Method) -> Rule:
-    rule = find_rule(method if isinstance(method, str) else method[0])
-    if rule.early:
-        raise SteeringError(f"steering_sweep: method {name!r} rules tokens out, so that NLL is infinite; use generate")
-    if rule.vector:
-        raise SteeringError(f"steering_sweep: method {name!r} adds vectors, which are not offered here; use generate")
-    if rule.needs_heads == isinstance(method, str):
-        wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
-        raise SteeringError(f"steering_sweep: the rule of method {name!r} {wanted}")
-    return rule
+@dataclass(frozen=True)
+class _Asked:
+    """What a sweep is asked for, taken apart: rules by method, with their heads or vectors."""
+
+    rules: Mapping[str, Rule]
+    named: Mapping[str, str]
+    families: Mapping[str, Family]
+    vectors: Mapping[str, Mapping[str, SteeringVector]]
+    strengths: Sequence[float]
+    weighted: Collection[str]
+
+    @staticmethod
+    def of(methods: Mapping[str, Method], strengths: Sequence[float], weighted: Collection[str]) -> "_Asked":
+        """From the arguments of `steering_sweep`.
+
+        Raises:
+            SteeringError: a rule is unknown, or what it needs was not given.
+        """
+        rules, named, families, vectors = {}, {}, {}, {}
+        for name, method in methods.items():
+            named[name], given = (method, None) if isinstance(method, str) else method
+            rule = rules[name] = find_rule(named[name])
+            if rule.edits != (given is not None):
+                wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
+                if rule.vector:
+                    wanted = "needs a vector a user, ('vector', {user.id: style_vector(model, user)})"
+                raise SteeringError(f"steering_sweep: the rule of method {name!r} {wanted}")
+            if given is not None:
+                (vectors if rule.vector else families)[name] = given
+        return _Asked(rules, named, families, vectors, strengths, weighted)
+
+    def check(self, model: "HookedModel", users: Sequence[User], positions: Positions) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            SteeringError: a method cannot be weighted, or vectors do not fit model, users or positions.
+        """
+        for name in self.weighted:
+            if not isinstance(self.families.get(name), HeadScores) or self.rules[name].uniform:
+                raise SteeringError(
+                    f"steering_sweep: method {name!r} cannot be weighted; it needs scores, and a rule but decore"
+                )
+        for name, vectors in self.vectors.items():
+            if positions != "response":
+                raise SteeringError(
+                    "steering_sweep: vectors are added from the last prompt token on; use positions='response'"
+                )
+            for user in users:
+                if user.id not in vectors:
+                    raise SteeringError(f"steering_sweep: method {name!r} has no vector of user {user.id!r}")
+                vectors[user.id].check("steering_sweep", model)
+
+    def described(self) -> dict[str, Any]:
+        """What decides the result, for the run folder and the manifest."""
+        found: dict[str, Any] = {"strengths": list(self.strengths), "rules": dict(self.named)}
+        if self.weighted:
+            found["weighted"] = sorted(self.weighted)
+        if self.vectors:
+            found["vectors"] = {
+                name: {user: [one.layer, _digest(one.values)] for user, one in sorted(vectors.items())}
+                for name, vectors in self.vectors.items()
+            }
+        return found
 
 
 @torch.inference_mode()
-def _measure(
-    sets: SetSweep, number: int, rules: Mapping[str, Rule], strengths: Sequence[float], weighted: Collection[str]
-) -> dict[str, Float64[Tensor, "..."]]:
+def _measure(sets: SetSweep, number: int, asked: _Asked) -> dict[str, Float64[Tensor, "..."]]:
     """One example: `nll`, and by method `change.…` and `kl.…`, `[strength]`."""
-    example = sets.examples[number]
+    example, rules = sets.examples[number], asked.rules
     forced = Forced(sets.runner, sets.build(example, "own"), sets.positions)
-    without = None
+    full, without, early = forced.logits(), None, None
     if any(rule.prompt for rule in rules.values()):
         without = Forced(sets.runner, sets.build(example, "none")).logits()
-    full = forced.logits()
+    if any(rule.early for rule in rules.values()):
+        early = forced.premature(full, layers_to_contrast(sets.model))
     nll = token_losses(full, forced.targets).double().mean().cpu()
     found: dict[str, Tensor] = {"nll": nll}
     for name, rule in rules.items():
-        for label, chosen in _sets_of(sets, number, name, name in weighted).items():
+        for label, chosen in _sets_of(sets, number, name, name in asked.weighted).items():
             measured = []
             for heads in chosen:
                 edited = forced.edited(rule, heads) if rule.heads else None
-                for strength in strengths:
+                for strength in asked.strengths:
                     if rule.amplify:
                         edited = forced.amplified(heads, strength)
-                    steered = combine(rule, strength, full, edited, without)
+                    elif rule.vector:
+                        edited = forced.added(asked.vectors[name][example.user_id], strength)
+                    steered = combine(rule, strength, full, edited=edited, without=without, early=early)
                     loss = token_losses(steered, forced.targets).double().mean().cpu()
                     measured.append(torch.stack([loss - nll, divergence(steered, full).double().mean().cpu()]))
-            change, kl = torch.stack(measured).reshape(len(chosen), len(strengths), 2).mean(0).unbind(-1)
+            change, kl = torch.stack(measured).reshape(len(chosen), len(asked.strengths), 2).mean(0).unbind(-1)
             found |= {f"change.{label}": change, f"kl.{label}": kl}
     return found
 
@@ -297,63 +341,13 @@ def _scored(scores: HeadScores, user: str, heads: Sequence[Head]) -> list[float]
     return (values / values.max().clamp(min=1e-12)).tolist()
 
 
-def combine(
-    rule: Rule,
-    strength: float,
-    full: Float[Tensor, "pos d_vocab"],
-    edited: Float[Tensor, "pos d_vocab"] | None,
-    without: Float[Tensor, "pos d_vocab"] | None,
-) -> Float[Tensor, "pos d_vocab"]:
-    """Steered logits at every position of a text."""
-    steered = base = edited if rule.amplify and edited is not None else full
-    if rule.heads and edited is not None:
-        gamma = entropy(full).clamp(max=strength)[:, None] if rule.adaptive else strength
-        steered = steered + gamma * (base - edited)
-    if rule.prompt and without is not None:
-        steered = steered + strength * (base - without)
-    return steered
-
-
-class Forced:
-    """Logits of one prompt's response, token by token, also with heads edited."""
-
-    def __init__(self, runner: Runner, prompt: Prompt, positions: Positions = "response") -> None:
-        self.runner = runner
-        start, stop = prompt.spans["response"]
-        if stop <= start:
-            raise ScoreError(f"example {prompt.example_id!r}: the prompt has no response to score")
-        tokens = prompt.tokens[None].to(runner.device)
-        self.targets = tokens[0, start:stop]
-        # Edits that begin at the last prompt token share what is before it.
-        shared = start - 1 if positions == "response" else 0
-        self.tokens = tokens[:, shared : stop - 1]
-        self.where = everywhere if positions == "response" else window(prompt, positions)
-        with attention_for(runner.model, "zero"):
-            self.cache = runner.prefill(tokens[:, :shared]) if shared else None
-
-    def logits(self, edit: Edit | Scale | None = None) -> Float[Tensor, "pos d_vocab"]:
-        """Of the full model, or under an edit."""
-        model, uniform = self.runner.model, isinstance(edit, Edit)
-        with attention_for(model, "uniform" if uniform else "zero"), edit.on(model) if edit else nullcontext():
-            return self.runner.logits(self.tokens, prompt=self.cache, keep=len(self.targets))[0].float()
-
-    def edited(self, rule: Rule, heads: Weights) -> Float[Tensor, "pos d_vocab"]:
-        """Without heads, as a rule leaves them out."""
-        if rule.uniform:
-            return self.logits(Edit(HeadSet(heads).mask(self.runner.cfg)[None], "uniform", self.where))
-        return self.amplified(heads, -1.0)
-
-    def amplified(self, heads: Weights, strength: float) -> Float[Tensor, "pos d_vocab"]:
-        """With the z of each head multiplied by 1 + weight · strength."""
-        factors = torch.ones(self.runner.cfg.n_layers, self.runner.cfg.n_heads)
-        for head, weight in heads.items():
-            factors[head] += weight * strength
-        return self.logits(Scale(factors[None], self.where))
-
-
 def _random(name: str) -> str:
     return f"{name} (random)"
 
 
 def _named(column: str, found: Mapping[str, float]) -> dict[str, float]:
     return {column if part == "mean" else f"{column}_{part}": value for part, value in found.items()}
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]

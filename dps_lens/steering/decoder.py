@@ -113,7 +113,7 @@ class Decoder:
         if self.positions != "profile":
             self._hooks.enter_context(self._edit(everywhere).on(self.model))
         if self._vectors:
-            self._hooks.enter_context(self.model.hooks(fwd_hooks=_adding(self._vectors)))
+            self._hooks.enter_context(self.model.hooks(fwd_hooks=adding(self._vectors)))
         if self._early:
             self._hooks.enter_context(self.model.hooks(fwd_hooks=recorders(self._early)))
         self._lean = LeanSteps(self.model)
@@ -185,7 +185,7 @@ def _by_layer(
     return found
 
 
-def _adding(vectors: dict[int, Tensor]) -> list[tuple[str, Any]]:
+def adding(vectors: dict[int, Tensor]) -> list[tuple[str, Any]]:
     """Hooks that add a vector to every row's residual stream."""
 
     def add(residual: Tensor, hook: Any, layer: int) -> Tensor:

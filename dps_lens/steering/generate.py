@@ -118,7 +118,7 @@ def generate(
     others = _others(without, batch, found)
     branches = _branches(model, batch, others, sets, added, gammas, alphas, found, ablation, positions)
     _check_length(model, branches, max_new_tokens)
-    early = _early_layers(model, early_layers) if found.early else []
+    early = layers_to_contrast(model, early_layers) if found.early else []
     ends = _end_tokens(model) if stop_at_eos else set()
     settings: dict[str, Any] = {"rule": rule, "gamma": gammas, "alpha": alphas, "heads": [_names(one) for one in sets]}
     settings |= {"ablation": ablation, "positions": positions, "early_layers": early, "max_gamma": max_gamma}
@@ -250,11 +250,7 @@ def _vectors(
     if len(found) != rows:
         raise SteeringError(f"generate: {rows} prompts and {len(found)} vectors; give one for each prompt")
     for vector in found:
-        if not 0 <= vector.layer < model.cfg.n_layers or vector.values.shape != (model.cfg.d_model,):
-            raise SteeringError(
-                f"generate: a vector {list(vector.values.shape)} at layer {vector.layer} is not of this model, "
-                f"[{model.cfg.d_model}] in {model.cfg.n_layers} layers"
-            )
+        vector.check("generate", model)
     return found
 
 
@@ -313,7 +309,12 @@ def _check_length(model: HookedModel, branches: Sequence[Branch], max_new_tokens
         )
 
 
-def _early_layers(model: HookedModel, layers: Sequence[int] | None) -> list[int]:
+def layers_to_contrast(model: HookedModel, layers: Sequence[int] | None = None) -> list[int]:
+    """Layers that DoLa chooses from: as asked for, or the even ones of the lower half.
+
+    Raises:
+        SteeringError: a layer is not between the first and the last.
+    """
     n_layers = model.cfg.n_layers
     if layers is None:
         return list(range(2, n_layers // 2 + 1, 2)) or [max(1, n_layers // 2)]

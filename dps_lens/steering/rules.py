@@ -112,14 +112,20 @@ def early_contrast(
 ) -> Float[Tensor, "row d_vocab"]:
     """DoLa (arXiv 2309.03883): `log p − log p_j` of the layer j whose distribution is farthest from the full one.
 
-    Far is by Jensen–Shannon divergence; tokens below 0.1 of the largest probability are ruled out.
+    Tokens below 0.1 of the largest probability are ruled out.
     """
-    mature, premature = full.log_softmax(-1), early.log_softmax(-1)
+    return plausible(full.log_softmax(-1) - premature(full, early), full, RELATIVE_TOP)
+
+
+def premature(
+    full: Float[Tensor, "row d_vocab"], early: Float[Tensor, "layer row d_vocab"]
+) -> Float[Tensor, "row d_vocab"]:
+    """Log-probabilities of the layer, row by row, that is farthest from the full model by Jensen–Shannon divergence."""
+    ours, theirs = full.log_softmax(-1), early.log_softmax(-1)
     # In logs: a probability that underflows in both would make 0 · ∞.
-    middle = torch.logaddexp(mature, premature) - math.log(2)
-    divergence = sum((p.exp() * (p - middle)).sum(-1) for p in (mature, premature)) / 2
-    chosen = premature[divergence.argmax(0), torch.arange(len(full), device=full.device)]  # type: ignore[union-attr]
-    return plausible(mature - chosen, full, RELATIVE_TOP)
+    middle = torch.logaddexp(ours, theirs) - math.log(2)
+    divergence = sum((p.exp() * (p - middle)).sum(-1) for p in (ours, theirs)) / 2
+    return theirs[divergence.argmax(0), torch.arange(len(full), device=full.device)]  # type: ignore[union-attr]
 
 
 def divergence(steered: Float[Tensor, "row d_vocab"], full: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:

@@ -31,6 +31,18 @@ class SteeringVector:
     label: str = ""
     manifest: dict[str, Any] = field(default_factory=dict)
 
+    def check(self, call: str, model: HookedModel) -> None:
+        """Refuse a model that this is not a direction of.
+
+        Raises:
+            SteeringError: its layer or width is another; names the call.
+        """
+        if not 0 <= self.layer < model.cfg.n_layers or self.values.shape != (model.cfg.d_model,):
+            raise SteeringError(
+                f"{call}: a vector {list(self.values.shape)} at layer {self.layer} is not of this model, "
+                f"[{model.cfg.d_model}] in {model.cfg.n_layers} layers"
+            )
+
 
 def style_vector(
     model: HookedModel,
