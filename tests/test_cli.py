@@ -275,7 +275,15 @@ def test_report_says_what_is_wrong(scored, model, arguments, message, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_explore_serves_the_page_here_only(scored, model):
+@pytest.fixture
+def interruptible():
+    """Children end by Ctrl-C also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_explore_serves_the_page_here_only(scored, model, interruptible):
     out, _ = scored
     arguments = ["explore", out, "--port", 0, "--k", 3, "--ks", "1,2", "--gammas", 1, "--max-new-tokens", 4]
     command = [sys.executable, "-m", "dps_lens.cli", *map(str, arguments), "--model", model]

@@ -50,8 +50,8 @@ def wait_for(condition, seconds=60):
         time.sleep(0.002)
 
 
-def gone(home):
-    wait_for(lambda: not processes_at_home(home))
+def gone(home, seconds=60):
+    wait_for(lambda: not processes_at_home(home), seconds)
     return not processes_at_home(home)
 
 
@@ -75,6 +75,14 @@ def engine(home):
         yield engine
     torch.set_num_threads(threads)
     assert gone(home), "Ray's processes end with the engine"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The HOME of a driver that is killed; what Ray's own agents need a minute for is looked at in the end."""
+    folder = tmp_path_factory.mktemp("killed")
+    yield folder
+    assert gone(folder, 120), "the Ray of a killed driver ends by itself"
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +121,39 @@ class Slow(Work):
         if key.startswith("deadly"):
             os._exit(1)
         return {"length": torch.tensor(given)}
+
+
+DRIVER = """
+import sys
+import torch
+import dps_lens as dps
+
+torch.set_num_threads(1)
+config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
+model, users = dps.load_model(sys.argv[1]), dps.load_users("probe", max_users=4)
+with dps.RayEngine(workers=2) as engine:
+    dps.score_heads(model, users, max_examples=3, prompt=config, out=sys.argv[2], engine=engine, progress=False)
+"""
+
+
+def test_a_killed_driver_is_started_again(engine, llama, tiny_folders, users, whole, killed, tmp_path):
+    out = tmp_path / "run"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(DRIVER), str(tiny_folders["llama"]), str(out)],
+        env={**os.environ, "HOME": str(killed), "PYTHONWARNINGS": "ignore"},
+    )
+    wait_for(lambda: driver.poll() is not None or len(list(out.glob("units/*.safetensors"))) >= 4)
+    assert driver.poll() is None
+    driver.kill()
+    driver.wait()
+    kept = len(list(out.glob("units/*.safetensors")))
+    assert 4 <= kept < 12
+    assert not (out / "scores.json").exists()
+    dps.score_heads(llama.hooked, users, out=out, engine=engine, **OPTIONS)
+    assert engine.summary.units == 12 - kept
+    for path in out.rglob("*.tmp"):
+        path.unlink()
+    assert digest(out) == digest(whole)
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
@@ -231,41 +272,6 @@ def test_a_killed_worker_of_a_real_run(engine, llama, users, whole, tmp_path):
     killer.join()
     assert digest(tmp_path) == digest(whole)
     assert engine.summary.again <= engine.in_flight
-
-
-DRIVER = """
-import sys
-import torch
-import dps_lens as dps
-
-torch.set_num_threads(1)
-config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
-model, users = dps.load_model(sys.argv[1]), dps.load_users("probe", max_users=4)
-with dps.RayEngine(workers=2) as engine:
-    dps.score_heads(model, users, max_examples=3, prompt=config, out=sys.argv[2], engine=engine, progress=False)
-"""
-
-
-def test_a_killed_driver_is_started_again(engine, llama, tiny_folders, users, whole, tmp_path):
-    home, out = tmp_path / "home", tmp_path / "run"
-    home.mkdir()
-    driver = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(DRIVER), str(tiny_folders["llama"]), str(out)],
-        env={**os.environ, "HOME": str(home), "PYTHONWARNINGS": "ignore"},
-    )
-    wait_for(lambda: driver.poll() is not None or len(list(out.glob("units/*.safetensors"))) >= 4)
-    assert driver.poll() is None
-    driver.kill()
-    driver.wait()
-    kept = len(list(out.glob("units/*.safetensors")))
-    assert 4 <= kept < 12
-    assert not (out / "scores.json").exists()
-    dps.score_heads(llama.hooked, users, out=out, engine=engine, **OPTIONS)
-    assert engine.summary.units == 12 - kept
-    for path in out.rglob("*.tmp"):
-        path.unlink()
-    assert digest(out) == digest(whole)
-    assert gone(home), "the Ray of a killed driver ends by itself"
 
 
 def test_poison_is_put_in_quarantine(engine, llama, tmp_path):
