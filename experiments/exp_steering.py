@@ -17,7 +17,7 @@ the Pareto of personalisation and fluency is this change over that KL. K of 3, 1
 DoLa is `log p − strength · log p_j`, with no token ruled out. Vectors are of each user's 4 newest older documents, half
 way up the model, added with the profile in the prompt; a user without a preference-driven token has no SteerX and a
 vector of zeros. CoS contrasts the same prompts as CAD, so that at equal KL it is CAD. (6) Accuracy and macro-F1 of 12
-users with three habits on held-out films (`experiments.tagging`), by K and γ; heads chosen on older films by the others.
+users with three habits on held-out films (`experiments.tagging`), by K and γ; heads by the others, on other films.
 
 Control. 4 random sets of the same layers for every set of heads, at the same KL; another user's vector for a vector; in
 (6) one random set a user. Greedy decoding is strength 0.
@@ -28,16 +28,29 @@ Supported above 0, not supported below or at 0, else undecided (also where a met
 were stated when (1) to (4) had been measured, and before their own measurement.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 import dps_lens as dps
 from dps_lens.analysis import SteeringSweep
-from experiments.setup import Claim, Config, Findings, Lab, decide, main
+from dps_lens.data import User
+from dps_lens.model import describe_model
+from dps_lens.runs import RunFolder, kept
+from dps_lens.scoring.sweep import data_digest
+from dps_lens.steering import SteeringVector
+from dps_lens.steering.steerx import NothingDrivenError
+from experiments.setup import Claim, Config, Findings, Lab, Prompts, decide, main
+from experiments.tagging import Tagging, accuracies, method, tag_users
 
 DPS, CAD, STACKED = "dps, Preference Heads", "cad", "dps+cad, Preference Heads"
+AMPLIFY, DECORE = "amplify, Preference Heads", "decore, retrieval"
+VECTORS = ("stylevector", "steerx")
+RIVALS = ("dola", DECORE, *VECTORS)
 
 
 class Steering(Config):
@@ -49,6 +62,11 @@ class Steering(Config):
     decided_at: float = 0.1
     n_random: int = 4
     held_out: int = 2
+    vector_examples: int = 4
+    films: int | None = None
+    tag_ks: tuple[int, ...] = (1, 3, 10, 30)
+    tag_strengths: tuple[float, ...] = (0.25, 1.0)
+    tag_prompt: Prompts = Prompts(profile_tokens=256, task_tokens=200)
 
 
 def measure(config: Steering, lab: Lab) -> Findings:
@@ -57,48 +75,97 @@ def measure(config: Steering, lab: Lab) -> Findings:
     refs = {name: found for name, found in lab.references(config.kinds).items() if found.defined}
     methods: dict[str, Any] = {DPS: ("dps", scores), CAD: "cad", STACKED: ("dps+cad", scores)}
     methods |= {f"dps, {name}": ("dps", found) for name, found in refs.items()}
-    methods["dps-entropy, Preference Heads"] = ("dps-entropy", scores)
-    methods["amplify, Preference Heads"] = ("amplify", scores)
+    methods |= {"dps-entropy, Preference Heads": ("dps-entropy", scores), AMPLIFY: ("amplify", scores), "dola": "dola"}
     if "retrieval" in refs:
-        methods["decore, retrieval"] = ("decore", refs["retrieval"])
+        methods[DECORE] = ("decore", refs["retrieval"])
+    methods |= vectors_of(users, config, lab)
     options: dict[str, Any] = {"strengths": config.strengths, "n_random": config.n_random, "seed": config.seed}
     options |= {"max_examples": config.held_out, "prompt": config.prompt.config()}
     sweep = dps.steering_sweep(lab.model, users, methods, k=config.k, **options, out=lab.out / "methods")
     sizes = []
     for k in config.ks:
-        of_k = {DPS: ("dps", scores), "amplify, Preference Heads": ("amplify", scores)}
+        of_k = {DPS: ("dps", scores), AMPLIFY: ("amplify", scores)}
         found = dps.steering_sweep(lab.model, users, of_k, k=k, **options, out=lab.out / f"k{k}")
         sizes.append(found.at_kl(config.decided_at).assign(K=k))
-    at = pd.concat([sweep.at_kl(kl) for kl in config.kls], ignore_index=True)
-    against = compared(sweep, {"CAD": (DPS, CAD), "stacked": (STACKED, CAD)}, config)
+    pairs = {"DPS less CAD": (DPS, CAD), "DPS with CAD less CAD": (STACKED, CAD)}
+    against = compared(sweep, pairs | {f"{name} less another user's": (name, other(name)) for name in VECTORS}, config)
+    rivals = [name for name in RIVALS if name in sweep.methods]
+    each = compared(sweep, {f"DPS less {name}": (DPS, name) for name in rivals}, config, 1 - 0.05 / len(RIVALS))
+    tags, tagged = tagging(config, lab)
+    tables = {
+        "at KL": pd.concat([sweep.at_kl(kl) for kl in config.kls], ignore_index=True),
+        "K": pd.concat(sizes, ignore_index=True),
+        "against": against.reset_index(names="compared"),
+        "against the rivals": each.reset_index(names="compared"),
+        "tags": tags,
+        "strengths": sweep.to_frame(),
+    }
     row = sweep.at_kl(config.decided_at).set_index("method").loc[DPS]
     read = {
         "DPS makes the users' own text likelier": fall(row, "mean"),
         "DPS does so more than with random heads": fall(row, "difference"),
-        "DPS does so more than CAD": fall(against.loc["CAD"], "difference"),
-        "stacked on CAD it does better than CAD": fall(against.loc["stacked"], "difference"),
+        "DPS does so more than CAD": fall(against.loc["DPS less CAD"], "difference"),
+        "stacked on CAD it does better than CAD": fall(against.loc["DPS with CAD less CAD"], "difference"),
     }
+    read |= {f"DPS does so more than {name}": fall(each.loc[f"DPS less {name}"], "difference") for name in rivals}
+    read["DPS tags more films as the user does"] = tagged
     claims = [
         Claim(name, "the interval lies above 0", found, decide(found["low"], found["high"]))
         for name, found in read.items()
     ]
-    tables = {
-        "at KL": at,
-        "K": pd.concat(sizes, ignore_index=True),
-        "against CAD": against.reset_index(names="compared"),
-        "strengths": sweep.to_frame(),
-    }
     return Findings(tables, claims)
 
 
-def compared(sweep: SteeringSweep, pairs: Mapping[str, tuple[str, str]], config: Steering) -> pd.DataFrame:
+def vectors_of(users: Sequence[User], config: Steering, lab: Lab) -> dict[str, Any]:
+    """Methods that add a vector of each user, or of the user after."""
+    prompt, model = config.prompt.config(), lab.model
+    settings = {"prompt": prompt.to_dict(), "examples": config.vector_examples}
+    about = {"call": "vectors", "model": describe_model(model), "data": data_digest(users, []), **settings}
+    folder = RunFolder(lab.out / "vectors", about)
+
+    def make(user: User) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"max_examples": config.vector_examples, "prompt": prompt}
+        try:
+            steerx = dps.steerx_vector(model, user, **options).values
+        except NothingDrivenError:
+            steerx = torch.zeros(model.cfg.d_model)
+        return {"stylevector": dps.style_vector(model, user, **options).values, "steerx": steerx}
+
+    made = {user.id: kept(folder, user.id, partial(make, user)) for user in users}
+    layer, ids = model.cfg.n_layers // 2, list(made)
+    found: dict[str, Any] = {}
+    for name in VECTORS:
+        own = {user: SteeringVector(values[name], layer) for user, values in made.items()}
+        found[name] = ("vector", own)
+        found[other(name)] = ("vector", {user: own[after] for user, after in zip(ids, [*ids[1:], ids[0]], strict=True)})
+    return found
+
+
+def other(name: str) -> str:
+    return f"{name}, another user's"
+
+
+def tagging(config: Steering, lab: Lab) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Accuracy and macro-F1 by K and strength, and the difference of accuracy that is decided by."""
+    users, prompt = tag_users(config.films), config.tag_prompt.config()
+    scores = lab.scores(users, "tagging", prompt=prompt)
+    ks, strengths = sorted({*config.tag_ks, config.k}), sorted({*config.tag_strengths, 1.0})
+    tagged = Tagging(lab.model, users, scores, ks, strengths, prompt, config.seed)
+    table = accuracies(tagged.run(lab.out / "tags"))
+    row = table.set_index(["method", "metric"]).loc[(method(f"dps, K {config.k}", 1.0), "accuracy")]
+    return table, {"mean": row["to rag"], "low": row["to rag_low"], "high": row["to rag_high"]}
+
+
+def compared(
+    sweep: SteeringSweep, pairs: Mapping[str, tuple[str, str]], config: Steering, level: float = 0.95
+) -> pd.DataFrame:
     """One method less another at equal KL: the second takes the place of the first one's random heads."""
     rows = {}
-    for name, (one, other) in pairs.items():
+    for name, (one, two) in pairs.items():
         control = f"{one} (random)"
-        change, kl = ({one: part[one], control: part[other]} for part in (sweep.change, sweep.kl))
+        change, kl = ({one: part[one], control: part[two]} for part in (sweep.change, sweep.kl))
         both = SteeringSweep(sweep.strengths, sweep.user_ids, sweep.example_ids, sweep.nll, change, kl)
-        rows[name] = both.at_kl(config.decided_at).set_index("method").loc[one]
+        rows[name] = both.at_kl(config.decided_at, level).set_index("method").loc[one]
     return pd.DataFrame(rows).T.astype({"difference": float, "difference_low": float, "difference_high": float})
 
 

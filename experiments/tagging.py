@@ -6,8 +6,8 @@ answer that does not look at the profile is right for one of three at most. Ever
 habit; the user's other films are the history.
 
 The answer is that of LaMP-2's 15 tags with the highest log-probability under steering, less the tag's mean over all
-held-out films (batch calibration, arXiv 2309.17249): a small model writes none of the tags, and prefers the same one for
-every film.
+held-out films (batch calibration, arXiv 2309.17249): a small model writes none of the tags, and prefers the same one
+for every film.
 """
 
 import json
