@@ -21,7 +21,7 @@ from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Scale, window
 from dps_lens.model import Runner, runs_native
 from dps_lens.steering import rules
-from dps_lens.steering.generate import _early_layers
+from dps_lens.steering.generate import layers_to_contrast
 from dps_lens.steering.sampling import Sampler
 
 GAP = 1e-4  # nearer than this, rounding may decide; none may occur here
@@ -330,10 +330,10 @@ def test_dola_contrasts_with_the_farthest_layer(tinies, requests_of, architectur
             assert np.abs(pairs[:, 0] - pairs[:, 1]).min() > GAP
 
 
-def test_early_layers_are_every_second_one_of_the_lower_half():
+def testlayers_to_contrast_are_every_second_one_of_the_lower_half():
     expected = {2: [1], 3: [1], 4: [2], 8: [2, 4], 12: [2, 4, 6], 30: [2, 4, 6, 8, 10, 12, 14]}
     for n_layers, layers in expected.items():
-        assert _early_layers(SimpleNamespace(cfg=SimpleNamespace(n_layers=n_layers)), None) == layers
+        assert layers_to_contrast(SimpleNamespace(cfg=SimpleNamespace(n_layers=n_layers)), None) == layers
 
 
 @pytest.mark.parametrize("positions", ["all", "profile"])
