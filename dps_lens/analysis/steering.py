@@ -235,7 +235,9 @@ class _Asked:
         Raises:
             SteeringError: a rule is unknown, or what it needs was not given.
         """
-        rules, named, families, vectors = {}, {}, {}, {}
+        rules, named = {}, {}
+        families: dict[str, Any] = {}
+        vectors: dict[str, Any] = {}
         for name, method in methods.items():
             named[name], given = (method, None) if isinstance(method, str) else method
             rule = rules[name] = find_rule(named[name])
