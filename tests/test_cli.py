@@ -1,5 +1,7 @@
 """The command line, as a user types it."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -7,18 +9,44 @@ import signal
 import subprocess
 import sys
 import urllib.request
+import warnings
 
 import pytest
 from conftest import write_jsonl
 
 import dps_lens as dps
+from dps_lens.cli import main
 from dps_lens.evaluation import Evaluation
 
+pytestmark = pytest.mark.usefixtures("unchecked")
 
-def run(*arguments, cwd=None, said=None):
-    environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "dps_lens.cli", *map(str, arguments)]
+COMMAND = (sys.executable, "-m", "dps_lens.cli")
+ENVIRONMENT = {"COLUMNS": "120", "NO_COLOR": "1"}
+
+
+def spawn(*arguments, cwd=None, said=None):
+    """Run a command as a process of its own."""
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
+    command = [*COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, input=said, check=False)
+
+
+def run(*arguments, cwd=None):
+    """Run a command in this process, which has loaded the libraries that a process of its own takes seconds to load."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["dps-lens", *map(str, arguments)])
+        if cwd:
+            patch.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +61,7 @@ def scored(tmp_path_factory, model):
 
 
 def test_help_answers_at_once_and_names_every_command():
-    done = run("--help")
+    done = spawn("--help")
     assert done.returncode == 0
     for command in ("score", "steer", "demo", "compare", "ablate", "evaluate", "fetch", "report", "explore", "merge"):
         assert command in done.stdout
@@ -184,7 +212,7 @@ def test_chat_answers_turn_by_turn(model, tmp_path):
     said = "hello there\n/gamma 0\n/gamma x\nmore of it\n/plain\n/new\nhello there\n/what\n/quit\nnever read\n"
     common = ("steer", "--chat", "--heads", "L0H1,L2H3", "--model", model, "--max-new-tokens", 5, "--gamma", 2)
     out = tmp_path / "said.jsonl"
-    done = run(*common, "--out", out, said=said)
+    done = spawn(*common, "--out", out, said=said)
     assert done.returncode == 0, done.stderr
     noted = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(line["prompt"], line["gamma"]) for line in noted] == [
@@ -286,7 +314,7 @@ def interruptible():
 def test_explore_serves_the_page_here_only(scored, model, interruptible):
     out, _ = scored
     arguments = ["explore", out, "--port", 0, "--k", 3, "--ks", "1,2", "--gammas", 1, "--max-new-tokens", 4]
-    command = [sys.executable, "-m", "dps_lens.cli", *map(str, arguments), "--model", model]
+    command = [*COMMAND, *map(str, arguments), "--model", model]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
     ) as server:
