@@ -12,7 +12,7 @@ DeCoRe with retrieval heads, StyleVector and SteerX, each. (6) At γ = 1 it tags
 profile alone.
 
 Measure. Newest headlines, teacher-forced; heads chosen on older documents by users of other folds. Change of the NLL
-at strengths 0.125 to 4, at the strength where the mean KL(steered ‖ full) is 0.1 nats a token (also 0.02 and 0.3);
+at strengths 0.03 to 4, at the strength where the mean KL(steered ‖ full) is 0.1 nats a token (also 0.02 and 0.3);
 the Pareto of personalisation and fluency is this change over that KL. K of 3, 10 and 30 for DPS and amplification.
 DoLa is `log p − strength · log p_j`, with no token ruled out. Vectors are of each user's 4 newest older documents, half
 way up the model, added with the profile in the prompt; a user without a preference-driven token has no SteerX and a
@@ -57,7 +57,7 @@ class Steering(Config):
     k: int = 10
     ks: tuple[int, ...] = (3, 10, 30)
     kinds: tuple[str, ...] = ("induction", "retrieval")
-    strengths: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+    strengths: tuple[float, ...] = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
     kls: tuple[float, ...] = (0.02, 0.1, 0.3)
     decided_at: float = 0.1
     n_random: int = 4
