@@ -3,7 +3,8 @@
     python -m experiments.exp_transfer [--config FILE.yaml] [--out runs/transfer]
 
 Question. Are the top heads of bloggers those of authors of abstracts? Are those of older documents those of newer ones?
-In a second model (`second: ID or folder` in the config; none by default), do they lie at a similar relative depth, and
+In a second model (`second: ID or folder` in the config; by default Pythia-160M or GPT-2,
+where the Hub's cache on this machine holds one), do they lie at a similar relative depth, and
 does it see the same users as alike?
 
 Hypotheses. (1) Domain: the top 10 of bloggers and of authors overlap more than random sets of the same layers.
@@ -22,10 +23,12 @@ Decision rule. One-sided p by these controls: supported at most 0.0125 (four hyp
 else undecided. Hypotheses of a model that is not there are left out.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float
 from scipy.stats import spearmanr, wasserstein_distance
 
@@ -37,6 +40,7 @@ from experiments.exp_existence import taken
 from experiments.setup import Claim, Config, Findings, Lab, Outcome, main
 
 LEVEL, LOOSE = 0.0125, 0.05
+SMALL = ("EleutherAI/pythia-160m", "openai-community/gpt2")
 
 
 class Transfer(Config):
@@ -64,12 +68,21 @@ def measure(config: Transfer, lab: Lab) -> Findings:
         by_p("bloggers and authors share top heads", float(p["domain"])),
         by_p("older and newer documents share top heads", float(p["time"])),
     ]
-    tables = {"overlap": overlaps, "depth": pd.DataFrame({"model": "first", **depth_row(scores)}, index=[0])}
-    if config.second:
-        found, more = across_models(users, scores, config, lab)
+    tables = {"overlap": overlaps, "depth": pd.DataFrame([{"model": Path(config.model).name, **depth_row(scores)}])}
+    if second := config.second or cached(SMALL):
+        found, more = across_models(users, scores, second, config, lab)
         tables["models"], tables["depth"] = found, more
         claims += [by_p(str(row["hypothesis"]), float(row["p"])) for row in found.to_dict("records")]
     return Findings(tables, claims)
+
+
+def cached(names: Sequence[str], cache: Path | None = None) -> str | None:
+    """The first of these models that the Hub's cache on this machine holds."""
+    for name in names:
+        files = [try_to_load_from_cache(name, file, cache_dir=cache) for file in ("config.json", "model.safetensors")]
+        if all(isinstance(file, str) for file in files):
+            return name
+    return None
 
 
 def part(scores: HeadScores, *, newer: bool) -> HeadScores:
@@ -114,10 +127,10 @@ def depth_row(scores: HeadScores) -> dict[str, float]:
 
 
 def across_models(
-    users: list[User], scores: HeadScores, config: Transfer, lab: Lab
+    users: list[User], scores: HeadScores, name: str, config: Transfer, lab: Lab
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Relative depth, and the likeness of users, in two models."""
-    other = Lab(config.model_copy(update={"model": str(config.second)}), Path(lab.out))
+    other = Lab(config.model_copy(update={"model": name}), Path(lab.out))
     second, rng = other.scores(users), np.random.default_rng(config.seed)
     one, two = by_layer(scores), by_layer(second)
     at = depths(len(one)), depths(len(two))
@@ -141,8 +154,8 @@ def across_models(
             "p": add_one_p(alike, permuted),
         },
     ]
-    depth = pd.DataFrame([{"model": name, **depth_row(s)} for name, s in (("first", scores), ("second", second))])
-    return pd.DataFrame(rows), depth
+    measured = ((config.model, scores), (name, second))
+    return pd.DataFrame(rows), pd.DataFrame([{"model": Path(of).name, **depth_row(found)} for of, found in measured])
 
 
 def similarity(one: Float[np.ndarray, "user head"], two: Float[np.ndarray, "user other"]) -> float:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dps_lens.scores import HeadScores
-from experiments.exp_transfer import by_layer, depth_row, part, similarity
+from experiments.exp_transfer import by_layer, cached, depth_row, part, similarity
 
 
 def scores_of(values: torch.Tensor, ids: list[str]) -> HeadScores:
@@ -33,3 +33,17 @@ def test_users_who_are_alike_in_both_are_found():
     two = (kinds @ rng.normal(size=(40, 60)))[users] + 0.3 * rng.normal(size=(12, 60))
     assert similarity(one, two) > 0.5
     assert abs(similarity(one, rng.permutation(two))) < 0.4
+
+
+def test_a_second_model_is_taken_where_the_cache_holds_its_weights(tmp_path):
+    names = ("some/half", "some/whole")
+    for name, files in zip(names, (["config.json"], ["config.json", "model.safetensors"]), strict=True):
+        place = tmp_path / f"models--{name.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("abc")
+        (place / "snapshots" / "abc").mkdir(parents=True)
+        for file in files:
+            (place / "snapshots" / "abc" / file).write_text("{}")
+    assert cached(names, tmp_path) == "some/whole"
+    assert cached(names[:1], tmp_path) is None
+    assert cached(("some/other",), tmp_path) is None
