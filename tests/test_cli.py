@@ -99,7 +99,7 @@ def test_score_on_workers_and_in_shards_is_the_same(scored, model, tmp_path, mon
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     options = ("--model", model, "--max-users", 3, "--examples", 1)
-    done = run("score", "--out", tmp_path / "ray", *options, "--workers", 2)
+    done = spawn("score", "--out", tmp_path / "ray", *options, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert "last step: 3 units on " in done.stderr
     for shard in ("1/2", "2/2"):

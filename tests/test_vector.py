@@ -179,7 +179,7 @@ def test_bad_input_says_what_to_do(llama, probe):
         dps.style_vector(llama.hooked, probe[0], layer=99)
     with pytest.raises(SteeringError, match="holds no answer to example"):
         dps.style_vector(llama.hooked, probe[0], generic={}, prompt=PROMPT)
-    with pytest.raises(SteeringError, match="adds vectors"):
+    with pytest.raises(SteeringError, match="needs a vector a user"):
         dps.steering_sweep(llama.hooked, probe[:2], {"x": "vector"}, progress=False)
 
 
