@@ -25,7 +25,8 @@ Control. 4 random sets of the same layers for every set of heads, at the same KL
 Decision rule. At KL 0.1 and K = 10, by 95% intervals over users of (1) the fall of the NLL; (2), (3), (4), (5) the
 paired differences of that fall, those of (5) at 98.75%, all four of them; (6) the paired difference of accuracy.
 Supported above 0, not supported below or at 0, else undecided (also where a method does not reach this KL). (5) and (6)
-were stated when (1) to (4) had been measured, and before their own measurement.
+were stated when (1) to (4) had been measured, and before their own measurement; strengths below 0.125 were added after
+it, as the weakest DoLa was stronger than the KL that is decided at.
 """
 
 from collections.abc import Mapping, Sequence
