@@ -71,7 +71,8 @@ def test_a_second_model_is_compared(smoke, tiny_folders):
     out = smoke("transfer", second=str(tiny_folders["gpt2"]))
     claims = json.loads((out / "verdict.json").read_text())
     assert [claim["hypothesis"] for claim in claims][2:] == ["the same relative depth", "the same users are alike"]
-    assert "second" in (out / "tables" / "depth.csv").read_text()
+    names = [tiny_folders[architecture].name for architecture in ("llama", "gpt2")]
+    assert pd.read_csv(out / "tables" / "depth.csv")["model"].tolist() == names
 
 
 def test_one_command_draws_what_was_run(smoke, tmp_path, browser_path):
