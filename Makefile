@@ -12,7 +12,7 @@ help:
 	@echo "make test       the tests"
 	@echo "make test-full  the tests, with those that take minutes"
 	@echo "make test-tl3   the tests with a HookedTransformer of transformer-lens 3.9"
-	@echo "make check      lint and types"
+	@echo "make check      lint, types, and which package may import which"
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,7 @@ check: $(VENV)/.dev docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .

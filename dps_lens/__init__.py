@@ -1,59 +1,117 @@
 """dps_lens: find the attention heads that carry a user's preferences, prove it, and steer with them."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_API = {
-    "DPSLensError": "errors",
-    "Endpoint": "evaluation",
-    "Head": "heads",
-    "HeadScores": "scores",
-    "HeadSet": "heads",
-    "PromptConfig": "data",
-    "RayEngine": "cluster",
-    "SetEffects": "analysis",
-    "Shard": "cluster",
-    "SteeringVector": "steering",
-    "ablate": "intervene",
-    "ablated_generation": "analysis",
-    "ablation_cost": "analysis",
-    "ablation_curve": "analysis",
-    "attention_pattern": "analysis",
-    "build_prompt": "data",
-    "chat_prompt": "data",
-    "check_model": "model",
-    "cluster_users": "analysis",
-    "evaluate": "evaluation",
-    "explore": "explorer",
-    "export_lora": "steering.lora",
-    "generate": "steering",
-    "held_out_effects": "analysis",
-    "judge": "evaluation",
-    "load_model": "model",
-    "load_users": "data",
-    "logits_processor": "steering.processor",
-    "measure_noise": "analysis",
-    "merge_runs": "cluster",
-    "overlap": "analysis",
-    "patch_heads": "analysis",
-    "preference_vector": "analysis",
-    "profile_attention": "analysis",
-    "random_heads": "families",
-    "record_z": "intervene",
-    "reference_heads": "families",
-    "score_heads": "scoring",
-    "screening_recall": "analysis",
-    "significant_heads": "analysis",
-    "split_half": "analysis",
-    "stability": "analysis",
-    "steering_grid": "evaluation",
-    "steering_sweep": "analysis",
-    "steerx_vector": "steering",
-    "style_vector": "steering",
-    "vector_recovery": "analysis",
+if TYPE_CHECKING:
+    from dps_lens import plots
+    from dps_lens.adapters import export_lora, logits_processor
+    from dps_lens.data import Document, Example, Note, Prompt, PromptConfig, User, build_prompt, chat_prompt, load_users
+    from dps_lens.engines import RayEngine, Shard, merge_runs
+    from dps_lens.errors import DPSLensError
+    from dps_lens.evaluation import (
+        AblatedTexts,
+        Endpoint,
+        EvaluateConfig,
+        Evaluation,
+        Metric,
+        SteeredText,
+        SteeringGrid,
+        SteeringSweep,
+        Verdicts,
+        ablated_generation,
+        evaluate,
+        judge,
+        steering_grid,
+        steering_sweep,
+    )
+    from dps_lens.explorer import Exploration, explore
+    from dps_lens.families import Family, FunctionVector, Repeated, Retrieval, reference_heads
+    from dps_lens.heads import Head, HeadSet
+    from dps_lens.intervene import Ablation, Context, Mean, Patch, Uniform, Zero, ablate, record_z
+    from dps_lens.model import HookedModel, check_model, load_model
+    from dps_lens.result import Result
+    from dps_lens.scores import HeadScores, NoiseFloor
+    from dps_lens.scoring import Objective, ScoreConfig, score_heads
+    from dps_lens.selection import random_heads
+    from dps_lens.stats import (
+        Overlap,
+        Significance,
+        UserClusters,
+        cluster_users,
+        overlap,
+        screening_recall,
+        significant_heads,
+        split_half,
+        stability,
+    )
+    from dps_lens.steering import DecodeConfig, Generation, Sampling, SteeringVector, Term, TextStream, generate
+    from dps_lens.validation import (
+        AttentionPattern,
+        HeldOutConfig,
+        SetEffects,
+        VectorConfig,
+        ablation_cost,
+        ablation_curve,
+        attention_pattern,
+        held_out_effects,
+        measure_noise,
+        patch_heads,
+        profile_attention,
+        vector_recovery,
+    )
+    from dps_lens.vectors import preference_vector, steerx_vector, style_vector
+    from dps_lens.work import Engine, RunConfig
+
+_MODULES = {
+    "adapters": "export_lora logits_processor",
+    "data": "Document Example Note Prompt PromptConfig User build_prompt chat_prompt load_users",
+    "engines": "RayEngine Shard merge_runs",
+    "errors": "DPSLensError",
+    "evaluation": (
+        "AblatedTexts Endpoint EvaluateConfig Evaluation Metric SteeredText SteeringGrid SteeringSweep "
+        "Verdicts ablated_generation evaluate judge steering_grid steering_sweep"
+    ),
+    "explorer": "Exploration explore",
+    "families": "Family FunctionVector Repeated Retrieval reference_heads",
+    "heads": "Head HeadSet",
+    "intervene": "Ablation Context Mean Patch Uniform Zero ablate record_z",
+    "model": "HookedModel check_model load_model",
+    "result": "Result",
+    "scores": "HeadScores NoiseFloor",
+    "scoring": "Objective ScoreConfig score_heads",
+    "selection": "random_heads",
+    "stats": (
+        "Overlap Significance UserClusters cluster_users overlap screening_recall significant_heads "
+        "split_half stability"
+    ),
+    "steering": "DecodeConfig Generation Sampling SteeringVector Term TextStream generate",
+    "validation": (
+        "AttentionPattern HeldOutConfig SetEffects VectorConfig ablation_cost ablation_curve "
+        "attention_pattern held_out_effects measure_noise patch_heads profile_attention vector_recovery"
+    ),
+    "vectors": "preference_vector steerx_vector style_vector",
+    "work": "Engine RunConfig",
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-__all__ = [*_API, "plots"]  # noqa: PLE0604
+# fmt: off
+__all__ = [
+    "AblatedTexts", "Ablation", "AttentionPattern", "Context", "DPSLensError", "DecodeConfig", "Document",
+    "Endpoint", "Engine", "EvaluateConfig", "Evaluation", "Example", "Exploration", "Family", "FunctionVector",
+    "Generation", "Head", "HeadScores", "HeadSet", "HeldOutConfig", "HookedModel", "Mean", "Metric", "NoiseFloor",
+    "Note", "Objective", "Overlap", "Patch", "Prompt", "PromptConfig", "RayEngine", "Repeated", "Result",
+    "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance", "SteeredText",
+    "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream", "Uniform", "User", "UserClusters",
+    "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost", "ablation_curve",
+    "attention_pattern", "build_prompt", "chat_prompt", "check_model", "cluster_users", "evaluate", "explore",
+    "export_lora", "generate", "held_out_effects", "judge", "load_model", "load_users", "logits_processor",
+    "measure_noise", "merge_runs", "overlap", "patch_heads", "plots", "preference_vector", "profile_attention",
+    "random_heads", "record_z", "reference_heads", "score_heads", "screening_recall", "significant_heads",
+    "split_half", "stability", "steering_grid", "steering_sweep", "steerx_vector", "style_vector",
+    "vector_recovery",
+]
+# fmt: on
 __version__ = "0.1.0"
 
 
@@ -61,9 +119,9 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `import dps_lens` stays quick."""
     if name == "plots":
         return import_module("dps_lens.plots")
-    if name not in _API:
+    if name not in _HOME:
         raise AttributeError(f"module 'dps_lens' has no attribute {name!r}")
-    return getattr(import_module(f"dps_lens.{_API[name]}"), name)
+    return getattr(import_module(f"dps_lens.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -47,3 +47,7 @@ class EvaluationError(DPSLensError, ValueError):
 
 class PlotError(DPSLensError, ValueError):
     """A figure that cannot be drawn or written as asked."""
+
+
+class ExtensionError(DPSLensError, ValueError):
+    """An object of somebody's own cannot be loaded from its import path."""

@@ -1,12 +1,12 @@
 """Files that are either whole or absent."""
 
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,9 +39,9 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | Path, value: object, *, sort_keys: bool = True) -> None:
     """Write `value` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, sort_keys=sort_keys) + "\n")
 
 
 def write_tensors(
@@ -52,6 +52,11 @@ def write_tensors(
     contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, dict(metadata or {}))
+
+
+def tensor_digest(values: torch.Tensor) -> str:
+    """Of the numbers, whatever their dtype."""
+    return hashlib.sha256(values.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:

@@ -1,9 +1,9 @@
 """Attention heads: one head, and ordered sets of them."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from jaxtyping import Bool
@@ -78,6 +78,10 @@ class HeadSet:
     def __contains__(self, head: object) -> bool:
         return head in self.heads
 
+    @overload
+    def __getitem__(self, index: int) -> Head: ...
+    @overload
+    def __getitem__(self, index: slice) -> "HeadSet": ...
     def __getitem__(self, index: int | slice) -> "Head | HeadSet":
         return HeadSet(self.heads[index], self.label, self.shape) if isinstance(index, slice) else self.heads[index]
 
@@ -115,3 +119,7 @@ class HeadSet:
                 )
             mask[head] = True
         return mask
+
+
+HeadsLike: TypeAlias = HeadSet | Sequence[HeadSet]
+"""One set for all rows of a batch, or one set a row."""

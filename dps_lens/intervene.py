@@ -1,33 +1,27 @@
 """Ablations of attention heads, on `hook_z`, as context managers.
 
-One vocabulary for scoring, validation and steering. `z` is a head's output before `W_O`,
-`blocks.{layer}.attn.hook_z`, shape `[batch pos head d_head]`:
-
-- `zero`: z := 0.
-- `mean`: z := a given mean per head.
-- `patch`: z := the z of another run at the same positions.
-- `uniform`: attention spread evenly over the positions that the query sees, so that z is the mean
-  of v over them; set at `hook_attn_scores`, and therefore run on the hooked attention.
+One vocabulary for scoring, validation and steering: an `Ablation` says what stands in the place of a head's z,
+its output before `W_O`, `blocks.{layer}.attn.hook_z`, shape `[batch pos head d_head]`. `Zero`, `Mean`, `Patch` and
+`Uniform` have their names as shorthands; a subclass of your own is taken wherever a name is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dps_lens.data import Example, Prompt, PromptConfig, Shown, build_prompt
 from dps_lens.errors import InterventionError
-from dps_lens.heads import HeadSet
-from dps_lens.model import HookedModel, Runner, native_attention, runs_native
-
-Ablation: TypeAlias = Literal["zero", "mean", "patch", "uniform"]
-Positions: TypeAlias = Literal["all", "response", "profile"]
-ABLATIONS: tuple[Ablation, ...] = ("zero", "mean", "patch", "uniform")
-POSITIONS: tuple[Positions, ...] = ("all", "response", "profile")
+from dps_lens.extensions import settings_of
+from dps_lens.heads import HeadSet, HeadsLike
+from dps_lens.literals import DIRECTIONS, POSITIONS, Direction, Positions
+from dps_lens.model import HookedModel, ModelConfig, native_attention, runner_of, runs_native
 
 Selection: TypeAlias = slice | Tensor | None
 """Positions of a pass that are edited: a slice, `Bool[Tensor, "row pos"]`, or None for none."""
@@ -36,19 +30,185 @@ Where: TypeAlias = Callable[[int], Selection]
 """Maps the number of positions in a pass to those that are edited."""
 
 
-@runtime_checkable
-class HasSpans(Protocol):
-    """A prompt, as far as an ablation looks at it."""
-
-    @property
-    def spans(self) -> dict[str, tuple[int, int]]:
-        """`"profile"`, `"task"` and `"response"` as `(start, stop)`."""
-        ...
-
-
 def everywhere(n_pos: int) -> Selection:
     """Edit every position of every pass."""
     return slice(None)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an ablation may look at to find its values for a prompt.
+
+    Attributes:
+        model: the hooked model.
+        examples: discovery examples of all users, never evaluation examples.
+        condition: what the prompt shows: `"own"`, `"no_profile"`, `"other_user"` or `"neutral"`.
+        positions: where heads are ablated.
+        prompt_config: how prompts are built.
+        means: by condition, the mean z of every head over the edited positions of the examples; for `Mean` only.
+    """
+
+    model: HookedModel
+    examples: Sequence[Example] = ()
+    condition: str = "own"
+    positions: "Positions" = "response"
+    prompt_config: PromptConfig = field(default_factory=PromptConfig)
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def build(self, example: Example, profile: Shown | None = None) -> Prompt:
+        """The prompt of an example, built as all others are; with its own profile where this condition shows one."""
+        profile = profile or ("own" if self.condition in ("own", "other_user") else "none")
+        return build_prompt(self.model, example, profile, config=self.prompt_config)
+
+    def z(self, prompt: Prompt) -> Float[Tensor, "layer pos head d_head"]:
+        """z of a prompt's clean run at its edited positions; the last response token is read, never run."""
+        z = record_z(self.model, prompt, positions=self.positions)
+        return z if self.positions == "profile" else z[:, :-1]
+
+
+class Ablation(ABC):
+    """What stands in the place of the z of the heads that are ablated.
+
+    Subclasses are frozen dataclasses, so that their fields are in the manifest of what they were used for. They give
+    a `name`, and either `values_for`, what a prompt's z is replaced by, or `replace`, what becomes of a z.
+
+    Attributes:
+        name: as it stands in manifests.
+        site: the hook that is edited: `"hook_z"`, or `"hook_attn_scores"`, `[row head query key]`, which only the
+            hooked attention computes.
+    """
+
+    name: ClassVar[str]
+    site: ClassVar[Literal["hook_z", "hook_attn_scores"]] = "hook_z"
+
+    def values_for(self, prompt: Prompt, context: Context) -> Tensor | None:
+        """`[layer head d_head]`, or `[layer pos head d_head]` over the edited positions of the prompt, or None."""
+        return None
+
+    def replace(self, activation: Tensor, values: Tensor | None) -> Tensor:
+        """What an activation becomes where heads are ablated.
+
+        Args:
+            activation: z `[row pos head d_head]`, or attention scores.
+            values: of `values_for` in this layer, laid out like z.
+        """
+        return activation.new_zeros(()) if values is None else values
+
+    def standalone(self, call: str, *, decoding: bool = True) -> Tensor | None:
+        """Values where no users' examples are at hand: in `ablate`, and while text is written.
+
+        Raises:
+            InterventionError: this ablation needs examples, or a run of the same tokens.
+        """
+        if type(self).values_for is Ablation.values_for:
+            return None
+        raise InterventionError(
+            f"{call}: ablation {self.name!r} takes its values from the users' examples, which only score_heads and the "
+            "calls that test heads look at; use 'zero', 'uniform' or Mean(z=…)"
+        )
+
+    def settings(self) -> Any:
+        """The name, with the fields where there are any, for a manifest."""
+        return settings_of(self.name, self)
+
+
+@dataclass(frozen=True)
+class Zero(Ablation):
+    """z := 0."""
+
+    name: ClassVar[str] = "zero"
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Ablation):
+    """z := its mean per head, over the edited positions of discovery examples, for each condition on its own.
+
+    Attributes:
+        z: `Float[Tensor, "layer head d_head"]`, such as `scores.tensors["mean.own"]`, where no examples are at hand.
+    """
+
+    name: ClassVar[str] = "mean"
+    z: Tensor | None = None
+
+    def values_for(self, prompt: Prompt, context: Context) -> Tensor | None:
+        if self.z is not None:
+            return self.z
+        # Text that is nobody's is nearest to a task without a profile.
+        return context.means.get(context.condition, context.means.get("no_profile", context.means.get("own")))
+
+    def standalone(self, call: str, *, decoding: bool = True) -> Tensor | None:
+        if self.z is None:
+            raise InterventionError(
+                f"{call}: ablation 'mean' needs the means: Mean(z=scores.tensors['mean.own']) of scores with this "
+                "ablation, or Mean(z=record_z(…).mean(1))"
+            )
+        return self.z
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(Ablation):
+    """z := the z of another run at the same positions (activation patching).
+
+    Attributes:
+        z: `Float[Tensor, "layer pos head d_head"]` over the edited positions; calls that know the other run record it.
+        direction: `"noising"` puts the counterfactual run's z into the profile run; `"denoising"` the reverse.
+    """
+
+    name: ClassVar[str] = "patch"
+    z: Tensor | None = None
+    direction: "Direction" = "noising"
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise InterventionError(f"Patch: direction {self.direction!r} is unknown; use {' or '.join(DIRECTIONS)}")
+
+    def values_for(self, prompt: Prompt, context: Context) -> Tensor | None:
+        return self.standalone("patch", decoding=False)
+
+    def standalone(self, call: str, *, decoding: bool = True) -> Tensor | None:
+        if decoding or self.z is None:
+            raise InterventionError(
+                f"{call}: ablation 'patch' needs the z of another run of the same tokens"
+                + (", which is not there while text is written; use 'zero', 'uniform' or Mean(z=…)" if decoding else
+                   ": Patch(z=record_z(…))")
+            )  # fmt: skip
+        return self.z
+
+    def settings(self) -> Any:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Uniform(Ablation):
+    """Attention spread evenly over the positions that the query sees, so that z is the mean of v over them."""
+
+    name: ClassVar[str] = "uniform"
+    site: ClassVar[Literal["hook_z", "hook_attn_scores"]] = "hook_attn_scores"
+
+    def replace(self, activation: Tensor, values: Tensor | None) -> Tensor:
+        # Masked keys hold the dtype's minimum or -inf; equal scores elsewhere give equal weights.
+        return activation.masked_fill(activation > torch.finfo(activation.dtype).min / 2, 0)
+
+
+AblationLike: TypeAlias = Ablation | str
+"""An ablation, or the name of one."""
+
+ABLATIONS: dict[str, type[Ablation]] = {one.name: one for one in (Zero, Mean, Patch, Uniform)}
+
+
+def find_ablation(asked: AblationLike) -> Ablation:
+    """An ablation by name, or the object itself.
+
+    Raises:
+        InterventionError: the name is unknown.
+    """
+    if isinstance(asked, Ablation):
+        return asked
+    if asked not in ABLATIONS:
+        raise InterventionError(
+            f"ablation {asked!r} is unknown; use one of {', '.join(ABLATIONS)}, or an Ablation of your own"
+        )
+    return ABLATIONS[asked]()
 
 
 @dataclass(frozen=True)
@@ -57,76 +217,63 @@ class Edit:
 
     Attributes:
         masks: `Bool[Tensor, "row layer head"]`; a single row serves every row of a batch.
-        ablation: one of `ABLATIONS`.
+        ablation: what is put there.
         where: which positions are edited.
-        values: for `mean` `Float[Tensor, "layer head d_head"]`, for `patch`
-            `Float[Tensor, "layer pos head d_head"]` over the edited positions.
-        growing: rows may join from layer to layer (`Runner.resume`); a layer then uses the first masks.
+        values: of the ablation: `[layer head d_head]`, `[layer pos head d_head]` over the edited positions, or None.
+        rows_join: rows may join from layer to layer (`Runner.resume`); a layer then uses the first masks.
     """
 
     masks: Bool[Tensor, "row layer head"]
-    ablation: Ablation = "zero"
+    ablation: Ablation = field(default_factory=Zero)
     where: Where = everywhere
     values: Tensor | None = None
-    growing: bool = False
+    rows_join: bool = False
 
     def __post_init__(self) -> None:
-        if self.ablation not in ABLATIONS:
-            raise InterventionError(f"ablation {self.ablation!r} is unknown; use one of {', '.join(ABLATIONS)}")
-        needs = {"mean": 3, "patch": 4}.get(self.ablation)
-        if needs and (self.values is None or self.values.ndim != needs):
-            shape = "layer head d_head" if needs == 3 else "layer pos head d_head"
-            raise InterventionError(f"ablation {self.ablation!r} needs values= of shape [{shape}]")
-        if not needs and self.values is not None:
-            raise InterventionError(f"ablation {self.ablation!r} takes no values=")
+        if self.values is not None and self.values.ndim not in (3, 4):
+            raise InterventionError(
+                f"ablation {self.ablation.name!r}: values are [layer head d_head] or [layer pos head d_head], found "
+                f"{list(self.values.shape)}"
+            )
 
     @contextmanager
     def on(self, model: HookedModel) -> Iterator[None]:
         """Apply the edit to every pass inside; hooks sit on the masked layers only."""
-        if self.ablation == "uniform" and runs_native(model):
+        if self.ablation.site != "hook_z" and runs_native(model):
             raise InterventionError(
-                "ablation 'uniform' edits attention scores, which native_attention does not compute"
+                f"ablation {self.ablation.name!r} edits attention scores, which native_attention does not compute"
             )
-        name, edit = ("hook_attn_scores", self._scores) if self.ablation == "uniform" else ("hook_z", self._z)
         layers = self.masks.any(dim=0).any(dim=-1).nonzero().flatten().tolist()
-        hooks = [(f"blocks.{layer}.attn.{name}", partial(_call_with_layer, edit, layer)) for layer in layers]
+        hooks = [(f"blocks.{layer}.attn.{self.ablation.site}", partial(self._hook, layer)) for layer in layers]
         with model.hooks(fwd_hooks=hooks):
             yield
+
+    def replaced(self, layer: int, activation: Tensor) -> Tensor:
+        """What an activation becomes under this edit: z `[row pos head d_head]`, or scores `[row head query key]`."""
+        of_z = self.ablation.site == "hook_z"
+        n_pos = activation.shape[1 if of_z else 2]
+        where = self.where(n_pos)
+        if where is None:
+            return activation
+        values = None
+        if self.values is not None:
+            values = self.values[layer].to(device=activation.device, dtype=activation.dtype)
+            values = _spread(values, where, n_pos) if values.ndim == 3 else values
+        rows, positions = self._rows(layer, activation), _as_mask(where, n_pos, activation.device)
+        chosen = rows[:, None, :] & positions[:, :, None] if of_z else rows[:, :, None] & positions[:, None, :]
+        return torch.where(chosen[..., None], self.ablation.replace(activation, values), activation)
+
+    def _hook(self, layer: int, activation: Tensor, hook: object) -> Tensor | None:
+        edited = self.replaced(layer, activation)
+        return None if edited is activation else edited
 
     def _rows(self, layer: int, activation: Tensor) -> Tensor:
         mask, rows = self.masks[:, layer].to(activation.device), activation.shape[0]
         if len(mask) == 1 or len(mask) == rows:
             return mask
-        if self.growing:
+        if self.rows_join:
             return mask[:rows]
         raise InterventionError(f"the ablation holds {len(mask)} rows of heads, the batch has {rows} rows")
-
-    def replaced(self, layer: int, z: Tensor) -> Tensor:
-        """What `z`, `[row pos head d_head]`, becomes under this edit."""
-        edited = self._z(layer, z)
-        return z if edited is None else edited
-
-    def _z(self, layer: int, z: Tensor) -> Tensor | None:
-        where = self.where(z.shape[1])
-        if where is None:
-            return None
-        new: Tensor = z.new_zeros(())
-        if self.values is not None:
-            new = self.values[layer].to(device=z.device, dtype=z.dtype)
-            if self.ablation == "patch":
-                new = _spread(new, where, z.shape[1])
-        chosen = self._rows(layer, z)[:, None, :] & _as_mask(where, z.shape[1], z.device)[:, :, None]
-        return torch.where(chosen[..., None], new, z)
-
-    def _scores(self, layer: int, scores: Tensor) -> Tensor | None:
-        where = self.where(scores.shape[2])
-        if where is None:
-            return None
-        queries = _as_mask(where, scores.shape[2], scores.device)
-        chosen = self._rows(layer, scores)[:, :, None, None] & queries[:, None, :, None]
-        # Masked keys hold the dtype's minimum or -inf; equal scores elsewhere give equal weights.
-        visible = scores > torch.finfo(scores.dtype).min / 2
-        return torch.where(chosen & visible, scores.new_zeros(()), scores)
 
 
 @dataclass(frozen=True)
@@ -152,7 +299,7 @@ class Scale:
         with model.hooks(fwd_hooks=hooks):
             yield
 
-    def _z(self, factors: Tensor, z: Tensor, hook: Any) -> Tensor:
+    def _z(self, factors: Tensor, z: Tensor, hook: object) -> Tensor:
         where = self.where(z.shape[1])
         factors = factors.to(z)
         if isinstance(where, slice) and where == slice(None):
@@ -161,10 +308,6 @@ class Scale:
             return z
         chosen = _as_mask(where, z.shape[1], z.device)[:, :, None, None]
         return torch.where(chosen, z * factors, z)
-
-
-def _call_with_layer(edit: Callable[[int, Tensor], Tensor | None], layer: int, tensor: Tensor, hook: Any) -> Any:
-    return edit(layer, tensor)
 
 
 def _as_mask(where: slice | Tensor, n_pos: int, device: torch.device) -> Bool[Tensor, "row pos"]:
@@ -188,11 +331,11 @@ def _spread(values: Tensor, where: slice | Tensor, n_pos: int) -> Float[Tensor, 
 
 
 def attention_for(model: HookedModel, ablation: Ablation) -> AbstractContextManager[None]:
-    """`native_attention`, except for `uniform`, which edits attention scores."""
-    return nullcontext() if ablation == "uniform" else native_attention(model)
+    """`native_attention`, except for ablations of attention scores, which only the hooked attention computes."""
+    return native_attention(model) if ablation.site == "hook_z" else nullcontext()
 
 
-def row_masks(heads: "HeadSet | Sequence[HeadSet] | Tensor", cfg: Any) -> Bool[Tensor, "row layer head"]:
+def row_masks(heads: "HeadsLike | Tensor", cfg: ModelConfig) -> Bool[Tensor, "row layer head"]:
     """Head sets, or a ready mask, as one mask a row.
 
     Raises:
@@ -210,7 +353,7 @@ def row_masks(heads: "HeadSet | Sequence[HeadSet] | Tensor", cfg: Any) -> Bool[T
     return torch.stack([head_set.mask(cfg) for head_set in sets])
 
 
-def window(prompt: HasSpans | None, positions: Positions) -> Where:
+def window(prompt: Prompt | None, positions: Positions) -> Where:
     """Which positions of a pass an ablation edits.
 
     `response` starts at the last prompt token, the position whose logits give the first response
@@ -247,12 +390,11 @@ def window(prompt: HasSpans | None, positions: Positions) -> Where:
 @contextmanager
 def ablate(
     model: HookedModel,
-    heads: "HeadSet | Sequence[HeadSet] | Tensor",
+    heads: "HeadsLike | Tensor",
     *,
-    ablation: Ablation = "zero",
+    ablation: AblationLike = "zero",
     positions: Positions = "response",
-    prompt: HasSpans | None = None,
-    values: Tensor | None = None,
+    prompt: Prompt | None = None,
 ) -> Iterator[None]:
     """Ablate heads in every pass of the model inside the block.
 
@@ -261,12 +403,10 @@ def ablate(
     Args:
         model: a hooked model.
         heads: one set for all rows of a batch, one set a row, or `Bool[Tensor, "row layer head"]`.
-        ablation: `"zero"`, `"mean"`, `"patch"` or `"uniform"`.
+        ablation: `"zero"`, `"uniform"`, `Mean(z=…)`, `Patch(z=…)` or one of your own; `record_z` makes z.
         positions: `"all"`, `"response"` (from the last prompt token on) or `"profile"`.
         prompt: the prompt that is run; needed for `"response"` and `"profile"`. Every pass is then the
             whole prompt, with or without response, or one decoding step after it; rows are not padded.
-        values: for `"mean"` `[layer head d_head]`, for `"patch"` `[layer pos head d_head]` over the
-            edited positions; `record_z` makes both.
 
     Raises:
         HeadError: a head is outside the model.
@@ -275,38 +415,38 @@ def ablate(
     >>> with ablate(model, HeadSet.parse("L3H1"), positions="all"):
     ...     model("Dear diary,")
     """
-    with Edit(row_masks(heads, model.cfg), ablation, window(prompt, positions), values).on(model):
+    chosen = find_ablation(ablation)
+    values = chosen.standalone("ablate", decoding=False)
+    with Edit(row_masks(heads, model.cfg), chosen, window(prompt, positions), values).on(model):
         yield
 
 
 @contextmanager
 def recording_z(model: HookedModel, where: Where = everywhere) -> Iterator[dict[int, Tensor]]:
     """Collect `z` at the chosen positions of the pass inside; layer → `[row pos head d_head]`."""
-    found: dict[int, Tensor] = {}
+    recorded: dict[int, Tensor] = {}
 
-    def keep(layer: int, z: Tensor) -> None:
+    def keep(layer: int, z: Tensor, hook: object) -> None:
         chosen = where(z.shape[1])
         if isinstance(chosen, slice):
-            found[layer] = z[:, chosen].detach().clone()
+            recorded[layer] = z[:, chosen].detach().clone()
 
     layers = range(model.cfg.n_layers)
-    with model.hooks(
-        fwd_hooks=[(f"blocks.{layer}.attn.hook_z", partial(_call_with_layer, keep, layer)) for layer in layers]
-    ):
-        yield found
+    with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", partial(keep, layer)) for layer in layers]):
+        yield recorded
 
 
 @torch.inference_mode()
 def record_z(
-    model: HookedModel, prompt: Any, *, positions: Positions = "response"
+    model: HookedModel, prompt: Prompt, *, positions: Positions = "response"
 ) -> Float[Tensor, "layer pos head d_head"]:
     """The z of every head over the edited positions of a prompt with its response.
 
-    Patch with it as it is; its mean over positions is a `values=` for `mean`.
+    `Patch(z=…)` takes it as it is, `Mean(z=…)` its mean over positions.
     """
-    runner = Runner.of(model)
-    with native_attention(model), recording_z(model, window(prompt, positions)) as found:
+    runner = runner_of(model)
+    with native_attention(model), recording_z(model, window(prompt, positions)) as recorded:
         runner.logits(prompt.tokens[None].to(runner.device), keep=1)
-    if not found:
+    if not recorded:
         raise InterventionError(f"record_z: the prompt has no positions {positions!r}")
-    return torch.stack([found[layer][0].cpu() for layer in sorted(found)])
+    return torch.stack([recorded[layer][0].cpu() for layer in sorted(recorded)])

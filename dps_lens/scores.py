@@ -1,27 +1,21 @@
 """HeadScores: a value per example, layer and head, with what it was measured on."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from dps_lens.errors import HeadError, ScoreError
-from dps_lens.files import read_tensors, write_json, write_tensors
 from dps_lens.heads import Head, HeadSet
+from dps_lens.result import Result
 
 if TYPE_CHECKING:
     import pandas
-    import plotly.graph_objects
-
-_TENSORS = "scores.safetensors"
-_MANIFEST = "scores.json"
-_FORMAT = 1
 
 
 class NoiseFloor(NamedTuple):
@@ -42,46 +36,47 @@ class NoiseFloor(NamedTuple):
         return abs(self.bias) + 2 * self.sd / n**0.5
 
 
-class HeadScores:
+@dataclass(eq=False, repr=False)
+class HeadScores(Result):
     """Scores of every head on every example; positive means the head helps.
 
     Attributes:
         values: `Float[Tensor, "example layer head"]`, nats per token for PCS.
+        example_ids: one a row.
+        user_ids: one a row.
         components: what `values` was made of, same shape: for a profile-specific PCS `"own"` and
             `"no_profile"` or `"other_user"`.
         nll: mean NLL of the unablated model per example, nats per token, by condition.
-        exact: `Bool[Tensor, "example layer head"]`, False where a value is a first-order estimate.
-        example_ids: one a row.
-        user_ids: one a row.
+        exact: `Bool[Tensor, "example layer head"]`, False where a value is a first-order estimate; all True by default.
+        tensors: what else was found, such as `"mean.own"`, the mean z that heads were replaced by.
         manifest: model, data, settings, seed and sign convention.
     """
 
-    def __init__(
-        self,
-        values: Float[Tensor, "example layer head"],
-        *,
-        example_ids: Sequence[str],
-        user_ids: Sequence[str],
-        components: Mapping[str, Tensor] | None = None,
-        nll: Mapping[str, Tensor] | None = None,
-        exact: Bool[Tensor, "example layer head"] | None = None,
-        manifest: Mapping[str, Any] | None = None,
-    ) -> None:
-        if not len(values) == len(example_ids) == len(user_ids):
-            raise ScoreError(
-                f"HeadScores: {len(values)} rows of values, {len(example_ids)} examples, {len(user_ids)} users"
-            )
-        self.values = values
-        self.components = dict(components or {})
-        self.nll = dict(nll or {})
-        self.exact = torch.ones(values.shape, dtype=torch.bool) if exact is None else exact
-        self.example_ids = tuple(example_ids)
-        self.user_ids = tuple(user_ids)
-        self.manifest = dict(manifest or {})
+    stem: ClassVar[str] = "scores"
+    figure: ClassVar[str] = "heatmap"
 
-    def __repr__(self) -> str:
+    values: Float[Tensor, "example layer head"]
+    example_ids: Sequence[str] = field(kw_only=True)
+    user_ids: Sequence[str] = field(kw_only=True)
+    components: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    nll: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    exact: Tensor = field(default_factory=lambda: torch.empty(0), kw_only=True)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    manifest: dict[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not len(self.values) == len(self.example_ids) == len(self.user_ids):
+            raise ScoreError(
+                f"HeadScores: {len(self.values)} rows of values, {len(self.example_ids)} examples, "
+                f"{len(self.user_ids)} users"
+            )
+        if not self.exact.numel():
+            self.exact = torch.ones(self.values.shape, dtype=torch.bool)
+        self.example_ids, self.user_ids = tuple(self.example_ids), tuple(self.user_ids)
+
+    def summary(self) -> str:
         examples, layers, heads = self.values.shape
-        return f"HeadScores({examples} examples of {len(self.users)} users, {layers} layers × {heads} heads)"
+        return f"{examples} examples of {len(self.users)} users, {layers} layers × {heads} heads"
 
     @property
     def users(self) -> tuple[str, ...]:
@@ -91,8 +86,8 @@ class HeadScores:
     @property
     def noise_floor(self) -> NoiseFloor | None:
         """Noise of the model's number format, once `measure_noise` has measured it."""
-        found = self.manifest.get("noise_floor")
-        return NoiseFloor(**found) if found else None
+        floor = self.manifest.get("noise_floor")
+        return NoiseFloor(**floor) if floor else None
 
     def rows(self, user: str) -> list[int]:
         """Rows of one user.
@@ -124,29 +119,29 @@ class HeadScores:
     def join(cls, parts: Sequence["HeadScores"]) -> "HeadScores":
         """The examples of all parts, with the manifest of the first."""
         first = parts[0]
-        return cls(
-            torch.cat([part.values for part in parts]),
+        return replace(
+            first,
+            values=torch.cat([part.values for part in parts]),
             example_ids=[one for part in parts for one in part.example_ids],
             user_ids=[one for part in parts for one in part.user_ids],
             components={name: torch.cat([part.components[name] for part in parts]) for name in first.components},
             nll={name: torch.cat([part.nll[name] for part in parts]) for name in first.nll},
             exact=torch.cat([part.exact for part in parts]),
-            manifest=first.manifest,
         )
 
     def take(self, rows: Sequence[int]) -> "HeadScores":
         """These examples, in this order."""
-        return HeadScores(
-            self.values[rows],
+        return replace(
+            self,
+            values=self.values[rows],
             example_ids=[self.example_ids[row] for row in rows],
             user_ids=[self.user_ids[row] for row in rows],
             components={name: component[rows] for name, component in self.components.items()},
             nll={name: values[rows] for name, values in self.nll.items()},
             exact=self.exact[rows],
-            manifest=self.manifest,
         )
 
-    def clusters(self, user: str | None = None, *, of: str | None = None) -> Float[Tensor, "cluster layer head"]:
+    def samples(self, user: str | None = None, *, of: str | None = None) -> Float[Tensor, "sample layer head"]:
         """The independent units that an interval resamples: user means, or one user's examples.
 
         Args:
@@ -160,7 +155,7 @@ class HeadScores:
 
     def mean(self, user: str | None = None, *, of: str | None = None) -> Float[Tensor, "layer head"]:
         """Mean over users of the user means, or the mean over one user's examples."""
-        return self.clusters(user, of=of).mean(0)
+        return self.samples(user, of=of).mean(0)
 
     def ci(
         self, level: float = 0.95, user: str | None = None, *, of: str | None = None
@@ -171,19 +166,19 @@ class HeadScores:
         """
         from scipy.stats import t
 
-        clusters = self.clusters(user, of=of)
-        n = len(clusters)
-        half = torch.full_like(clusters[0], float("nan"))
+        samples = self.samples(user, of=of)
+        n = len(samples)
+        half = torch.full_like(samples[0], float("nan"))
         if n > 1:
-            half = clusters.std(0) / n**0.5 * float(t.ppf(0.5 + level / 2, n - 1))
-        return clusters.mean(0) - half, clusters.mean(0) + half
+            half = samples.std(0) / n**0.5 * float(t.ppf(0.5 + level / 2, n - 1))
+        return samples.mean(0) - half, samples.mean(0) + half
 
     def top(
         self,
         k: int,
         user: str | None = None,
         *,
-        max_cost: float | None = None,
+        max_task_cost: float | None = None,
         exclude: HeadSet | None = None,
         label: str | None = None,
     ) -> HeadSet:
@@ -192,8 +187,8 @@ class HeadScores:
         Args:
             k: how many.
             user: rank by this user's examples alone.
-            max_cost: leave out heads whose ablation costs more than this without the user's profile
-                (nats per token); needs a contrast.
+            max_task_cost: leave out heads whose ablation costs more than this without the user's profile
+                (nats per token); needs against=.
             exclude: leave out these heads, such as another family's `top_share(0.02)`.
             label: of the set; by default the user, or the family.
 
@@ -204,11 +199,11 @@ class HeadScores:
         self.check_defined("top")
         mean = self.mean(user)
         allowed = torch.ones_like(mean, dtype=torch.bool)
-        if max_cost is not None:
+        if max_task_cost is not None:
             baseline = next((name for name in ("no_profile", "other_user") if name in self.components), None)
             if baseline is None:
-                raise ScoreError("top: max_cost needs scores with a contrast")
-            allowed = self.mean(user, of=baseline) <= max_cost
+                raise ScoreError("top: max_task_cost needs scores against another prompt")
+            allowed = self.mean(user, of=baseline) <= max_task_cost
         if exclude is not None:
             allowed &= ~exclude.mask(SimpleNamespace(n_layers=mean.shape[0], n_heads=mean.shape[1]))
         candidates = [Head(int(layer), int(head)) for layer, head in allowed.nonzero().tolist()]
@@ -254,59 +249,3 @@ class HeadScores:
         columns["exact"] = self.exact[rows].float().mean(0).flatten()
         frame = pd.DataFrame(columns)
         return frame.sort_values(["mean", "layer", "head"], ascending=[False, True, True], ignore_index=True)
-
-    def save(self, folder: str | Path) -> None:
-        """Write `scores.safetensors` and `scores.json`; a failed write leaves nothing that loads."""
-        tensors = {"values": self.values}
-        tensors |= {f"component.{name}": tensor for name, tensor in self.components.items()}
-        tensors |= {f"nll.{name}": tensor for name, tensor in self.nll.items()}
-        if not bool(self.exact.all()):
-            tensors["exact"] = self.exact
-        folder = Path(folder)
-        (folder / _MANIFEST).unlink(missing_ok=True)  # never new values under an old manifest
-        write_tensors(folder / _TENSORS, tensors)
-        write_json(
-            folder / _MANIFEST,
-            {
-                "format": _FORMAT,
-                "example_ids": self.example_ids,
-                "user_ids": self.user_ids,
-                "manifest": self.manifest,
-            },
-        )
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "HeadScores":
-        """Read what `save` wrote.
-
-        Raises:
-            ScoreError: the folder holds no whole scores.
-        """
-        folder = Path(folder)
-        if not (folder / _MANIFEST).is_file():
-            raise ScoreError(f"{folder} holds no scores (no {_MANIFEST}); is the run finished?")
-        try:
-            meta = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-            example_ids, user_ids, manifest = meta["example_ids"], meta["user_ids"], meta["manifest"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ScoreError(f"{folder / _MANIFEST} is not a scores manifest ({error})") from error
-        tensors = read_tensors(folder / _TENSORS)
-
-        def group(prefix: str) -> dict[str, Tensor]:
-            return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-        return cls(
-            tensors["values"],
-            example_ids=example_ids,
-            user_ids=user_ids,
-            components=group("component."),
-            nll=group("nll."),
-            exact=tensors.get("exact"),
-            manifest=manifest,
-        )
-
-    def plot(self, user: str | None = None) -> "plotly.graph_objects.Figure":
-        """`dps_lens.plots.heatmap` of these scores."""
-        from dps_lens.plots import heatmap
-
-        return heatmap(self, user=user)

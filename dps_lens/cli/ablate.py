@@ -1,15 +1,30 @@
 """`dps-lens ablate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, numbers, with_discovery, words
+from dps_lens.cli.checks import ablation_of, check_same_model, families, numbers, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
-from dps_lens.cli.options import BatchSize, Device, Dtype, Kinds, MaxUsers, Model, Outputs, Run, Select, Users
+from dps_lens.cli.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Force,
+    HeldOutExamples,
+    Kinds,
+    MaxUsers,
+    Model,
+    Outputs,
+    OwnHeads,
+    Run,
+    Users,
+)
 from dps_lens.cli.tables import print_effects
+from dps_lens.extensions import load_object
+from dps_lens.literals import Against
 
 
 @app.command()
@@ -19,20 +34,23 @@ def ablate(
     users: Users = "probe",
     outputs: Outputs = None,
     max_users: MaxUsers = None,
-    held_out: Annotated[
-        int | None, typer.Option(min=1, help="Newest evaluation examples of each user; all by default.")
-    ] = None,
+    max_examples: HeldOutExamples = None,
     kinds: Kinds = "induction,retrieval,function_vector",
     ks: Annotated[str, typer.Option(help="Sizes of the sets.")] = "1,5,10,20",
     n_random: Annotated[int, typer.Option(min=0, help="Layer-matched random sets of each family and size.")] = 50,
-    select: Annotated[Select, typer.Option(help="Heads by other users, or each user's own.")] = Select.others,
-    patch: Annotated[bool, typer.Option(help="Patch between runs with and without profile instead.")] = False,
+    select: OwnHeads = "global",
+    ablation: Annotated[
+        str | None, typer.Option(help="By default that of the scores; or a name, or file.py:Name.")
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="What is measured, file.py:Name; by default the NLL.")] = None,
+    patch: Annotated[bool, typer.Option(help="Patch between two runs instead: necessity and sufficiency.")] = False,
+    against: Annotated[Against, typer.Option(help="With --patch, the other run.")] = "no_profile",
     seed: int = 0,
     model: Model = "smollm2-135m",
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = "auto",
-    force: Annotated[bool, typer.Option(help="Drop what the run folder holds.")] = False,
+    force: Force = False,
     workers: Workers = None,
     ray: RayAddress = None,
     cpus: Cpus = 1,
@@ -46,23 +64,26 @@ def ablate(
     with engine_of(workers, ray, cpus, gpus, shard) as engine:
         loaded = load_for(engine, model, device, dtype)
         check_same_model("ablate", scores, loaded)
-        families = {"preference": scores, **dps.reference_heads(loaded, words(kinds), engine=engine)}
-        measure = dps.patch_heads if patch else dps.ablation_curve
+        sets = {"preference": scores, **dps.reference_heads(loaded, families(kinds), engine=engine)}
         tested = dps.load_users(users, outputs=outputs, max_users=max_users)
-        effects = measure(
-            loaded,
-            with_discovery(tested) if select is Select.own else tested,
-            families,
-            ks=numbers("ks", ks),
-            n_random=n_random,
-            select={"preference": "user" if select is Select.own else "global"},
-            max_examples=held_out,
-            seed=seed,
-            batch_size=batch_size or "auto",
-            out=out,
-            force=force,
-            engine=engine,
-        )
+        options: dict[str, Any] = {
+            "ks": numbers("ks", ks, int),
+            "n_random": n_random,
+            "select": {"preference": select},
+            "max_examples": max_examples,
+            "seed": seed,
+            "out": out,
+            "engine": engine,
+            "held_out_config": dps.HeldOutConfig(
+                objective=load_object(objective, dps.Objective) if objective else None
+            ),
+            "run_config": dps.RunConfig(force=force, batch_size=batch_size or "auto"),
+        }
+        tested = with_discovery(tested) if select == "user" else tested
+        if patch:
+            effects = dps.patch_heads(loaded, tested, sets, against=against, **options)
+        else:
+            effects = dps.ablation_curve(loaded, tested, sets, ablation=ablation_of(ablation), **options)
     effects.to_frame().to_csv(out / "effects.csv", index=False)
     effects.plot().write_html(out / "effects.html", include_plotlyjs=True)
     print_effects(effects)

@@ -3,16 +3,20 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dps_lens.cli.requests import STRENGTHS, append_line
 
+if TYPE_CHECKING:
+    from dps_lens.model import HookedModel
+    from dps_lens.steering import TextStream
+
 HELP = "/plain answers the last message unsteered, /gamma 2 and /alpha 1 set strengths, /new starts over, /quit ends."
 
 
-def chat(model: Any, options: Mapping[str, Any], out: Path | None = None) -> None:
+def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = None) -> None:
     """Read messages until the input ends; answers come as they are written.
 
     Args:
@@ -64,16 +68,16 @@ def chat(model: Any, options: Mapping[str, Any], out: Path | None = None) -> Non
             _note(out, line, turns[-1][1], options)
 
 
-_UNSTEERED = {"rule": "dps", "gamma": 0.0, "plausibility": None, "max_shift": None}
+_UNSTEERED = {"rule": "greedy", "decode_config": None}
 
 
 def _note(out: Path | None, message: str, answer: str, options: Mapping[str, Any]) -> None:
     if out is not None:
-        line = {"prompt": message, "text": answer, **options, "heads": str(options["heads"])}
-        append_line(out, json.dumps(line, ensure_ascii=False))
+        line = {"prompt": message, "text": answer, **options}
+        append_line(out, json.dumps(line, ensure_ascii=False, default=str))
 
 
-def _say(stream: Any) -> str:
+def _say(stream: "TextStream") -> str:
     for _, text in stream:
         typer.echo(text, nl=False)
     typer.echo()

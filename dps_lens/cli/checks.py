@@ -1,12 +1,21 @@
 """What commands check before they start."""
 
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
+from dps_lens.extensions import is_path, load_object
+
 if TYPE_CHECKING:
     from dps_lens.data import User
+    from dps_lens.families import Family
+    from dps_lens.intervene import AblationLike
+    from dps_lens.model import HookedModel
     from dps_lens.scores import HeadScores
+    from dps_lens.steering.rules import RuleLike
+
+N = TypeVar("N", int, float)
 
 
 def with_discovery(users: "list[User]") -> "list[User]":
@@ -22,7 +31,7 @@ def with_discovery(users: "list[User]") -> "list[User]":
     return kept
 
 
-def check_same_model(command: str, scores: "HeadScores", model: Any) -> None:
+def check_same_model(command: str, scores: "HeadScores", model: "HookedModel") -> None:
     """Refuse scores of another model."""
     from dps_lens.errors import ScoreError
     from dps_lens.model import describe_model
@@ -37,25 +46,41 @@ def check_same_model(command: str, scores: "HeadScores", model: Any) -> None:
 
 
 def words(text: str) -> list[str]:
-    """Comma-separated names."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """Comma-separated names; commas inside brackets separate arguments."""
+    return [word.strip() for word in re.split(r",(?![^(]*\))", text) if word.strip()]
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """Comma-separated whole numbers."""
-    from dps_lens.errors import ScoreError
+def families(kinds: str) -> "list[str | Family]":
+    """Families by name, and those of somebody's own."""
+    from dps_lens.families import Family
 
-    try:
-        return [int(word) for word in words(text)]
-    except ValueError:
-        raise ScoreError(f"--{option} {text!r} is not a list of whole numbers; write 1,5,10") from None
+    return [load_object(kind, Family) if is_path(kind) else kind for kind in words(kinds)]
 
 
-def decimals(option: str, text: str) -> list[float]:
+def ablation_of(text: str | None) -> "AblationLike | None":
+    """An ablation by name or import path."""
+    if text is None or not is_path(text):
+        return text
+    from dps_lens.intervene import Ablation
+
+    return load_object(text, Ablation)
+
+
+def rule_of(text: str) -> "RuleLike":
+    """A rule by name, or a term of somebody's own."""
+    if not is_path(text):
+        return text
+    from dps_lens.steering.terms import Term
+
+    return load_object(text, Term)
+
+
+def numbers(option: str, text: str, kind: type[N]) -> list[N]:
     """Comma-separated numbers."""
     from dps_lens.errors import ScoreError
 
     try:
-        return [float(word) for word in words(text)]
+        return [kind(word) for word in words(text)]
     except ValueError:
-        raise ScoreError(f"--{option} {text!r} is not a list of numbers; write 0.5,1,2") from None
+        example = "1,5,10" if kind is int else "0.5,1,2"
+        raise ScoreError(f"--{option} {text!r} is not a list of numbers; write {example}") from None

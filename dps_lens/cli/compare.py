@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, words
+from dps_lens.cli.checks import check_same_model, families
 from dps_lens.cli.options import Device, Dtype, Kinds, Model, Run
 from dps_lens.cli.tables import print_overlap
 
@@ -40,14 +40,14 @@ def compare(
     scores = dps.HeadScores.load(run)
     loaded = dps.load_model(model, device=device, dtype=dtype)
     check_same_model("compare", scores, loaded)
-    families: dict[str, HeadScores] = {"preference": scores, **dps.reference_heads(loaded, words(kinds))}
-    for name, family in families.items():
+    scored: dict[str, HeadScores] = {"preference": scores, **dps.reference_heads(loaded, families(kinds))}
+    for name, family in scored.items():
         if not family.defined:
             typer.echo(f"left out: {name}: {family.manifest['reason']}", err=True)
     folder = out or run / "compare"
     folder.mkdir(parents=True, exist_ok=True)
     between = dps.overlap(
-        {name: family for name, family in families.items() if family.defined},
+        {name: family for name, family in scored.items() if family.defined},
         k=k,
         n_null=n_null,
         exclude=exclude,
@@ -68,10 +68,10 @@ def _between_users(specificity: "pandas.DataFrame | None", user_specific: bool |
     if specificity is None:
         return "Between users: too few examples a user to say how far one user's own halves agree."
     rows = {row["measure"]: row for row in specificity.to_dict("records")}
-    found = rows["difference"]
+    difference = rows["difference"]
     numbers = (
         f"halves of one user share {rows['within']['mean']:.2f} (Jaccard), of two users {rows['between']['mean']:.2f}; "
-        f"difference {found['mean']:.2f}, interval {found['low']:.2f} to {found['high']:.2f}"
+        f"difference {difference['mean']:.2f}, interval {difference['low']:.2f} to {difference['high']:.2f}"
     )
     claim = {True: "heads are user-specific", False: "no sign of user-specific heads", None: "too few users to tell"}
     return f"Between users: {claim[user_specific]} ({numbers})."

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from dps_lens.cli.checks import words
 from dps_lens.cli.options import METHODS
 from dps_lens.errors import EvaluationError
 
@@ -24,20 +25,21 @@ class EvaluateConfig(BaseModel):
     max_users: int | None = Field(None, ge=1)
     run: Path | None = None
     methods: tuple[str, ...] = METHODS
+    metrics: tuple[str, ...] = ()
     strengths: tuple[float, ...] = (0.25, 0.5, 1.0)
     ks: tuple[int, ...] = (10,)
     layers: tuple[int, ...] | None = None
     choose_on: int = Field(1, ge=0)
-    held_out: int | None = Field(None, ge=1)
+    max_examples: int | None = Field(None, ge=1)
     max_new_tokens: int | None = Field(None, ge=1)
     baseline: str | None = None
     seed: int = 0
 
-    @field_validator("methods", "strengths", "ks", "layers", mode="before")
+    @field_validator("methods", "metrics", "strengths", "ks", "layers", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
+    def _split(cls, value: object) -> Any:
         """Comma-separated, as on the command line."""
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        return words(value) if isinstance(value, str) else value
 
     def as_yaml(self) -> str:
         """As a file that `read_config` reads."""

@@ -2,17 +2,18 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dps_lens.cli.app import app
 from dps_lens.cli.checks import with_discovery
-from dps_lens.cli.options import Device, Dtype, Model, Outputs, Users
+from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Users
 from dps_lens.cli.tables import print_cost, print_top
 
 if TYPE_CHECKING:
     from dps_lens.data import User
+    from dps_lens.model import HookedModel
 
 
 @app.command()
@@ -22,14 +23,14 @@ def demo(
     model: Model = "smollm2-135m",
     outputs: Outputs = None,
     max_users: Annotated[int, typer.Option(min=1, help="Use the first so many users.")] = 12,
-    examples: Annotated[int, typer.Option(min=1, help="Discovery examples a user.")] = 2,
+    max_examples: Annotated[int, typer.Option(min=1, help="Discovery examples a user.")] = 2,
     held_out: Annotated[int, typer.Option(min=1, help="Evaluation examples a user.")] = 2,
     k: Annotated[int, typer.Option(min=1, help="Heads to test and to steer with.")] = 10,
     n_random: Annotated[int, typer.Option(min=1, help="Layer-matched random sets to compare with.")] = 20,
     gamma: Annotated[float, typer.Option(help="Steering strength; the page has half and twice of it, too.")] = 1.0,
     device: Device = None,
     dtype: Dtype = "auto",
-    force: Annotated[bool, typer.Option(help="Drop what the folder holds.")] = False,
+    force: Force = False,
 ) -> None:
     """Find heads, test them on held-out examples, steer with them, and write report.html."""
     import dps_lens as dps
@@ -41,33 +42,37 @@ def demo(
     total = loaded_model.cfg.n_layers * loaded_model.cfg.n_heads
     if 2 * k > total:
         raise HeadError(f"demo: {k} heads and as many random ones are more than the model's {total}; use a smaller --k")
-    _print_estimate(loaded_model, loaded, examples, held_out, n_random)
-    scores = dps.score_heads(loaded_model, loaded, max_examples=examples, out=out, force=force)
-    cost = dps.ablation_cost(loaded_model, loaded, scores, k=k, n_random=n_random, max_examples=held_out)
-    found = dps.explore(
-        loaded_model, loaded, scores, cost=cost, k=k, gammas=(gamma / 2, gamma, 2 * gamma),
-        ks=sorted({max(1, k // 2), k}), out=out / "page", force=force,
+    _print_estimate(loaded_model, loaded, max_examples, held_out, n_random)
+    run_config = dps.RunConfig(force=force)
+    scores = dps.score_heads(loaded_model, loaded, max_examples=max_examples, out=out, run_config=run_config)
+    cost = dps.ablation_cost(
+        loaded_model, loaded, scores, k=k, n_random=n_random, max_examples=held_out, out=out / "ablation",
+        run_config=run_config,
     )  # fmt: skip
-    report = found.write(out / "report.html")
+    exploration = dps.explore(
+        loaded_model, loaded, scores, cost=cost, k=k, gammas=(gamma / 2, gamma, 2 * gamma),
+        ks=sorted({max(1, k // 2), k}), out=out / "page", run_config=run_config,
+    )  # fmt: skip
+    report = exploration.write(out / "report.html")
     print_top(scores, k)
     print_cost(cost)
     typer.echo(f"report: {report}  ({time.monotonic() - started:.0f} s)")
 
 
-def _print_estimate(model: Any, users: "list[User]", examples: int, held_out: int, n_random: int) -> None:
-    """Time a sample of branches, equally from every layer, and say how long the whole will take."""
+def _print_estimate(model: "HookedModel", users: "list[User]", examples: int, held_out: int, n_random: int) -> None:
+    """Time a sample of ablated runs, equally from every layer, and say how long the whole will take."""
     from dps_lens.data import build_prompt
-    from dps_lens.model import Runner
-    from dps_lens.scoring import Branches, single_heads
+    from dps_lens.model import runner_of
+    from dps_lens.scoring import CleanRun, single_heads
 
     n_heads = model.cfg.n_heads
     prompt = build_prompt(model, users[0].discovery_examples()[-1])
     sample = single_heads(model.cfg.n_layers, n_heads)[::n_heads]
     for _ in range(2):  # the first round warms up
         begun = time.monotonic()
-        branches = Branches(Runner.of(model), prompt)
+        run = CleanRun(runner_of(model), prompt)
         middle = time.monotonic()
-        branches.ablated(sample)
+        run.ablated(sample)
     clean, sweep = middle - begun, (time.monotonic() - middle) * n_heads
     per_set = 2 * sweep / (model.cfg.n_layers * n_heads)  # a set may start at the first layer, a head starts halfway
     seconds = 2 * len(users) * (examples * (clean + sweep) + held_out * (clean + per_set * (n_random + 1)))

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dps_lens.errors import RunError
 
 if TYPE_CHECKING:
-    from dps_lens.runs import Engine
+    from dps_lens.model import HookedModel
+    from dps_lens.work import Engine
 
 _PANEL = "Many machines"
 
@@ -53,7 +54,7 @@ def engine_of(
         yield None
 
 
-def load_for(engine: "Engine | None", name: str, device: str | None, dtype: str) -> Any:
+def load_for(engine: "Engine | None", name: str, device: str | None, dtype: str) -> "HookedModel":
     """The model; without weights where workers hold them."""
     import dps_lens as dps
 

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, with_discovery
+from dps_lens.cli.checks import check_same_model, families, rule_of, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
-from dps_lens.cli.options import METHODS, Device
+from dps_lens.cli.options import METHODS, Device, Force, HeldOutExamples
 from dps_lens.cli.tables import print_evaluation
+from dps_lens.extensions import is_path, load_object
 
 if TYPE_CHECKING:
     from dps_lens.cli.config import EvaluateConfig
     from dps_lens.data import User
     from dps_lens.heads import HeadSet
-    from dps_lens.runs import Engine
+    from dps_lens.model import HookedModel
     from dps_lens.scores import HeadScores
+    from dps_lens.work import Engine
 
 
 @app.command()
@@ -25,7 +27,7 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; a run started again there resumes.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file of the options below, such as 'held_out: 2'; what is given here as well wins."),
+        typer.Option(help="YAML file of the options below, such as 'max_examples: 2'; what is given here wins."),
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder of 'score', for methods with Preference Heads.")] = None,
     users: Annotated[
@@ -37,21 +39,25 @@ def evaluate(
         str | None,
         typer.Option(
             help="plain, rag, prompt, cad, cos, dola, stylevector, steerx, lora, rag+lora and the like, or RULE:FAMILY "
-            f"such as dps:preference, dps:induction, decore:retrieval, dps:random. Default: {','.join(METHODS)}."
+            "such as dps:preference, dps:induction, decore:retrieval, dps:random; a RULE may be file.py:Name. "
+            f"Default: {','.join(METHODS)}."
         ),
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="By name, or file.py:NAME; those of the task by default. The first one chooses.")
     ] = None,
     strengths: Annotated[str | None, typer.Option(help="Grid of γ and α (0.25,0.5,1).")] = None,
     ks: Annotated[str | None, typer.Option(help="Grid of numbers of heads (10).")] = None,
     layers: Annotated[str | None, typer.Option(help="Grid of a style vector's layers (a third, half, …).")] = None,
     choose_on: Annotated[int | None, typer.Option(min=0, help="Discovery examples a user that choose (1).")] = None,
-    held_out: Annotated[int | None, typer.Option(min=1, help="Newest evaluation examples a user (all).")] = None,
+    max_examples: HeldOutExamples = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="By default what the task needs.")] = None,
     baseline: Annotated[str | None, typer.Option(help="What the others are compared with (rag, or the first).")] = None,
     seed: Annotated[int | None, typer.Option(help="Of folds and random heads (0).")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="As in the other commands.")] = None,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="auto (the default), float32, bfloat16 or float16.")] = None,
-    force: Annotated[bool, typer.Option(help="Drop what the run folder holds.")] = False,
+    force: Force = False,
     workers: Workers = None,
     ray: RayAddress = None,
     cpus: Cpus = 1,
@@ -65,7 +71,8 @@ def evaluate(
 
     given = {
         "run": run, "users": users, "outputs": outputs, "max_users": max_users, "methods": methods,
-        "strengths": strengths, "ks": ks, "layers": layers, "choose_on": choose_on, "held_out": held_out,
+        "metrics": metrics, "strengths": strengths, "ks": ks, "layers": layers, "choose_on": choose_on,
+        "max_examples": max_examples,
         "max_new_tokens": max_new_tokens, "baseline": baseline, "seed": seed, "model": model, "device": device,
         "dtype": dtype,
     }  # fmt: skip
@@ -74,52 +81,67 @@ def evaluate(
         loaded = load_for(engine, wanted.model, wanted.device, wanted.dtype)
         people = dps.load_users(wanted.users, outputs=wanted.outputs, max_users=wanted.max_users)
         people = with_discovery(people) if people[0].task.has_pairs else people
-        found = dps.evaluate(
+        table = dps.evaluate(
             loaded,
             people,
             _methods(wanted, loaded, people, engine),
+            metrics=[load_object(one, dps.Metric) if is_path(one) else one for one in wanted.metrics] or None,
             strengths=wanted.strengths,
             ks=wanted.ks,
-            layers=wanted.layers,
-            choose_on=wanted.choose_on,
-            max_examples=wanted.held_out,
+            max_examples=wanted.max_examples,
             max_new_tokens=wanted.max_new_tokens,
+            evaluate_config=dps.EvaluateConfig(layers=wanted.layers, choose_on=wanted.choose_on),
             seed=wanted.seed,
             out=out,
-            force=force,
             engine=engine,
+            run_config=dps.RunConfig(force=force),
         )
-    found.rows.to_csv(out / "answers.csv", index=False)
+    table.rows.to_csv(out / "answers.csv", index=False)
     write_text(out / "config.yaml", wanted.as_yaml())
-    baseline = wanted.baseline or ("rag" if "rag" in found.methods else found.methods[0])
-    print_evaluation(found, baseline)
-    found.plot(baseline=baseline).write_html(out / "evaluation.html", include_plotlyjs=True)
+    baseline = wanted.baseline or ("rag" if "rag" in table.methods else table.methods[0])
+    print_evaluation(table, baseline)
+    table.plot(baseline=baseline).write_html(out / "evaluation.html", include_plotlyjs=True)
     say_shard(shard, out)
     typer.echo(f"answers.csv, evaluation.json, evaluation.html and config.yaml are in {out}")
 
 
-def _methods(wanted: "EvaluateConfig", model: Any, users: "list[User]", engine: "Engine | None") -> Mapping[str, Any]:
+def _methods(
+    wanted: "EvaluateConfig", model: "HookedModel", users: "list[User]", engine: "Engine | None"
+) -> Mapping[str, Any]:
     """Methods by name; families are made where a method asks for them."""
     from dps_lens.errors import EvaluationError
     from dps_lens.evaluation.methods import is_own_method
     from dps_lens.steering.rules import find_rule
 
-    families = _Families(wanted, model, users, engine)
-    found: dict[str, Any] = {}
+    made = _Families(wanted, model, users, engine)
+    methods: dict[str, Any] = {}
     for method in wanted.methods:
-        rule, _, family = method.partition(":")
-        takes = not is_own_method(rule) and find_rule(rule).needs_heads
+        word, family = _apart(method)
+        rule = rule_of(word)
+        takes = not is_own_method(word) and find_rule(rule).needs_heads
         if family and not takes:
-            raise EvaluationError(f"evaluate: method {method!r}: {rule} takes no heads")
-        usual = "retrieval" if rule == "decore" else "preference"
-        found[method] = (rule, families.of(method, family or usual)) if takes else rule
-    return found
+            raise EvaluationError(f"evaluate: method {method!r}: {word} takes no heads")
+        usual = "retrieval" if word == "decore" else "preference"
+        methods[method] = (rule, made.of(method, family or usual)) if takes else rule
+    return methods
+
+
+def _apart(method: str) -> tuple[str, str]:
+    """A rule and its family, `RULE:FAMILY`, either of which may be an import path."""
+    if not is_path(method):
+        for cut in (index for index, letter in enumerate(method) if letter == ":"):
+            word, family = method[:cut], method[cut + 1 :]
+            if is_path(word) or "." not in word:
+                return word, family
+    return method, ""
 
 
 class _Families:
     """Heads by the name of their family, made once."""
 
-    def __init__(self, wanted: "EvaluateConfig", model: Any, users: "list[User]", engine: "Engine | None") -> None:
+    def __init__(
+        self, wanted: "EvaluateConfig", model: "HookedModel", users: "list[User]", engine: "Engine | None"
+    ) -> None:
         self._wanted, self._model, self._users, self._engine = wanted, model, users, engine
         self._made: dict[str, Any] = {}
 
@@ -136,15 +158,14 @@ class _Families:
             elif name == "random":
                 self._made[name] = self._random(self.of(method, "preference"))
             else:
-                self._made.update(dps.reference_heads(self._model, [name], engine=self._engine))
+                (self._made[name],) = dps.reference_heads(self._model, families(name), engine=self._engine).values()
         return self._made[name]
 
     def _random(self, scores: "HeadScores") -> "dict[str, HeadSet]":
         """For every user, other heads of the layers of the Preference Heads that the user is tested with."""
         import dps_lens as dps
-        from dps_lens.analysis.rankings import rankings
         from dps_lens.errors import EvaluationError
-        from dps_lens.families import draw_seed
+        from dps_lens.selection import draw_seed, rankings
 
         ks, seed = self._wanted.ks, self._wanted.seed
         if len(ks) > 1:

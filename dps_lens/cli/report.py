@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, decimals, numbers, words
+from dps_lens.cli.checks import check_same_model, families, numbers
 from dps_lens.cli.options import Device, Dtype, Model, Outputs, Users
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ def report(
     force: Force = False,
 ) -> None:
     """Write a run as one HTML page that works offline: maps, heads, overlap, ablation, steered text."""
-    found, _, _ = _explored(
+    exploration, _, _ = _explored(
         "report", run, users, outputs, ablation, kinds, k, gammas, ks, shown_users, max_new_tokens, model, device,
         dtype, force,
     )  # fmt: skip
-    typer.echo(f"report: {found.write(out)}")
+    typer.echo(f"report: {exploration.write(out)}")
 
 
 @app.command()
@@ -79,12 +79,12 @@ def explore(
     check_flask()
     from werkzeug.serving import make_server
 
-    found, loaded, people = _explored(
+    exploration, loaded, people = _explored(
         "explore", run, users, outputs, ablation, kinds, k, gammas, ks, shown_users, max_new_tokens, model, device,
         dtype, force,
     )  # fmt: skip
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = make_server(HOST, port, make_app(loaded, people, found), threaded=True)
+    server = make_server(HOST, port, make_app(loaded, people, exploration), threaded=True)
     typer.echo(f"http://{HOST}:{server.port}/  (Ctrl-C ends it)")
     try:
         server.serve_forever()
@@ -122,17 +122,17 @@ def _explored(
         raise DataError(
             f"{command}: none of the run's users ({scores.users[0]} …) is in --users {users}; name their file"
         )
-    sizes, strengths = numbers("ks", ks), decimals("gammas", gammas)
+    sizes, strengths = numbers("ks", ks, int), numbers("gammas", gammas, float)
     loaded = dps.load_model(model, device=device, dtype=dtype)
     check_same_model(command, scores, loaded)
-    families = dps.reference_heads(loaded, words(kinds)) if kinds else None
-    found = dps.explore(
-        loaded, people, scores, families=families, effects=effects, k=k, gammas=strengths, ks=sizes,
+    references = dps.reference_heads(loaded, families(kinds)) if kinds else None
+    exploration = dps.explore(
+        loaded, people, scores, families=references, effects=effects, k=k, gammas=strengths, ks=sizes,
         max_users=shown_users, max_new_tokens=max_new_tokens,
         out=_folder(run, strengths, sizes, shown_users, max_new_tokens),
-        force=force,
+        run_config=dps.RunConfig(force=force),
     )  # fmt: skip
-    return found, loaded, people
+    return exploration, loaded, people
 
 
 def _folder(run: Path, *settings: Any) -> Path:

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
 if TYPE_CHECKING:
     from dps_lens.data import Example, User
     from dps_lens.steering.rules import Rule
+    from dps_lens.steering.sampling import Sampling
 
-STRENGTHS: dict[str, type] = {"gamma": float, "alpha": float}
-SAMPLING: dict[str, type] = {"do_sample": bool, "temperature": float, "top_k": int, "top_p": float, "seed": int}
-_NAMES: dict[str, type] = {"id": str, "prompt": str, "user": str, "example": str, "heads": str}
-_WORDS = {str: "a text", float: "a number", int: "a whole number", bool: "true or false"}
+STRENGTHS = ("gamma", "alpha")
+SAMPLING = ("temperature", "top_k", "top_p", "seed")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,33 @@ class Request:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+class _Line(BaseModel):
+    """A line of a requests file; null where there is no limit."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: str | None = None
+    prompt: str | None = None
+    user: str | None = None
+    example: str | None = None
+    heads: str | None = None
+    gamma: float | None = None
+    alpha: float | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> "_Line":
+        if (self.prompt is None) == (self.user is None):
+            raise ValueError("give either 'prompt' or 'user'")
+        if self.example is not None and self.user is None:
+            raise ValueError("field 'example' needs 'user'")
+        return self
+
+
 def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, Any], rule: "Rule") -> list[Request]:
     """Requests of a file, one JSON object a line; all are checked before the first is answered.
 
@@ -44,57 +72,65 @@ def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, An
     """
     from dps_lens.errors import DataError
 
-    by_id, found = {user.id: user for user in users}, []
-    for number, line in _lines(path):
+    by_id, requests = {user.id: user for user in users}, []
+    for number, text in _lines(path):
         where = f"{path.name}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not valid JSON ({error.msg}); is it cut off?") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: not a JSON object")
-        kinds = {**_NAMES, **STRENGTHS, **SAMPLING}
-        for name, value in record.items():
-            if name not in kinds:
-                raise DataError(f"{where}: field {name!r} is unknown; use some of {', '.join(kinds)}")
-            if value is None and name in ("top_k", "top_p"):
-                continue
-            whole = kinds[name] is float and isinstance(value, int)
-            if (not isinstance(value, kinds[name]) and not whole) or (isinstance(value, bool) != (kinds[name] is bool)):
-                raise DataError(f"{where}: field {name!r} is {value!r}, not {_WORDS[kinds[name]]}")
-        if ("prompt" in record) == ("user" in record):
-            raise DataError(f"{where}: give either 'prompt' or 'user'")
-        if "example" in record and "user" not in record:
-            raise DataError(f"{where}: field 'example' needs 'user'")
-        settings = dict(defaults) | {name: record[name] for name in record if name in defaults}
-        _check(where, record, settings, rule)
-        about = {name: record[name] for name in ("id", "prompt", "user", "example") if name in record}
-        example = _example(where, record, by_id) if "user" in record else None
+            line = _Line.model_validate_json(text)
+        except ValidationError as error:
+            raise DataError(f"{where}: {_said(error)}") from None
+        given = {name: getattr(line, name) for name in line.model_fields_set}
+        settings = dict(defaults) | {name: value for name, value in given.items() if name in defaults}
+        _check(where, line, settings, rule)
+        about: dict[str, Any] = {name: given[name] for name in ("id", "prompt", "user", "example") if name in given}
+        example = _example(where, line, by_id) if line.user is not None else None
         if example:
             about |= {"example": example.id, "reference": example.reference}
-        found.append(Request({"line": number, **about}, record.get("prompt"), example, settings))
-    if not found:
+        requests.append(Request({"line": number, **about}, line.prompt, example, settings))
+    if not requests:
         raise DataError(f"{path.name}: no requests")
-    return found
+    return requests
 
 
-def _check(where: str, record: Mapping[str, Any], settings: Mapping[str, Any], rule: "Rule") -> None:
+def _said(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "json_invalid":
+        return f"not valid JSON ({first['msg']}); is it cut off?"
+    if first["type"] == "extra_forbidden":
+        return f"field {name!r} is unknown; use some of {', '.join(_Line.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"field {name!r} is {first['input']!r}: {message}" if name else message
+
+
+def sampling_of(settings: Mapping[str, Any]) -> "Sampling | None":
+    """How a request is sampled; None for greedy decoding.
+
+    Raises:
+        SteeringError: a setting makes no sense.
+    """
+    from dps_lens.steering.sampling import Sampling
+
+    sampling = Sampling(**{name: settings[name] for name in SAMPLING})
+    return sampling if settings["do_sample"] else None
+
+
+def _check(where: str, line: _Line, settings: Mapping[str, Any], rule: "Rule") -> None:
     """What `generate` would refuse when it comes to this line."""
     from dps_lens.errors import DataError, DPSLensError
     from dps_lens.heads import HeadSet
     from dps_lens.steering.rules import check_strength
-    from dps_lens.steering.sampling import Sampler
 
     try:
         heads = HeadSet.parse(settings["heads"])
         for name in STRENGTHS:
             check_strength(name, settings[name])
-        Sampler(*(settings[name] for name in SAMPLING if name != "seed"))
+        sampling_of(settings)
     except DPSLensError as error:
         raise DataError(f"{where}: {error}") from error
     if rule.needs_heads and not len(heads):
         raise DataError(f"{where}: no heads; give 'heads', or --run or --heads for all lines")
-    if rule.prompt and "user" not in record:
+    if rule.has("negative") and line.user is None:
         raise DataError(f"{where}: this rule needs prompts with a profile; give 'user' instead of 'prompt'")
 
 
@@ -112,20 +148,20 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _example(where: str, record: Mapping[str, Any], users: "Mapping[str, User]") -> "Example":
+def _example(where: str, line: _Line, users: "Mapping[str, User]") -> "Example":
     from dps_lens.errors import DataError
 
-    user = users.get(record["user"])
+    user = users.get(str(line.user))
     if user is None:
-        raise DataError(f"{where}: field 'user' is {record['user']!r}, who is not among --users")
+        raise DataError(f"{where}: field 'user' is {line.user!r}, who is not among --users")
     examples = {example.id: example for example in user.examples}
-    if "example" not in record:
+    if line.example is None:
         if not examples:
-            raise DataError(f"{where}: field 'user' is {record['user']!r}, who has no evaluation example")
+            raise DataError(f"{where}: field 'user' is {line.user!r}, who has no evaluation example")
         return user.examples[-1]
-    if record["example"] not in examples:
-        raise DataError(f"{where}: field 'example' is {record['example']!r}; the user has {', '.join(examples)}")
-    return examples[record["example"]]
+    if line.example not in examples:
+        raise DataError(f"{where}: field 'example' is {line.example!r}; the user has {', '.join(examples)}")
+    return examples[line.example]
 
 
 class Lines:
@@ -137,38 +173,35 @@ class Lines:
 
     def __init__(self, out: Path | None, requests: Sequence[Request], settings: Mapping[str, Any]) -> None:
         self._out, self._settings = out, settings
-        self.done = self._kept(requests) if out is not None and out.exists() else 0
+        self.done = self._kept(out, requests) if out is not None and out.exists() else 0
 
     def row(self, request: Request) -> dict[str, Any]:
         """What a line says of its request."""
         row = {**request.about, **self._settings, **request.settings}
         return row | {"heads": str(row["heads"])}
 
-    def _kept(self, requests: Sequence[Request]) -> int:
+    def _kept(self, out: Path, requests: Sequence[Request]) -> int:
         from dps_lens.errors import RunError
         from dps_lens.files import write_text
 
-        assert self._out is not None
         # A line without its end was being written when the command was stopped, perhaps inside a character.
-        *whole, torn = self._out.read_bytes().split(b"\n")
+        *whole, torn = out.read_bytes().split(b"\n")
         for number, (line, request) in enumerate(zip(whole, requests, strict=False), start=1):
             row = json.loads(json.dumps(self.row(request)))
             try:
-                found = dict(json.loads(line))
+                kept = dict(json.loads(line))
             except (ValueError, TypeError) as error:
-                raise RunError(
-                    f"{self._out}, line {number} was not written by this command; use another file"
-                ) from error
-            changed = [name for name, value in row.items() if found.get(name) != value]
+                raise RunError(f"{out}, line {number} was not written by this command; use another file") from error
+            changed = [name for name, value in row.items() if kept.get(name) != value]
             if changed:
                 raise RunError(
-                    f"{self._out}, line {number}: {changed[0]} was {found.get(changed[0])!r}, now "
+                    f"{out}, line {number}: {changed[0]} was {kept.get(changed[0])!r}, now "
                     f"{row[changed[0]]!r}; use another file, or --force to start anew"
                 )
         if len(whole) > len(requests):
-            raise RunError(f"{self._out} holds {len(whole)} lines for {len(requests)} requests; use another file")
+            raise RunError(f"{out} holds {len(whole)} lines for {len(requests)} requests; use another file")
         if torn:
-            write_text(self._out, "".join(f"{line.decode()}\n" for line in whole))
+            write_text(out, "".join(f"{line.decode()}\n" for line in whole))
         return len(whole)
 
     def write(self, request: Request, written: Mapping[str, Any]) -> None:

@@ -10,11 +10,15 @@ from tqdm.auto import tqdm
 
 from dps_lens.cli.app import app
 from dps_lens.cli.chat import chat as talk
-from dps_lens.cli.checks import check_same_model
-from dps_lens.cli.options import Device, Dtype, Model, Outputs, Positions, Users
-from dps_lens.cli.requests import Lines, Request, read_requests
+from dps_lens.cli.checks import ablation_of, check_same_model, rule_of
+from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Users
+from dps_lens.cli.requests import Lines, Request, read_requests, sampling_of
+from dps_lens.literals import Positions
 
 if TYPE_CHECKING:
+    from dps_lens.data import Prompt
+    from dps_lens.model import HookedModel
+    from dps_lens.steering import DecodeConfig
     from dps_lens.steering.rules import Rule
 
 
@@ -27,14 +31,12 @@ def steer(
     heads: Annotated[str | None, typer.Option(help="Heads by name, such as L12H3,L4H0.")] = None,
     k: Annotated[int, typer.Option(help="Heads to take from a run.")] = 10,
     rule: Annotated[
-        str, typer.Option(help="dps, dps-entropy, decore, cad, cos, dola, amplify, or stacked: dps+cad.")
+        str, typer.Option(help="dps, dps-entropy, decore, cad, cos, dola, amplify, stacked: dps+cad, or file.py:Name.")
     ] = "dps",
     gamma: Annotated[float, typer.Option(help="Strength of the heads; 0 is the model's own decoding.")] = 1.0,
     alpha: Annotated[float, typer.Option(help="Strength of the profile, for cad and cos.")] = 0.5,
-    plausibility: Annotated[
-        float | None, typer.Option(help="Rule out tokens with p under this share of the largest.")
-    ] = None,
-    max_shift: Annotated[float | None, typer.Option(help="Cap on KL(steered || full) at every step, nats.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Rule out tokens with p under this share of the largest.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Cap on KL(steered || full) at every step, nats.")] = None,
     requests: Annotated[
         Path | None,
         typer.Option(
@@ -49,9 +51,11 @@ def steer(
         int | None, typer.Option(min=1, help="Use the first so many users; 3 without --requests.")
     ] = None,
     model: Model = "smollm2-135m",
-    positions: Annotated[Positions, typer.Option(help="Where the second branch lacks the heads.")] = (
-        Positions.response
-    ),
+    positions: Annotated[Positions, typer.Option(help="Where the second branch lacks the heads.")] = "response",
+    ablation: Annotated[
+        str | None,
+        typer.Option(help="What it does to them: zero, uniform, or file.py:Name; by default as the rule asks."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     sample: Annotated[bool, typer.Option(help="Sample instead of greedy decoding.")] = False,
     temperature: float = 1.0,
@@ -63,7 +67,7 @@ def steer(
         Path | None,
         typer.Option(help="Write here instead of printing, and go on where it stopped; with --chat, add the answers."),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Drop what --out holds.")] = False,
+    force: Force = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -72,26 +76,35 @@ def steer(
     from dps_lens.errors import SteeringError
     from dps_lens.steering.rules import find_rule
 
-    found = find_rule(rule)
-    if found.vector:
+    chosen_rule = find_rule(rule_of(rule))
+    if chosen_rule.has("shifted"):
         raise SteeringError("steer: vectors are made in Python: dps.generate(…, rule='vector', vectors=…)")
     if sum((prompt is not None, requests is not None, chat)) > 1:
         raise SteeringError("steer: give one of a text, --requests and --chat")
     own_heads = requests is not None and run is None
-    if found.needs_heads and not own_heads and (run is None) == (heads is None):
+    if chosen_rule.needs_heads and not own_heads and (run is None) == (heads is None):
         raise SteeringError("steer: give either --run, a folder of 'dps-lens score', or --heads L12H3,L4H0")
-    if found.prompt and (prompt is not None or chat):
+    if chosen_rule.has("negative") and (prompt is not None or chat):
         raise SteeringError(f"steer: rule {rule!r} needs prompts with a profile; leave the text out to use --users")
     scores = dps.HeadScores.load(run) if run else None
     chosen = scores.top(k) if scores else dps.HeadSet.parse(heads or "")
     sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     defaults = {"heads": str(chosen), "gamma": gamma, "alpha": alpha, **sampling}
-    shared: dict[str, Any] = {"rule": rule, "positions": positions.value, "max_new_tokens": max_new_tokens}
-    shared |= {"plausibility": plausibility, "max_shift": max_shift}
-    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, defaults, found)
+    sampling_of(defaults)
+    config = dps.DecodeConfig(ablation=ablation_of(ablation), min_p=min_p, max_kl=max_kl)
+    shared: dict[str, Any] = {"rule": chosen_rule, "positions": positions, "max_new_tokens": max_new_tokens}
+    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, defaults, chosen_rule)
     if out is not None and force:
         out.unlink(missing_ok=True)
-    about = {"model": model, "dtype": dtype, **shared}
+    about = {
+        "model": model,
+        "dtype": dtype,
+        **shared,
+        "rule": rule,
+        "ablation": ablation,
+        "min_p": min_p,
+        "max_kl": max_kl,
+    }
     lines = Lines(None if chat else out, asked, about)
     if not chat and lines.done == len(asked):
         return
@@ -99,13 +112,15 @@ def steer(
     if scores:
         check_same_model("steer", scores, loaded_model)
     if chat:
-        talk(loaded_model, {**shared, **defaults, "heads": chosen}, out)
+        strengths = {"gamma": gamma, "alpha": alpha}
+        options = {**shared, **strengths, "heads": chosen, "sampling": sampling_of(defaults), "decode_config": config}
+        talk(loaded_model, options, out)
         return
     bar = tqdm(total=len(asked), initial=lines.done, desc="steering", unit="prompt", disable=None if out else True)
     with bar:
         for start in range(lines.done, len(asked), batch_size):
             batch = asked[start : start + batch_size]
-            for request, written in zip(batch, _write(loaded_model, batch, found, shared), strict=True):
+            for request, written in zip(batch, _write(loaded_model, batch, shared, config), strict=True):
                 lines.write(request, written)
                 bar.update()
 
@@ -136,22 +151,26 @@ def _asked(
     ]
 
 
-def _write(model: Any, batch: Sequence[Request], rule: "Rule", shared: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _write(
+    model: "HookedModel", batch: Sequence[Request], shared: Mapping[str, Any], config: "DecodeConfig"
+) -> Iterator[dict[str, Any]]:
     """Plain and steered text of each request, and how hard it was steered."""
     import dps_lens as dps
 
-    prompts: list[Any] = [
+    prompts: list[Prompt | str] = [
         dps.build_prompt(model, one.example) if one.example else dps.chat_prompt(model, one.prompt or "")
         for one in batch
     ]
-    without = None
-    if rule.prompt:
-        without = [dps.build_prompt(model, one.example, "none") for one in batch if one.example]
-    each: dict[str, list[Any]] = {name: [one.settings[name] for one in batch] for name in batch[0].settings}
-    each["heads"] = [dps.HeadSet.parse(names) for names in each["heads"]]
-    plain_options = {name: shared[name] for name in ("positions", "max_new_tokens")}
-    plain: Any = dps.generate(model, prompts, **each | {"gamma": 0.0}, **plain_options)
-    steered: Any = dps.generate(model, prompts, without=without, **each, **shared)
+    negative: list[Prompt | str] | None = None
+    if shared["rule"].has("negative"):
+        negative = [dps.build_prompt(model, one.example, "none") for one in batch if one.example]
+    each: dict[str, Any] = {name: [one.settings[name] for one in batch] for name in ("gamma", "alpha")}
+    each["sampling"] = [sampling_of(one.settings) for one in batch]
+    plain = dps.generate(
+        model, prompts, rule="greedy", max_new_tokens=shared["max_new_tokens"], sampling=each["sampling"]
+    )
+    each["heads"] = [dps.HeadSet.parse(one.settings["heads"]) for one in batch]
+    steered = dps.generate(model, prompts, negative_prompts=negative, decode_config=config, **each, **shared)
     for index in range(len(batch)):
         kl = float(steered.kl[index].mean())
         yield {

@@ -4,16 +4,18 @@ from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dps_lens.analysis import AblationCost, Overlap, SetEffects
     from dps_lens.evaluation import Evaluation
     from dps_lens.scores import HeadScores
+    from dps_lens.stats import Overlap
+    from dps_lens.validation import SetEffects
 
 
 def print_top(scores: "HeadScores", k: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Top {k} heads (nats per token, 95% interval over {len(scores.users)} users)")
+    unit = scores.manifest.get("unit", "nats per token")
+    table = Table(title=f"Top {k} heads ({unit}, 95% interval over {len(scores.users)} users)")
     for column in ("head", "score", "interval", *scores.components):
         table.add_column(column, justify="left" if column == "head" else "right")
     for row in scores.to_frame().head(k).to_dict("records"):
@@ -22,14 +24,16 @@ def print_top(scores: "HeadScores", k: int) -> None:
     Console().print(table)
 
 
-def print_cost(cost: "AblationCost") -> None:
+def print_cost(cost: "SetEffects") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Ablated on held-out examples (nats per token, 95% interval over users)")
+    table = Table(
+        title="Held-out examples: nats per token, 95% interval over users (of a difference, also over random sets)"
+    )
     for column in ("ablated", "measure", "mean", "interval"):
         table.add_column(column, justify="left" if column in ("ablated", "measure") else "right")
-    for row in cost.to_frame().to_dict("records"):
+    for row in cost.beside_random().to_dict("records"):
         table.add_row(row["ablated"], row["measure"], f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
     console = Console()
     console.print(table)
@@ -56,7 +60,7 @@ def print_overlap(overlap: "Overlap", title: str) -> None:
 
 
 def print_effects(effects: "SetEffects") -> None:
-    """One row a family and K: the first measure and the harm, beside the random sets."""
+    """One row a family and K: what it measures, beside the random sets."""
     from rich.console import Console
     from rich.table import Table
 
@@ -64,7 +68,7 @@ def print_effects(effects: "SetEffects") -> None:
     console = Console()
     for row in frame[frame["family"] == "full model"].to_dict("records"):
         console.print(f"{row['measure']}: {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) nats per token")
-    shown = [name for name in ("taken", "harm", "necessity", "sufficiency") if name in effects.measures]
+    shown = [name for name in ("gain_removed", "task_cost", "necessity", "sufficiency") if name in effects.measures]
     for measure in shown:
         table = Table(title=f"{measure}, nats per token, 95% intervals over users")
         for column in ("family", "K", "mean", "interval", "random sets (95%)", "difference", "interval ", "p"):
@@ -92,7 +96,8 @@ def print_evaluation(evaluation: "Evaluation", baseline: str) -> None:
     shown = [first, *(name for name in ("style", "NLL") if name in evaluation.metrics)]
     table = Table(title=f"{evaluation.task.name}: means over users, 95% intervals")
     for column in ("method", first, f"to {baseline}", *shown[1:], "s a token"):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+        name = column == "method"  # import paths are long
+        table.add_column(column, justify="left" if name else "right", no_wrap=not name, overflow="fold")
     seconds = evaluation.costs.set_index("method")["seconds a token"]
     for method in evaluation.methods:
         change = changes.get((method, first))

@@ -1,16 +1,16 @@
 """Users in: records, readers, retrieval, prompts, and the built-in probe users."""
 
-from dps_lens.data.prompts import Note, Prompt, PromptConfig, build_prompt, chat_prompt
+from dps_lens.data.prompts import Note, Prompt, PromptConfig, Shown, build_prompt, chat_prompt
 from dps_lens.data.readers import load_users
-from dps_lens.data.records import Discovery, Document, Example, User
+from dps_lens.data.records import Document, Example, User
 
 __all__ = [
-    "Discovery",
     "Document",
     "Example",
     "Note",
     "Prompt",
     "PromptConfig",
+    "Shown",
     "User",
     "build_prompt",
     "chat_prompt",

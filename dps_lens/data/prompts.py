@@ -7,14 +7,14 @@ stands before it. Spans of profile and task are read off the tokenizer's charact
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from dps_lens.data.records import Document, Example, User
-from dps_lens.data.retrieval import Retrieval, retrieve
+from dps_lens.data.retrieval import RetrievalMethod, retrieve
 from dps_lens.data.tokenizer import PromptTokenizer, span
 from dps_lens.errors import PromptError
 from dps_lens.model import HookedModel
@@ -40,7 +40,7 @@ class PromptConfig:
     profile_tokens: int = 256
     task_tokens: int | None = 256
     response_tokens: int | None = 128
-    retrieval: Retrieval = "bm25"
+    retrieval: RetrievalMethod = "bm25"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,6 +59,10 @@ class Note:
     """A text that stands in a prompt where the profile would: a description of the user, say."""
 
     text: str
+
+
+Shown: TypeAlias = Literal["own", "none"] | User | Note
+"""What stands where the profile does: the own documents, nothing, another user's, or a text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +101,7 @@ class Prompt:
 def build_prompt(
     model: HookedModel,
     example: Example,
-    profile: "Literal['own', 'none'] | User | Note" = "own",
+    profile: Shown = "own",
     *,
     config: PromptConfig | None = None,
     response: bool = True,
@@ -174,7 +178,7 @@ def chat_prompt(model: HookedModel, text: str, turns: Sequence[tuple[str, str]] 
     return Prompt(torch.tensor(ids), spans, rendered, "none", "", "", ())
 
 
-def _documents(example: Example, profile: Any, config: PromptConfig) -> tuple[Document, ...]:
+def _documents(example: Example, profile: Shown, config: PromptConfig) -> tuple[Document, ...]:
     if profile == "none" or isinstance(profile, Note):
         return ()
     task = example.task

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from dps_lens.data.tasks import Task
 from dps_lens.errors import DataError
+from dps_lens.literals import Discovery
 
-Discovery: TypeAlias = Literal["history", "labelled"]
 MIN_PROFILE = 3
 
 

@@ -8,11 +8,11 @@ from dps_lens.data.records import Document
 from dps_lens.data.tasks import Task
 from dps_lens.errors import DataError
 
-Retrieval: TypeAlias = Literal["bm25", "recency", "random"]
+RetrievalMethod: TypeAlias = Literal["bm25", "recency", "random"]
 
 
 def retrieve(
-    documents: Sequence[Document], query: str, k: int, *, task: Task, method: Retrieval = "bm25", seed: int = 0
+    documents: Sequence[Document], query: str, k: int, *, task: Task, method: RetrievalMethod = "bm25", seed: int = 0
 ) -> tuple[Document, ...]:
     """The `k` documents to show, best first.
 

@@ -87,11 +87,11 @@ class Task:
         return len(body) >= _COMPARED // 2 and (body in shown or body in asked_for)
 
 
-def _one_line(value: Any) -> str:
+def _one_line(value: object) -> str:
     return " ".join(str(value).split())
 
 
-def _folded(value: Any) -> str:
+def _folded(value: object) -> str:
     return _one_line(value).casefold()
 
 

@@ -1,26 +1,29 @@
-"""How well a text is this user's: the metrics of LaMP and LongLaMP, style, fluency, and the benchmark table."""
+"""How well a text is this user's: metrics, likelihood under steering, and the benchmark table."""
 
+from dps_lens.evaluation.ablated_texts import AblatedTexts, ablated_generation
+from dps_lens.evaluation.bench import EvaluateConfig
 from dps_lens.evaluation.endpoint import Endpoint
 from dps_lens.evaluation.grid import SteeredText, SteeringGrid, steering_grid
 from dps_lens.evaluation.judge import Verdicts, judge
-from dps_lens.evaluation.metrics import macro_f1, meteor, metrics_of, rouge, score_example
+from dps_lens.evaluation.likelihood import SteeringSweep, steering_sweep
+from dps_lens.evaluation.metrics import METRICS, Metric
 from dps_lens.evaluation.result import Evaluation
 from dps_lens.evaluation.run import evaluate
-from dps_lens.evaluation.style import StyleMeasure
 
 __all__ = [
+    "METRICS",
+    "AblatedTexts",
     "Endpoint",
+    "EvaluateConfig",
     "Evaluation",
+    "Metric",
     "SteeredText",
     "SteeringGrid",
-    "StyleMeasure",
+    "SteeringSweep",
     "Verdicts",
+    "ablated_generation",
     "evaluate",
     "judge",
-    "macro_f1",
-    "meteor",
-    "metrics_of",
-    "rouge",
-    "score_example",
     "steering_grid",
+    "steering_sweep",
 ]

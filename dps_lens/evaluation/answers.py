@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dps_lens.data import Example, Prompt
 from dps_lens.data.tokenizer import without_special
-from dps_lens.evaluation.metrics import score_example
+from dps_lens.evaluation.metrics import Metric, score_text
 from dps_lens.evaluation.result import REFERENCE
 from dps_lens.evaluation.style import StyleMeasure
-from dps_lens.model import HookedModel, Runner, native_attention
-from dps_lens.scoring.branches import token_losses
+from dps_lens.model import HookedModel, native_attention, runner_of
+from dps_lens.model.losses import token_losses
 
 
 def text_of(model: HookedModel, tokens: Int[Tensor, " pos"]) -> str:
@@ -27,6 +27,7 @@ def measured(
     answers: Mapping[str, Int[Tensor, " _"]],
     nlls: Sequence[float],
     style: StyleMeasure | None,
+    metrics: Sequence[Metric],
 ) -> list[dict[str, Any]]:
     """A row for every answer to an example.
 
@@ -36,24 +37,25 @@ def measured(
         answers: method → tokens; what the user wrote, as long as an answer may be, under `"reference"`.
         nlls: `fluency` of each.
         style: of the users; None where answers come from a closed set.
+        metrics: what answers are measured by.
     """
-    found = []
+    rows = []
     for (method, tokens), nll in zip(answers.items(), nlls, strict=True):
         text, ids = text_of(model, tokens), without_special(model, tokens).tolist()
         row: dict[str, Any] = {"user": example.user_id, "example": example.id, "method": method, "text": text}
         row["reference"] = example.reference
-        row |= {} if method == REFERENCE else score_example(example, text)
+        row |= {} if method == REFERENCE else score_text(metrics, example.reference, text)
         row |= {} if style is None else {"style": style(example.user_id, text)}
-        found.append(row | {"NLL": nll, "repeated": repeated(ids), "tokens": len(ids)})
-    return found
+        rows.append(row | {"NLL": nll, "repeated": repeated(ids), "tokens": len(ids)})
+    return rows
 
 
 @torch.inference_mode()
 def fluency(model: HookedModel, prompt: Prompt, answers: Sequence[Int[Tensor, " _"]]) -> Float64[Tensor, " answer"]:
     """NLL of each answer under the unsteered model after a prompt, nats per token; NaN where there is none."""
-    runner = Runner.of(model)
+    runner = runner_of(model)
     tokens = prompt.prompt_tokens[None].to(runner.device)
-    found = torch.full((len(answers),), torch.nan, dtype=torch.float64)
+    nlls = torch.full((len(answers),), torch.nan, dtype=torch.float64)
     with native_attention(model):
         cache = runner.prefill(tokens[:, :-1])
         for index, answer in enumerate(answers):
@@ -61,8 +63,8 @@ def fluency(model: HookedModel, prompt: Prompt, answers: Sequence[Int[Tensor, " 
                 targets = answer.to(runner.device)
                 inputs = torch.cat([tokens[:, -1:], targets[None, :-1]], dim=1)
                 logits = runner.logits(inputs, prompt=cache, keep=len(targets))[0]
-                found[index] = token_losses(logits, targets).double().mean().cpu()
-    return found
+                nlls[index] = token_losses(logits, targets).double().mean().cpu()
+    return nlls
 
 
 def repeated(tokens: Sequence[int]) -> float:

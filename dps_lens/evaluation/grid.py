@@ -4,36 +4,32 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from dps_lens.analysis.intervals import interval
-from dps_lens.analysis.rankings import Family, rankings
-from dps_lens.analysis.set_sweep import shared_settings
-from dps_lens.data import Example, PromptConfig, User, build_prompt
+from dps_lens.data import PromptConfig, User, build_prompt
 from dps_lens.data.tokenizer import without_special
 from dps_lens.errors import EvaluationError, SteeringError
 from dps_lens.evaluation.answers import fluency, measured
 from dps_lens.evaluation.metrics import metrics_of
 from dps_lens.evaluation.style import StyleMeasure
-from dps_lens.files import write_json
-from dps_lens.model import HookedModel, describe_model
-from dps_lens.runs import RunFolder, kept
-from dps_lens.scoring.sweep import data_digest
-from dps_lens.steering import generate
-from dps_lens.steering.rules import find_rule
+from dps_lens.heads import HeadSet
+from dps_lens.model import HookedModel
+from dps_lens.result import Result
+from dps_lens.selection import HeadSource
+from dps_lens.stats.intervals import columns, interval
+from dps_lens.steering import DecodeConfig, generate
+from dps_lens.steering.rules import Rule, RuleLike, find_rule
+from dps_lens.validation.work import HeldOutConfig, HeldOutWork
+from dps_lens.work import Engine, Run, RunConfig
 
 if TYPE_CHECKING:
     import pandas
-    import plotly.graph_objects
-
-_FILE = "grid.json"
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,8 @@ class SteeredText:
     scores: dict[str, float]
 
 
-@dataclass(frozen=True)
-class SteeringGrid:
+@dataclass(frozen=True, repr=False)
+class SteeringGrid(Result):
     """Answers at every γ and K.
 
     Attributes:
@@ -79,11 +75,19 @@ class SteeringGrid:
         manifest: settings.
     """
 
+    stem: ClassVar[str] = "grid"
+    figure: ClassVar[str] = "pareto"
+    error: ClassVar[type[EvaluationError]] = EvaluationError
+    parts: ClassVar[tuple[type, ...]] = (SteeredText,)
+
     texts: tuple[SteeredText, ...]
     gammas: tuple[float, ...]
     ks: tuple[int, ...]
     references: dict[str, str]
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        return f"{len(self.texts)} texts of rule {self.manifest.get('rule')!r}, γ in {self.gammas}, K in {self.ks}"
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -118,61 +122,27 @@ class SteeringGrid:
                 values = [(one.user, _value(one, name)) for one in chosen]
                 change = [(one.user, _value(one, name) - _value(plain[one.example], name)) for one in chosen]
                 row |= interval(_user_means(values), level)
-                found = interval(_user_means(change), level) if gamma else {}
-                row |= {("difference" if key == "mean" else f"difference_{key}"): found[key] for key in found}
+                row |= columns("difference", interval(_user_means(change), level)) if gamma else {}
                 rows.append(row)
         return pd.DataFrame(rows)
-
-    def plot(self, **options: Any) -> "plotly.graph_objects.Figure":
-        """`dps_lens.plots.pareto` of this grid."""
-        from dps_lens.plots import pareto
-
-        return pareto(self, **options)
-
-    def save(self, folder: str | Path) -> None:
-        """Write the grid; `load` reads it."""
-        write_json(
-            Path(folder) / _FILE,
-            {
-                "texts": [asdict(one) for one in self.texts],
-                "gammas": self.gammas,
-                "ks": self.ks,
-                "references": self.references,
-                "manifest": self.manifest,
-            },
-        )
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "SteeringGrid":
-        """Read what `save` wrote.
-
-        Raises:
-            EvaluationError: the folder holds no whole grid.
-        """
-        try:
-            found = json.loads((Path(folder) / _FILE).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise EvaluationError(f"{folder} holds no whole steering grid ({type(error).__name__})") from error
-        texts = tuple(_text(**one) for one in found["texts"])
-        return cls(texts, tuple(found["gammas"]), tuple(found["ks"]), found["references"], found["manifest"])
 
 
 def steering_grid(
     model: HookedModel,
     users: Sequence[User],
-    heads: Family,
+    heads: HeadSource,
     *,
     gammas: Sequence[float] = (0.5, 1.0, 2.0),
     ks: Sequence[int] = (5, 10),
-    rule: str = "dps",
+    rule: RuleLike = "dps",
     max_examples: int | None = 1,
     max_new_tokens: int | None = None,
     alternatives: int = 3,
-    prompt: PromptConfig | None = None,
+    prompt_config: PromptConfig | None = None,
     seed: int = 0,
     out: str | Path | None = None,
-    force: bool = False,
-    progress: bool = True,
+    engine: Engine | None = None,
+    run_config: RunConfig | None = None,
 ) -> SteeringGrid:
     """Let a rule of heads answer the users' evaluation examples at every strength and number of heads, greedily.
 
@@ -183,105 +153,109 @@ def steering_grid(
             folds.
         gammas: strengths, at least −1. γ = 0 is always there.
         ks: numbers of heads.
-        rule: a rule of `generate` that needs heads and no second prompt.
+        rule: a rule of `generate` that needs heads and no negative prompt.
         max_examples: the newest so many evaluation examples of each user; None takes all.
         max_new_tokens: by default what the task needs.
         alternatives: tokens kept that gained, and that lost, most probability at every step.
-        prompt: how prompts are built; by default as for the scores.
+        prompt_config: how prompts are built; by default as for the scores.
         seed: of the folds.
         out: a folder; finished examples are kept there, and a call that is started again resumes.
-        force: drop what `out` holds.
-        progress: show a progress bar.
+        engine: as in `score_heads`.
+        run_config: force, progress bars.
 
     Raises:
-        SteeringError: the rule takes no heads, or needs a second prompt.
+        SteeringError: the rule takes no heads, or needs a negative prompt.
         EvaluationError: no users, several tasks, or a user without evaluation examples.
     """
-    found = find_rule(rule)
-    if not found.needs_heads or found.prompt:
-        raise SteeringError(f"steering_grid: rule {rule!r} must work with heads alone, such as 'dps'")
+    chosen = find_rule(rule)
+    if not chosen.needs_heads or chosen.has("negative"):
+        raise SteeringError(f"steering_grid: rule {chosen.name!r} must work with heads alone, such as 'dps'")
     if not users or len({user.task.name for user in users}) > 1 or not all(user.examples for user in users):
         raise EvaluationError("steering_grid: give users of one task, each with an evaluation example")
     strengths, sizes = tuple(sorted({float(g) for g in gammas} - {0.0})), tuple(sorted(set(ks)))
     if not strengths or not sizes or sizes[0] < 1 or strengths[0] < -1:
         raise EvaluationError("steering_grid: give one γ that is not 0, at least −1, and one K of at least 1")
-    config = shared_settings("steering_grid", {"heads": heads}, ablation=None, positions="response", prompt=prompt)
-    ranked = rankings("steering_grid", {"heads": heads}, users, sizes, seed=seed)[0]
-    examples = [one for user in users for one in (user.examples[-max_examples:] if max_examples else user.examples)]
-    length = max_new_tokens or users[0].task.max_new_tokens
-    manifest = {
-        "call": "steering_grid",
-        "rule": rule,
-        "gammas": list(strengths),
-        "ks": list(sizes),
-        "max_new_tokens": length,
-        "alternatives": alternatives,
-        "prompt": config["prompt"].to_dict(),
-        "seed": seed,
-        "sets": {user: [str(one) for one in of] for user, of in ranked["heads"].items()},
-        "model": describe_model(model),
-        "data": data_digest(list(users), examples),
-    }
-    style = None if users[0].task.closed else StyleMeasure(users)
-    settings = [(0.0, 0), *((gamma, k) for k in sizes for gamma in strengths)]
-    write = partial(_write, model, rule=rule, settings=settings, config=config["prompt"], length=length)
-    folder = RunFolder(out, manifest, force=force) if out is not None else None
-    texts: list[SteeredText] = []
-    for example in tqdm(examples, desc="steering", unit="example", disable=None if progress else True):
-        sets = dict(zip(sizes, ranked["heads"][example.user_id], strict=True))
-        make = partial(write, example, sets=sets, style=style, alternatives=alternatives)
-        texts += _unpacked(kept(folder, f"grid|{example.user_id}|{example.id}", make))
-    grid = SteeringGrid(tuple(texts), strengths, sizes, {one.id: one.reference for one in examples}, manifest)
-    if out is not None:
-        grid.save(out)
-    return grid
-
-
-def _write(
-    model: HookedModel,
-    example: Example,
-    *,
-    rule: str,
-    settings: Sequence[tuple[float, int]],
-    sets: Mapping[int, Any],
-    config: PromptConfig,
-    length: int,
-    style: StyleMeasure | None,
-    alternatives: int,
-) -> dict[str, Tensor]:
-    prompt = build_prompt(model, example, config=config)
-    heads = [sets[k or min(sets)] for _, k in settings]
-    written: Any = generate(
+    run = Run(model, SteeringGrid, out, engine, run_config)
+    work = GridWork.of(
+        "steering_grid",
         model,
-        [prompt] * len(settings),
-        heads=heads,
-        gamma=[gamma for gamma, _ in settings],
-        rule=rule,
-        max_new_tokens=length,
-        keep_alternatives=alternatives,
+        users,
+        {"heads": heads},
+        sizes,
+        prompt_config=prompt_config,
+        config=HeldOutConfig(positions="response"),
+        n_random=0,
+        select="global",
+        max_examples=max_examples,
+        seed=seed,
+        rule=chosen,
+        gammas=strengths,
+        length=max_new_tokens or users[0].task.max_new_tokens,
+        alternatives=alternatives,
     )
-    none = build_prompt(model, example, "none", config=config)
-    answers = {str(index): without_special(model, tokens) for index, tokens in enumerate(written.tokens)}
-    rows = measured(model, example, answers, fluency(model, none, list(answers.values())).tolist(), style)
-    names = (*metrics_of(example.task), "style", "NLL", "repeated")
-    texts = [
-        SteeredText(
-            example.user_id,
-            example.id,
-            gamma,
-            k,
-            str(heads[index]) if k else "",
-            row["text"],
-            written.pieces[index],
-            _plain(written.shifts[index].tolist()),
-            _plain(written.kl[index].tolist()),
-            written.alternatives[index] if written.alternatives else [],
-            {name: float(row[name]) for name in names if not math.isnan(row.get(name, math.nan))},
+    run.open(work.fingerprint())
+    units = run.units(work, list(work.by_key), "steering")
+    texts = [text for unit in units.made.values() for text in _unpacked(unit)]
+    references = {one.id: one.reference for one in work.examples}
+    return run.keep(SteeringGrid(tuple(texts), strengths, sizes, references, run.manifest))
+
+
+@dataclass
+class GridWork(HeldOutWork):
+    """The run of `steering_grid`."""
+
+    uses: ClassVar[tuple[str, ...]] = ("positions", "prompt_config")
+
+    rule: Rule = field(default_factory=lambda: find_rule("dps"))
+    gammas: tuple[float, ...] = ()
+    length: int = 0
+    alternatives: int = 0
+
+    @cached_property
+    def style(self) -> StyleMeasure | None:
+        return None if self.users[0].task.closed else StyleMeasure(self.users)
+
+    def fingerprint(self) -> dict[str, Any]:
+        more = {"rule": self.rule.settings(), "gammas": list(self.gammas), "max_new_tokens": self.length}
+        return super().fingerprint() | more | {"alternatives": self.alternatives}
+
+    def make(self, key: str, given: object = None) -> dict[str, Tensor]:
+        example, model, config = self.by_key[key], self.model, self.settings.prompt_config
+        sets = dict(zip(self.ks, self.ranked[0]["heads"][example.user_id], strict=True))
+        settings = [(0.0, 0), *((gamma, k) for k in self.ks for gamma in self.gammas)]
+        heads: list[HeadSet] = [sets[k or min(sets)] for _, k in settings]
+        written = generate(
+            model,
+            [build_prompt(model, example, config=config)] * len(settings),
+            heads=heads,
+            gamma=[gamma for gamma, _ in settings],
+            rule=self.rule,
+            max_new_tokens=self.length,
+            decode_config=DecodeConfig(keep_alternatives=self.alternatives),
         )
-        for index, ((gamma, k), row) in enumerate(zip(settings, rows, strict=True))
-    ]
-    packed = json.dumps([asdict(one) for one in texts]).encode()
-    return {"json": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
+        none = build_prompt(model, example, "none", config=config)
+        answers = {str(index): without_special(model, tokens) for index, tokens in enumerate(written.tokens)}
+        nlls, metrics = fluency(model, none, list(answers.values())).tolist(), metrics_of(example.task)
+        rows = measured(model, example, answers, nlls, self.style, metrics)
+        names = (*(metric.name for metric in metrics), "style", "NLL", "repeated")
+        texts = [
+            SteeredText(
+                example.user_id,
+                example.id,
+                gamma,
+                k,
+                str(heads[index]) if k else "",
+                row["text"],
+                written.pieces[index],
+                _plain(written.shifts[index].tolist()),
+                _plain(written.kl[index].tolist()),
+                written.alternatives[index] if written.alternatives else [],
+                {name: float(row[name]) for name in names if not math.isnan(row.get(name, math.nan))},
+            )
+            for index, ((gamma, k), row) in enumerate(zip(settings, rows, strict=True))
+        ]
+        packed = json.dumps([asdict(one) for one in texts]).encode()
+        return {"json": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
 
 
 def _unpacked(unit: Mapping[str, Tensor]) -> list[SteeredText]:

@@ -4,19 +4,21 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 from warnings import warn
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from dps_lens.analysis.intervals import interval
 from dps_lens.data import Example, User
 from dps_lens.data.retrieval import retrieve
 from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.endpoint import BudgetError, Endpoint
 from dps_lens.evaluation.result import REFERENCE, Evaluation
+from dps_lens.result import Result
+from dps_lens.stats.intervals import interval
+from dps_lens.work import RunConfig
 
 CRITERIA = {
     "relevance": "which answer does what the task asks for",
@@ -46,8 +48,8 @@ _AGAIN = 'That was not the JSON object that was asked for. Reply with {form}, ev
 _SHOWN_CHARACTERS = 400
 
 
-@dataclass(frozen=True)
-class Verdicts:
+@dataclass(frozen=True, eq=False, repr=False)
+class Verdicts(Result):
     """What a judge thinks of methods against a baseline.
 
     Attributes:
@@ -58,15 +60,21 @@ class Verdicts:
         manifest: settings.
     """
 
+    stem: ClassVar[str] = "verdicts"
+    error: ClassVar[type[EvaluationError]] = EvaluationError
+
     rows: pd.DataFrame
     unfinished: int
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        return f"{len(self.rows)} verdicts of {self.manifest.get('judge')!r}, {self.unfinished} pairs unfinished"
 
     def to_frame(self, level: float = 0.95) -> pd.DataFrame:
         """One row a method and criterion: `mean` verdict with its interval over users (1: the method always wins, −1:
         the baseline does); of the pairs that were asked about, `agreement` (share on which both orders agree) and
         `invalid` (share of replies)."""
-        found = []
+        table = []
         for (method, criterion), rows in self.rows.groupby(["method", "criterion"], sort=False):
             pairs = rows.pivot_table(index=["user", "example"], columns="first", values="verdict", dropna=False)
             both = pairs.dropna()
@@ -77,8 +85,8 @@ class Verdicts:
             two = asked.pivot_table(index=["user", "example"], columns="first", values="verdict", dropna=False).dropna()
             agreement = float((two[0] == two[1]).mean()) if len(two) else float("nan")
             invalid = float(asked["verdict"].isna().mean()) if len(asked) else float("nan")
-            found.append(row | {"agreement": agreement, "invalid": invalid})
-        return pd.DataFrame(found)
+            table.append(row | {"agreement": agreement, "invalid": invalid})
+        return pd.DataFrame(table)
 
     def position_bias(self, level: float = 0.95) -> dict[str, float]:
         """Mean verdict for whichever answer was shown first, with its interval over users; 0 for a fair judge."""
@@ -100,7 +108,7 @@ def judge(
     documents: int = 6,
     attempts: int = 3,
     seed: int = 0,
-    progress: bool = True,
+    run_config: RunConfig | None = None,
 ) -> Verdicts:
     """Let a language model compare every method's answers with a baseline's.
 
@@ -117,7 +125,7 @@ def judge(
         documents: earlier texts that are shown, by retrieval, 400 characters each.
         attempts: until a reply that is not valid counts as none.
         seed: of the order.
-        progress: show a progress bar.
+        run_config: progress bars.
 
     Raises:
         EvaluationError: a method is not in the evaluation, or the endpoint fails; its answers so far are kept, and the
@@ -136,7 +144,7 @@ def judge(
     random.Random(f"judge|{seed}").shuffle(pairs)
     rows: list[dict[str, Any]] = []
     unfinished = 0
-    bar = tqdm(pairs, desc="judging", unit="pair", disable=None if progress else True)
+    bar = tqdm(pairs, desc="judging", unit="pair", disable=None if (run_config or RunConfig()).progress else True)
     for number, (user, example, method) in enumerate(bar):
         own, other = texts[user, example, method], texts[user, example, against]
         try:

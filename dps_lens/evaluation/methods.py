@@ -8,26 +8,26 @@ from typing import Any, Literal, TypeAlias
 from jaxtyping import Int
 from torch import Tensor
 
-from dps_lens.analysis.rankings import Family
+from dps_lens.adapters.tuning import EPOCHS, LEARNING_RATE, RANK, SEED, UserLora
 from dps_lens.data import Prompt
 from dps_lens.errors import EvaluationError
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
-from dps_lens.steering import SteeringVector, generate
-from dps_lens.steering.rules import Rule, find_rule
-from dps_lens.steering.tuning import EPOCHS, LEARNING_RATE, RANK, SEED, UserLora
+from dps_lens.selection import HeadSource
+from dps_lens.steering import DecodeConfig, SteeringVector, generate
+from dps_lens.steering.rules import RULES, Rule, RuleLike, apart, find_rule
 
-Asked: TypeAlias = str | tuple[str, Family]
+Asked: TypeAlias = RuleLike | tuple[RuleLike, HeadSource]
 """`"plain"`, `"rag"`, `"prompt"`, `"lora"`, a vector, a rule such as `"cad"`; with heads it is `("dps", scores)`."""
 
-Shown: TypeAlias = Literal["own", "none", "note"]
+Shows: TypeAlias = Literal["own", "none", "note"]
+"""What a prompt holds beside the task."""
 
 Kind: TypeAlias = Literal["style", "steerx", "lora", "description"]
 """What is made of a user."""
 
-GREEDY = Rule()
 LORA = "lora"
-_SHOWN: dict[str, Shown] = {"plain": "none", "rag": "own", "prompt": "note", LORA: "none", f"rag+{LORA}": "own"}
+_SHOWN: dict[str, Shows] = {"plain": "none", "rag": "own", "prompt": "note", LORA: "none", f"rag+{LORA}": "own"}
 VECTORS: dict[str, Kind] = {"stylevector": "style", "steerx": "steerx"}
 
 
@@ -56,8 +56,7 @@ class Method:
 
     Attributes:
         name: as it is called in the table.
-        rule: how it decodes; greedy decoding is a rule without parts.
-        rule_name: as `generate` calls it; empty for greedy decoding.
+        rule: how it decodes.
         shows: what the prompt holds beside the task: the profile, nothing, or a description of the user.
         family: heads of the rule.
         settings: the grid.
@@ -67,9 +66,8 @@ class Method:
 
     name: str
     rule: Rule
-    rule_name: str
-    shows: Shown
-    family: Family | None
+    shows: Shows
+    family: HeadSource | None
     settings: tuple[Setting, ...]
     vector: Kind | None = None
     adapter: bool = False
@@ -89,11 +87,6 @@ class Method:
             found.append("description")
         return found
 
-    @property
-    def call(self) -> tuple[str, str]:
-        """Settings of methods that share this are rows of one `generate`."""
-        return ("" if self.rule == GREEDY else self.rule_name, self.shows)
-
 
 def is_own_method(name: str) -> bool:
     """A method of its own, not a rule of `generate`."""
@@ -107,40 +100,41 @@ def find_method(
 
     `plain` answers greedily without a profile, `rag` with it, `prompt` with a description in its place. `stylevector`
     and `steerx` add their vector without a profile, `lora` adds a trained change to the weights; `rag+stylevector` and
-    the like do so with the profile. Rules that have no
-    strength (`dola`, entropy γ) have no grid of strengths.
+    the like do so with the profile. Rules that have no strength (`dola`, adaptive ones) have no grid of strengths.
 
     Raises:
         EvaluationError: the method is unknown, or lacks its heads.
     """
-    rule_name, family = (asked, None) if isinstance(asked, str) else asked
-    rule, shows, vector = GREEDY, _SHOWN.get(rule_name, "own"), VECTORS.get(rule_name.removeprefix("rag+"))
+    rule_asked, family = apart(asked)
+    word = rule_asked if isinstance(rule_asked, str) else ""
+    rule, shows, vector = RULES["greedy"], _SHOWN.get(word, "own"), VECTORS.get(word.removeprefix("rag+"))
     if vector:
-        shows = "own" if rule_name.startswith("rag+") else "none"
-        rule, rule_name = find_rule("vector"), "vector"
-    elif rule_name not in _SHOWN:
-        rule = find_rule(rule_name)
-        if rule.vector:
+        shows = "own" if word.startswith("rag+") else "none"
+        rule = RULES["vector"]
+    elif word not in _SHOWN:
+        rule = find_rule(rule_asked)
+        if rule.has("shifted"):
             raise EvaluationError(f"evaluate: method {name!r}: ask for {', '.join(VECTORS)}, or 'rag+stylevector'")
     if rule.needs_heads != (family is not None):
         wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
         raise EvaluationError(f"evaluate: method {name!r} {wanted}")
-    adapter = rule_name.removeprefix("rag+") == LORA
+    adapter = word.removeprefix("rag+") == LORA
+    free = [term for term in rule.terms if term.branch != "early" and not term.adaptive]
     grid: list[Setting] = [Setting()]
-    if adapter or rule.prompt or (rule.edits and not rule.adaptive):
+    if adapter or free:
         grid = [Setting(strength) for strength in strengths]
     elif rule.adaptive:
         grid = [Setting(1.0)]
     if rule.needs_heads:
         grid = [Setting(one.strength, k) for one in grid for k in ks]
-    if rule.vector:
+    if rule.has("shifted"):
         grid = [Setting(one.strength, None, layer) for one in grid for layer in layers]
-    return Method(name, rule, rule_name, shows, family, tuple(grid), vector, adapter)
+    return Method(name, rule, shows, family, tuple(grid), vector, adapter)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method with one setting, ready to be written by."""
+class Writer:
+    """One method with one setting, ready to write."""
 
     method: Method
     setting: Setting
@@ -152,49 +146,49 @@ class Row:
 def write(
     model: HookedModel,
     prompts: Mapping[str, Prompt],
-    rows: Sequence[Row],
+    writers: Sequence[Writer],
     max_new_tokens: int,
     stop_at_eos: bool = True,
 ) -> list[Int[Tensor, " _"]]:
-    """The answers of one example by every row, in order: greedily, by one decoding loop.
+    """The answers of one example by every writer, in order: greedily, by one decoding loop.
 
     Args:
         model: a hooked model.
         prompts: by what they show.
-        rows: methods with settings.
+        writers: methods with settings; those of one rule and prompt are rows of one `generate`.
         max_new_tokens: of an answer.
         stop_at_eos: end an answer at the model's end token.
     """
-    found: dict[int, Tensor] = {}
-    calls: dict[tuple[str, str, int | None], list[int]] = {}
-    for index, row in enumerate(rows):
+    answers: dict[int, Tensor] = {}
+    calls: dict[tuple[Rule, str, int | None], list[int]] = {}
+    for index, writer in enumerate(writers):
         # Every adapter is a model of its own.
-        calls.setdefault((*row.method.call, index if row.adapter else None), []).append(index)
-    for (rule_name, shows, _), members in calls.items():
-        chosen = [rows[index] for index in members]
-        rule, strengths = chosen[0].method.rule, [row.setting.strength for row in chosen]
-        options: dict[str, Any] = {"rule": rule_name} if rule_name else {"heads": HeadSet(), "gamma": 0.0}
-        if rule.edits:
+        own = index if writer.adapter else None
+        calls.setdefault((writer.method.rule, writer.method.shows, own), []).append(index)
+    for (rule, shows, _), members in calls.items():
+        chosen = [writers[index] for index in members]
+        strengths = [writer.setting.strength for writer in chosen]
+        options: dict[str, Any] = {"rule": rule, "decode_config": DecodeConfig(stop_at_eos=stop_at_eos)}
+        if rule.edited is not None:
             options["gamma"] = strengths
         if rule.needs_heads:
-            options["heads"] = [row.heads for row in chosen]
-        if rule.vector:
-            options["vectors"] = [row.vector for row in chosen]
-        if rule.prompt:
-            options |= {"alpha": strengths, "without": [prompts["none"]] * len(chosen)}
-        options |= {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos}
+            options["heads"] = [writer.heads for writer in chosen]
+        if rule.has("shifted"):
+            options["vectors"] = [writer.vector for writer in chosen]
+        if rule.has("negative"):
+            options |= {"alpha": strengths, "negative_prompts": [prompts["none"]] * len(chosen)}
         adapter = chosen[0].adapter
         with adapter.on(model, strengths[0]) if adapter else nullcontext():
-            written: Any = generate(model, [prompts[shows]] * len(chosen), **options)
-        found |= dict(zip(members, written.tokens, strict=True))
-    return [found[index] for index in range(len(rows))]
+            written = generate(model, [prompts[shows]] * len(chosen), max_new_tokens=max_new_tokens, **options)
+        answers |= dict(zip(members, written.tokens, strict=True))
+    return [answers[index] for index in range(len(writers))]
 
 
 def describe(methods: Mapping[str, Method]) -> dict[str, Any]:
     """Grid and rule of every method, for a manifest."""
     return {
         name: {
-            "rule": method.rule_name,
+            "rule": method.rule.settings(),
             "shows": method.shows,
             "vector": method.vector,
             "adapter": [RANK, EPOCHS, LEARNING_RATE, SEED] if method.adapter else None,

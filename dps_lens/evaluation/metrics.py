@@ -1,15 +1,14 @@
-"""The metrics of LaMP (arXiv 2304.11406) and LongLaMP (arXiv 2407.11016).
+"""What an answer is worth: the metrics of LaMP (arXiv 2304.11406) and LongLaMP (arXiv 2407.11016), and any of your own.
 
-Closed tasks have accuracy and macro-F1, LaMP-3 the errors of a number, the others ROUGE and METEOR. An answer scores as
-in the official scripts; means are of user means where the scripts take all answers, macro-F1 and RMSE are over all.
+An answer scores as in the official scripts; means are of user means where the scripts take all answers, macro-F1 and
+RMSE are over all.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dps_lens.data import Example
 from dps_lens.data.tasks import Task
@@ -17,6 +16,40 @@ from dps_lens.errors import EvaluationError
 
 if TYPE_CHECKING:
     import pandas
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What answers are measured by.
+
+    Attributes:
+        name: of its column.
+        function: `(reference, answer) → value`; None where only many answers have one, or a model measures it.
+        better: which direction is.
+        summary: how rows of answers (`user`, `text`, `reference`, scores) become one number; the mean of user means by
+            default.
+        slow: left out while settings are chosen.
+    """
+
+    name: str
+    function: Callable[[str, str], float] | None
+    better: Literal["higher", "lower"] = "higher"
+    summary: "Callable[[pandas.DataFrame, Task], float] | None" = None
+    slow: bool = False
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, else −1."""
+        return 1 if self.better == "higher" else -1
+
+    def of(self, rows: "pandas.DataFrame", task: Task) -> float:
+        """One number of all rows."""
+        if self.summary is not None:
+            return self.summary(rows, task)
+        return float(rows.groupby("user", sort=False)[self.name].mean().mean())
+
+
+MetricLike: TypeAlias = Metric | str
 
 LABELS = {
     "lamp-1": ("[1]", "[2]"),
@@ -40,10 +73,26 @@ LABELS = {
 }
 """Answers of the classification tasks; what is none of them counts as wrong."""
 
-OVER_ALL = ("RMSE", "macro-F1")
-"""Metrics of many answers; one answer has none."""
-
 _SCORES = (1.0, 5.0)
+
+
+def accuracy(reference: str, text: str) -> float:
+    """1 for the right answer, letter by letter, as in LaMP's script."""
+    return float(text.strip() == reference.strip())
+
+
+def absolute_error(reference: str, text: str) -> float:
+    """Of a number; an answer that is none counts as whichever of 1 and 5 is farther from the truth."""
+    truth = float(reference)
+    return abs(_number(text, truth) - truth)
+
+
+def _number(text: str, truth: float) -> float:
+    try:
+        found = float(text.strip())
+    except ValueError:
+        found = math.nan
+    return found if math.isfinite(found) else max(_SCORES, key=lambda end: abs(end - truth))
 
 
 def rouge(reference: str, text: str) -> dict[str, float]:
@@ -96,23 +145,92 @@ def has_meteor() -> bool:
     return True
 
 
-def metrics_of(task: Task) -> tuple[str, ...]:
+def macro_f1(references: Sequence[str], texts: Sequence[str], labels: Sequence[str]) -> float:
+    """Mean F1 of all labels; an answer that is none of them is wrong, and a label that never occurs has 0.
+
+    Args:
+        references: the right answers.
+        texts: the answers.
+        labels: the task's answers.
+    """
+    from sklearn.metrics import f1_score
+
+    known = {label: index for index, label in enumerate(labels)}
+    truth, found = ([known.get(text.strip(), -1) for text in of] for of in (references, texts))
+    return float(f1_score(truth, found, labels=range(len(known)), average="macro", zero_division=0))
+
+
+def _over_all_f1(rows: "pandas.DataFrame", task: Task) -> float:
+    return macro_f1(rows["reference"].tolist(), rows["text"].tolist(), LABELS[task.name])
+
+
+def _root_mean_square(rows: "pandas.DataFrame", task: Task) -> float:
+    return float((rows["MAE"].to_numpy() ** 2).mean() ** 0.5)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", accuracy),
+        Metric("macro-F1", None, summary=_over_all_f1),
+        Metric("MAE", absolute_error, "lower"),
+        Metric("RMSE", None, "lower", summary=_root_mean_square),
+        Metric("ROUGE-L", lambda reference, text: rouge(reference, text)["ROUGE-L"]),
+        Metric("ROUGE-1", lambda reference, text: rouge(reference, text)["ROUGE-1"]),
+        Metric("METEOR", meteor, slow=True),
+        Metric("style", None),
+        Metric("NLL", None, "lower"),
+        Metric("repeated", None, "lower"),
+        Metric("tokens", None),
+        Metric("KL", None, "lower"),
+    )
+}
+"""By name; which direction is better is said here and nowhere else."""
+
+OF_EVERY_TASK = ("style", "NLL", "repeated", "tokens")
+"""Measured of every answer, whatever the task; closed tasks have no style."""
+
+
+def find_metrics(asked: Iterable[MetricLike]) -> tuple[Metric, ...]:
+    """Metrics by name, and those of your own.
+
+    Raises:
+        EvaluationError: a name is unknown, or stands twice.
+    """
+    metrics = tuple(one if isinstance(one, Metric) else _named(one) for one in asked)
+    names = [metric.name for metric in metrics]
+    for metric in metrics:
+        if metric.summary is not None and METRICS.get(metric.name) is not metric:
+            raise EvaluationError(
+                f"evaluate: metric {metric.name!r} has a summary of its own; register it, so that a table that is read "
+                "again finds it: dps_lens.evaluation.METRICS[metric.name] = metric"
+            )
+    if twice := [name for name in names if names.count(name) > 1 or name in OF_EVERY_TASK]:
+        raise EvaluationError(f"evaluate: metric {twice[0]!r} stands twice, or is measured anyway")
+    return metrics
+
+
+def _named(name: str) -> Metric:
+    if name not in METRICS:
+        raise EvaluationError(f"metric {name!r} is unknown; use some of {', '.join(METRICS)}, or a Metric of your own")
+    return METRICS[name]
+
+
+def metrics_of(task: Task) -> tuple[Metric, ...]:
     """What is measured on a task on this machine; the first is what settings are chosen by."""
-    return tuple(name for name in all_metrics(task) if name != "METEOR" or has_meteor())
-
-
-def all_metrics(task: Task) -> tuple[str, ...]:
-    """What can be measured on a task, METEOR included."""
     if task.name == "lamp-3":
-        return ("MAE", "RMSE")
-    if task.name in LABELS:
-        return ("accuracy", "macro-F1")
-    return ("ROUGE-L", "ROUGE-1", "METEOR")
+        names = ("MAE", "RMSE")
+    elif task.name in LABELS:
+        names = ("accuracy", "macro-F1")
+    else:
+        names = ("ROUGE-L", "ROUGE-1", *(("METEOR",) if has_meteor() else ()))
+    return tuple(METRICS[name] for name in names)
 
 
-def lower_is_better(metric: str) -> bool:
-    """Errors, against scores."""
-    return metric in ("MAE", "RMSE")
+def score_text(metrics: Iterable[Metric], reference: str, text: str, *, slow: bool = True) -> dict[str, float]:
+    """What one answer contributes to each metric."""
+    wanted = (metric for metric in metrics if slow or not metric.slow)
+    return {metric.name: metric.function(reference.strip(), text) for metric in wanted if metric.function is not None}
 
 
 def check_reference(example: Example) -> None:
@@ -132,73 +250,3 @@ def check_reference(example: Example) -> None:
         raise EvaluationError(
             f"evaluate: example {example.id!r}: its answer {reference!r} is none of {', '.join(known)}"
         )
-
-
-def score_example(example: Example, text: str, *, synonyms: bool = True) -> dict[str, float]:
-    """What one answer contributes to the metrics of its task; METEOR, which is slow, if `synonyms`.
-
-    RMSE and macro-F1 exist for many answers only (`summary_of`). An answer of LaMP-3 that is no number counts as
-    whichever of 1 and 5 is farther from the truth.
-    """
-    reference = example.reference.strip()
-    if example.task.name == "lamp-3":
-        truth = float(reference)
-        return {"MAE": abs(_number(text, truth) - truth)}
-    if "accuracy" in metrics_of(example.task):
-        return {"accuracy": float(text.strip() == reference)}
-    found = rouge(reference, text)
-    return found | ({"METEOR": meteor(reference, text)} if synonyms and has_meteor() else {})
-
-
-def _number(text: str, truth: float) -> float:
-    try:
-        found = float(text.strip())
-    except ValueError:
-        found = math.nan
-    return found if math.isfinite(found) else max(_SCORES, key=lambda end: abs(end - truth))
-
-
-def summary_of(metric: str, task: Task) -> "Callable[[pandas.DataFrame], float]":
-    """How rows of examples (`user`, `text`, `reference`, scores) become one number: the mean of user means.
-
-    RMSE and macro-F1 are taken over all rows, as in the official scripts.
-    """
-    if metric == "RMSE":
-        return lambda rows: float((rows["MAE"].to_numpy() ** 2).mean() ** 0.5)
-    if metric == "macro-F1":
-        return lambda rows: macro_f1(rows["reference"].tolist(), rows["text"].tolist(), LABELS[task.name])
-    return lambda rows: float(rows.groupby("user", sort=False)[metric].mean().mean())
-
-
-def macro_f1(references: Sequence[str], texts: Sequence[str], labels: Sequence[str]) -> float:
-    """Mean F1 of all labels; an answer that is none of them is wrong, and a label that never occurs has 0.
-
-    Args:
-        references: the right answers.
-        texts: the answers.
-        labels: the task's answers.
-    """
-    from sklearn.metrics import f1_score
-
-    known = {label: index for index, label in enumerate(labels)}
-    truth, found = ([known.get(text.strip(), -1) for text in of] for of in (references, texts))
-    return float(f1_score(truth, found, labels=range(len(known)), average="macro", zero_division=0))
-
-
-def jackknife(
-    statistic: "Callable[[pandas.DataFrame], float]", rows: "pandas.DataFrame", level: float = 0.95
-) -> dict[str, float]:
-    """A statistic of all rows with a Student's t interval from leaving out one user at a time.
-
-    For the mean of user means this is the t interval of `intervals.interval`.
-    """
-    from scipy.stats import t as student
-
-    mean, users = statistic(rows) if len(rows) else math.nan, list(dict.fromkeys(rows["user"]))
-    n = len(users)
-    if n < 2:
-        return {"mean": mean, "low": math.nan, "high": math.nan}
-    without = np.array([statistic(rows[rows["user"] != user]) for user in users])
-    pseudo = n * mean - (n - 1) * without
-    half = float(student.ppf(0.5 + level / 2, n - 1) * pseudo.std(ddof=1) / n**0.5)
-    return {"mean": mean, "low": mean - half, "high": mean + half}

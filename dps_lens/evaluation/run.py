@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dps_lens.analysis.rankings import Select
-from dps_lens.analysis.set_sweep import shared_settings
 from dps_lens.data import PromptConfig, User
-from dps_lens.evaluation.bench import Bench
+from dps_lens.evaluation.bench import Bench, EvaluateConfig
 from dps_lens.evaluation.methods import Asked, find_method
+from dps_lens.evaluation.metrics import MetricLike, find_metrics
 from dps_lens.evaluation.result import Evaluation
-from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
-from dps_lens.runs import Engine, RunFolder
+from dps_lens.selection import inherited
+from dps_lens.work import Engine, Run, RunConfig
 
 
 def evaluate(
@@ -19,21 +18,17 @@ def evaluate(
     users: Sequence[User],
     methods: Mapping[str, Asked],
     *,
+    metrics: Sequence[MetricLike] | None = None,
     strengths: Sequence[float] = (0.25, 0.5, 1.0),
     ks: Sequence[int] = (10,),
-    layers: Sequence[int] | None = None,
-    choose_on: int = 1,
-    vector_examples: int | None = 8,
-    select: "Select | Mapping[str, Select]" = "global",
-    exclude: Mapping[str, HeadSet] | None = None,
     max_examples: int | None = None,
     max_new_tokens: int | None = None,
-    prompt: PromptConfig | None = None,
+    prompt_config: PromptConfig | None = None,
+    evaluate_config: EvaluateConfig | None = None,
     seed: int = 0,
     out: str | Path | None = None,
-    force: bool = False,
     engine: Engine | None = None,
-    progress: bool = True,
+    run_config: RunConfig | None = None,
 ) -> Evaluation:
     """Let every method answer the users' evaluation examples, and measure the answers.
 
@@ -55,23 +50,18 @@ def evaluate(
     Args:
         model: a hooked model.
         users: of one task; their evaluation examples are answered.
-        methods: name → method, in the order of the table.
+        methods: name → method, in the order of the table; rules may be a `Term` of your own.
+        metrics: by name, or a `Metric` of your own; those of the task by default. Settings are chosen by the first.
         strengths: the grid of γ and α, and of what a LoRA's change is multiplied by.
         ks: the grid of numbers of heads.
-        layers: the grid of a vector's layer; a third, half and two thirds of the way up by default.
-        choose_on: the newest so many discovery examples of each user choose; 0 where no method has a choice.
-        vector_examples: the newest so many discovery examples that a vector or LoRA is made of; those that choose are
-            left out while choosing.
-        select: as in `ablation_curve`; with `"user"`, heads are ranked by the discovery examples that also choose.
-        exclude: as in `ablation_curve`.
         max_examples: the newest so many evaluation examples of each user.
         max_new_tokens: by default what the task needs.
-        prompt: how prompts are built; by default as for the scores.
+        prompt_config: how prompts are built; by default as for the scores.
+        evaluate_config: rare settings: layers, examples that choose, exclusions.
         seed: of the folds that select heads.
         out: a run folder, where the evaluation is saved; a run that is started again there resumes.
-        force: drop what `out` holds.
         engine: as in `score_heads`; a shard answers for its users, with settings chosen on all of them.
-        progress: show progress bars.
+        run_config: force, progress bars.
 
     Raises:
         EvaluationError: users of several tasks, an unknown method, nothing to choose on, a layer outside the model, or
@@ -79,22 +69,25 @@ def evaluate(
         ScoreError: as `ablation_curve`.
         SteeringError: LoRA without peft, or on a `HookedTransformer`.
     """
-    if engine is not None:
-        engine.start(model)
-    depth = model.cfg.n_layers
-    grid = tuple(dict.fromkeys((depth // 3, depth // 2, 2 * depth // 3))) if layers is None else tuple(layers)
-    found = {name: find_method(name, asked, strengths, ks, grid) for name, asked in methods.items()}
-    families = {name: method.family for name, method in found.items() if method.family is not None}
-    shared = shared_settings("evaluate", families, ablation=None, positions="response", prompt=prompt)
+    config, depth = evaluate_config or EvaluateConfig(), model.cfg.n_layers
+    run = Run(model, Evaluation, out, engine, run_config)
+    layers = (depth // 3, depth // 2, 2 * depth // 3) if config.layers is None else config.layers
+    layers = tuple(dict.fromkeys(layers))
+    asked = {name: find_method(name, one, strengths, ks, layers) for name, one in methods.items()}
+    families = {name: method.family for name, method in asked.items() if method.family is not None}
+    shared = inherited(
+        "evaluate", families, positions="response", prompt_config=prompt_config, uses=("positions", "prompt_config")
+    )
     bench = Bench(
-        model, list(users), found, tuple(ks), choose_on, vector_examples, select, exclude or {}, max_examples,
-        max_new_tokens, shared["prompt"], seed,
-    )  # fmt: skip
-    manifest = bench.fingerprint()
-    folder = RunFolder(out, manifest, force=force) if out is not None else None
-    if out is not None:
-        Evaluation.remove(out)
-    evaluation = bench.run(folder, manifest, engine, progress)
-    if out is not None:
-        evaluation.save(out)
-    return evaluation
+        model,
+        list(users),
+        asked,
+        find_metrics(metrics or ()),
+        tuple(ks),
+        config,
+        max_examples,
+        max_new_tokens,
+        shared.prompt_config,
+        seed,
+    )
+    return bench.run(run)

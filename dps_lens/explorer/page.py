@@ -1,30 +1,93 @@
-"""The page: one template, one script, and the data as JSON that nothing runs."""
+"""The page: what it shows, one template, one script, and the data as JSON that nothing runs."""
 
 import base64
 import hashlib
 import json
 import math
 import re
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from plotly.colors import get_colorscale
 from scipy.stats import t as student
+from torch import Tensor
 
-from dps_lens import plots
-from dps_lens.explorer.content import ExampleView, Exploration, significant
-from dps_lens.explorer.words import facts
+from dps_lens.evaluation import SteeringGrid
+from dps_lens.files import write_text
+from dps_lens.heads import Head, HeadSet
+from dps_lens.plots import ablation, families, k_sweep, overlap, pareto
 from dps_lens.plots.theme import SIGNED
 from dps_lens.scores import HeadScores
+from dps_lens.stats.overlap import Overlap
+from dps_lens.stats.significance import MIN_USERS, significant_heads
+from dps_lens.validation.effects import SetEffects
 
 MAX_VALUES = 5_000_000
 """Values of examples that a page holds, two bytes each; above, a page shows the means of users."""
 
 _SINGLE = 500_000
 _BASELINES = {"no_profile": "no profile", "other_user": "other users' profiles"}
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleView:
+    """What heads look at in one prompt.
+
+    Attributes:
+        user: who asks.
+        example: its id.
+        pieces: text of each token of the prompt and its response.
+        spans: `"profile"`, `"task"` and `"response"`, `(start, stop)`.
+        heads: whose attention is there.
+        attention: mean over the positions that give the response.
+    """
+
+    user: str
+    example: str
+    pieces: tuple[str, ...]
+    spans: dict[str, tuple[int, int]]
+    heads: tuple[Head, ...]
+    attention: Float[Tensor, "head pos"]
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """What `explore` collects for a page.
+
+    Attributes:
+        scores: of `score_heads`.
+        heads: that are outlined and tested.
+        families: reference families by name.
+        between_users: overlap of the users' top heads, where there are at least two users.
+        between_families: overlap of the families' top heads, where there are any.
+        effects: of `ablation_curve`.
+        cost: of `ablation_cost`.
+        views: attention on some held-out examples.
+        grid: steered texts.
+        title: of the page.
+    """
+
+    scores: HeadScores
+    heads: HeadSet
+    families: dict[str, HeadScores] = field(default_factory=dict)
+    between_users: Overlap | None = None
+    between_families: Overlap | None = None
+    effects: SetEffects | None = None
+    cost: SetEffects | None = None
+    views: tuple[ExampleView, ...] = ()
+    grid: SteeringGrid | None = None
+    title: str = "Preference Heads"
+
+    def write(self, path: str | Path) -> Path:
+        """Write one HTML file that opens without a network and runs no script but its own."""
+        write_text(path, page(self))
+        return Path(path)
 
 
 def page(found: Exploration, *, live: bool = False) -> str:
@@ -58,7 +121,7 @@ def page(found: Exploration, *, live: bool = False) -> str:
 def content(found: Exploration) -> dict[str, Any]:
     """What the script draws, as plain values."""
     scores = found.scores
-    baseline = str(scores.manifest.get("contrast"))
+    baseline = str(scores.manifest.get("against"))
     layers, heads = scores.values.shape[1:]
     names = {"PCS": None, **({"own profile": "own", _BASELINES[baseline]: baseline} if baseline in _BASELINES else {})}
     sizes = {len(scores.users), *(len(scores.rows(user)) for user in scores.users)}
@@ -68,14 +131,14 @@ def content(found: Exploration) -> dict[str, Any]:
         "unit": scores.manifest.get("unit", "nats per token"),
         "colours": get_colorscale(SIGNED),
         "users": list(scores.users),
-        "maps": {name: _packed(scores.clusters(of=of)) for name, of in names.items()},
+        "maps": {name: _packed(scores.samples(of=of)) for name, of in names.items()},
         "examples": _examples(scores),
         "t": {size: float(student.ppf(0.975, size - 1)) for size in sizes if size > 1},
         "families": {name: _family(family) for name, family in found.families.items()},
         "tops": [str(head) for head in found.heads],
         "significant": significant(scores),
         "figures": _figures(found),
-        "cost": _rows(found.cost.to_frame().to_dict("records")) if found.cost is not None else [],
+        "cost": _rows(found.cost.beside_random().to_dict("records")) if found.cost is not None else [],
         "views": [_view(view) for view in found.views],
         "grid": _grid(found),
     }
@@ -109,21 +172,21 @@ def _figures(found: Exploration) -> dict[str, Any]:
     """Figures of `dps_lens.plots`, by tab and name."""
     drawn: dict[str, dict[str, Any]] = {"overlap": {}, "ablation": {}, "texts": {}}
     if found.between_users is not None:
-        drawn["overlap"]["users"] = plots.overlap(found.between_users)
+        drawn["overlap"]["users"] = overlap(found.between_users)
     if found.between_families is not None:
-        drawn["overlap"]["families"] = plots.overlap(found.between_families)
+        drawn["overlap"]["families"] = overlap(found.between_families)
         defined = {name: family for name, family in found.families.items() if family.defined}
         for name, family in defined.items():
-            shown = plots.families(found.scores, family, k=len(found.heads), names=("PCS", name.replace("_", " ")))
+            shown = families(found.scores, family, k=len(found.heads), names=("PCS", name.replace("_", " ")))
             drawn["overlap"][f"PCS and {name.replace('_', ' ')}"] = shown
     if found.effects is not None:
         for measure in found.effects.measures:
-            drawn["ablation"][measure] = plots.ablation(found.effects, measure=measure)
+            drawn["ablation"][measure] = ablation(found.effects, measure=measure)
     if found.grid is not None and len({one.user for one in found.grid.texts}) > 1:
         if "style" in found.grid.measures:
-            drawn["texts"]["style against fluency"] = plots.pareto(found.grid)
+            drawn["texts"]["style against fluency"] = pareto(found.grid)
         for measure in found.grid.measures:
-            drawn["texts"][f"{measure} by K"] = plots.k_sweep(found.grid, measure=measure)
+            drawn["texts"][f"{measure} by K"] = k_sweep(found.grid, measure=measure)
     return {tab: {name: json.loads(one.to_json()) for name, one in of.items()} for tab, of in drawn.items()}
 
 
@@ -175,13 +238,13 @@ def _rows(rows: list[dict[Any, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _packed(values: Any) -> dict[str, str]:
+def _packed(values: Tensor) -> dict[str, str]:
     """Numbers as base64, little-endian: single precision, or half where there are many, to keep a page small."""
     kind = "<f4" if values.numel() <= _SINGLE else "<f2"
     return {"kind": kind, "data": base64.b64encode(np.asarray(values.numpy(), dtype=kind).tobytes()).decode()}
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     """JSON that no text in it can end: a bare "<" is never needed."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
@@ -201,3 +264,43 @@ def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
     return re.sub(r"</(?=script)", r"<\\/", get_plotlyjs(), flags=re.IGNORECASE).replace("\r\n", "\n")
+
+
+def significant(scores: HeadScores) -> list[str]:
+    """Names of the heads that a population of users shows; none for few users."""
+    if len(scores.users) < MIN_USERS or not scores.defined:
+        return []
+    flips = 2000 if scores.values[0].numel() > 2000 else 10_000
+    significant = significant_heads(scores, n_flips=flips).significant
+    return [str(Head(*at)) for at in significant.nonzero().tolist()]
+
+
+def facts(found: Exploration) -> list[tuple[str, str]]:
+    """Settings of the run."""
+    manifest = found.scores.manifest
+    model, prompt = manifest.get("model", {}), manifest.get("prompt_config", {})
+    size = f"{model.get('n_layers')} layers × {model.get('n_heads')} heads, {model.get('dtype')}"
+    rows = [
+        ("model", f"{model.get('name')}, {size}"),
+        (
+            "ablation",
+            f"{manifest.get('ablation')}, positions {manifest.get('positions')}, against {manifest.get('against')}",
+        ),
+        ("sign", str(manifest.get("sign", ""))),
+        ("prompts", ", ".join(f"{name} {value}" for name, value in prompt.items())),
+        ("outlined heads", str(found.heads)),
+    ]
+    if found.cost is not None:
+        cost = found.cost.manifest
+        layers = set(found.cost.to_frame()["controls"].dropna()) or {"same layers"}
+        rows.append(("controls", f"{cost['n_random']} random sets, {', '.join(layers)}, seed {cost['seed']}"))
+    if found.grid is not None:
+        about, who = found.grid.manifest, "other users" if len(found.scores.users) > 1 else "the user's older texts"
+        rows.append(
+            (
+                "texts",
+                f"rule {about['rule']}, greedy, at most {about['max_new_tokens']} tokens; heads chosen by {who}",
+            )
+        )
+    libraries = model.get("libraries", {})
+    return [*rows, ("libraries", ", ".join(f"{name} {version}" for name, version in libraries.items()))]

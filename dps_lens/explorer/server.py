@@ -7,13 +7,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dps_lens.data import PromptConfig, User, build_prompt
+from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.errors import DPSLensError, SteeringError
-from dps_lens.explorer.content import Exploration, ranked_for
-from dps_lens.explorer.page import page
+from dps_lens.explorer.content import ranked_for
+from dps_lens.explorer.page import Exploration, page
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
-from dps_lens.steering import generate
+from dps_lens.steering import DecodeConfig, generate
 
 HOST = "127.0.0.1"
 _ALTERNATIVES = 3
@@ -83,10 +83,10 @@ class Writer:
         total = found.scores.values[0].numel()
         owners = {one.user_id for one in self._examples.values()}
         self._heads = ranked_for(found.scores, [user for user in users if user.id in owners], total)
-        self._config = PromptConfig(**self.grid.manifest["prompt"])
+        self._config = PromptConfig(**self.grid.manifest["prompt_config"])
         self._lock = threading.Lock()
 
-    def asked(self, request: Any) -> tuple[Any, HeadSet, float]:
+    def asked(self, request: object) -> tuple[Example, HeadSet, float]:
         """Example, heads and γ of a request.
 
         Raises:
@@ -102,22 +102,21 @@ class Writer:
         heads = self._heads[self._examples[example].user_id]
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= len(heads):
             raise SteeringError(f"steer: k {k!r} is not a whole number from 1 to {len(heads)}")
-        chosen: Any = heads[:k]
-        return self._examples[example], chosen, float(gamma)
+        return self._examples[example], heads[:k], float(gamma)
 
-    def write(self, example: Any, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:
+    def write(self, example: Example, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:
         """`{"text": …}` piece by piece, then `{"done": …}`; closing the iterator stops the model."""
         assert self.grid is not None
         with self._lock:
             prompt = build_prompt(self.model, example, config=self._config)
-            stream: Any = generate(
+            stream = generate(
                 self.model,
                 prompt,
                 heads=heads,
                 gamma=gamma,
                 rule=self.grid.manifest["rule"],
                 max_new_tokens=self.grid.manifest["max_new_tokens"],
-                keep_alternatives=_ALTERNATIVES,
+                decode_config=DecodeConfig(keep_alternatives=_ALTERNATIVES),
                 stream=True,
             )
             pieces = iter(stream)

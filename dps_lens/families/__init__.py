@@ -1,9 +1,8 @@
 """Heads to compare with."""
 
 from dps_lens.families.function_vector import FunctionVector, Task
-from dps_lens.families.random import draw_seed, random_heads
 from dps_lens.families.reference import KINDS, Family, reference_heads
-from dps_lens.families.repeated import Repeated
+from dps_lens.families.repeated import Repeated, attention_to
 from dps_lens.families.retrieval import Needle, Retrieval, shipped_paragraphs
 
 __all__ = [
@@ -14,8 +13,7 @@ __all__ = [
     "Repeated",
     "Retrieval",
     "Task",
-    "draw_seed",
-    "random_heads",
+    "attention_to",
     "reference_heads",
     "shipped_paragraphs",
 ]

@@ -18,11 +18,12 @@ from dps_lens.data import Prompt
 from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.errors import ScoreError
 from dps_lens.families.work import FamilyWork
-from dps_lens.intervene import recording_z
-from dps_lens.model import HookedModel, Runner, native_attention
-from dps_lens.runs import Engine, RunFolder
+from dps_lens.intervene import Mean, recording_z
+from dps_lens.model import HookedModel, native_attention, runner_of
+from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
-from dps_lens.scoring.branches import Branches, single_heads
+from dps_lens.scoring import CleanRun, single_heads
+from dps_lens.work import Engine
 
 
 class Task(NamedTuple):
@@ -146,23 +147,24 @@ class FunctionVector:
     @torch.inference_mode()
     def task_mean(self, model: HookedModel, task: Task) -> tuple[Float[Tensor, "layer head d_head"], int]:
         """Mean z at the last token of right prompts, and how many of them the model answers rightly."""
-        runner, total, correct = Runner.of(model), torch.zeros(()), 0
+        runner, total, correct = runner_of(model), torch.zeros(()), 0
         for index in range(self.n_trials):
             prompt = self.prompt(model, task, index)
             tokens = prompt.prompt_tokens[None].to(runner.device)
-            with native_attention(model), recording_z(model, lambda n_pos: slice(n_pos - 1, None)) as found:
+            with native_attention(model), recording_z(model, lambda n_pos: slice(n_pos - 1, None)) as recorded:
                 logits = runner.logits(tokens, keep=1)
             correct += int(logits[0, -1].argmax()) == int(prompt.response_tokens[0])
-            total = total + torch.stack([found[layer][0, 0].float().cpu() for layer in sorted(found)])
+            total = total + torch.stack([recorded[layer][0, 0].float().cpu() for layer in sorted(recorded)])
         return total / self.n_trials, correct
 
     def effect(
         self, model: HookedModel, task: Task, index: int, mean: Float[Tensor, "layer head d_head"]
     ) -> Float[Tensor, "layer head"]:
         """Change of p(y) in one shuffled prompt, for every head alone."""
-        branches = Branches(Runner.of(model), self.prompt(model, task, index, shuffled=True), ablation="mean")
-        nll = branches.ablated(single_heads(model.cfg.n_layers, model.cfg.n_heads), mean)
-        effects = (-nll).exp() - math.exp(-branches.nll)
+        prompt = self.prompt(model, task, index, shuffled=True)
+        clean = CleanRun(runner_of(model), prompt, ablation=Mean(z=mean))
+        nll = clean.ablated(single_heads(model.cfg.n_layers, model.cfg.n_heads))
+        effects = (-nll).exp() - math.exp(-clean.nll)
         return effects.float().reshape(model.cfg.n_layers, model.cfg.n_heads)
 
 

@@ -1,26 +1,28 @@
 """Reference families: scores of every head as induction, retrieval or function-vector head."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from platformdirs import user_cache_path
 
-import dps_lens
 from dps_lens.errors import ScoreError
 from dps_lens.families.function_vector import FunctionVector
 from dps_lens.families.repeated import Repeated
 from dps_lens.families.retrieval import Retrieval
 from dps_lens.model import HookedModel, describe_model
-from dps_lens.runs import Engine, RunFolder
+from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
+from dps_lens.work import Engine, RunConfig
 
 
 @runtime_checkable
 class Family(Protocol):
-    """A way to score heads that has nothing to do with users."""
+    """A way to score heads that has nothing to do with users; `reference_heads` takes any object like this."""
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ def reference_heads(
     *,
     cache: bool | str | Path = True,
     engine: Engine | None = None,
-    progress: bool = True,
+    run_config: RunConfig | None = None,
 ) -> dict[str, HeadScores]:
     """Score every head as a member of known families.
 
@@ -66,7 +68,7 @@ def reference_heads(
             model and settings; False computes anew. A model with hooks, as inside `ablate`, is always computed.
             An interrupted call resumes there.
         engine: as in `score_heads`.
-        progress: show progress bars.
+        run_config: progress bars.
 
     Returns:
         family → scores. A family that the model does not show (too few needles recalled, in-context
@@ -77,30 +79,31 @@ def reference_heads(
     """
     if engine is not None:
         engine.start(model)
-    found = {}
+    scored: dict[str, HeadScores] = {}
     for kind in kinds:
         family = _family(kind)
         manifest = {
             "call": "reference_heads",
             "family": family.name,
             "settings": json.loads(json.dumps(family.settings())),
+            **_source(family),
             "model": describe_model(model),
             "tokenizer": _digest([len(model.tokenizer), getattr(model.tokenizer, "chat_template", None)]),
-            "version": dps_lens.__version__,
+            "version": version("dps_lens"),
         }
-        if family.name in found:
+        if family.name in scored:
             raise ScoreError(f"reference_heads: two families are called {family.name!r}; score them in two calls")
         folder = None if _has_hooks(model) else _folder(cache, manifest)
         scores = _cached(folder, manifest)
         if scores is None:
             run = RunFolder(folder, manifest) if folder else None
-            scores = family.score(model, folder=run, engine=engine, progress=progress)
+            scores = family.score(model, folder=run, engine=engine, progress=(run_config or RunConfig()).progress)
             scores.manifest = manifest | scores.manifest
             if folder and "quarantined" not in scores.manifest:
                 scores.save(folder)
         scores.manifest["unit"] = family.unit
-        found[family.name] = scores
-    return found
+        scored[family.name] = scores
+    return scored
 
 
 def _family(kind: Kind) -> Family:
@@ -127,7 +130,18 @@ def _folder(cache: bool | str | Path, manifest: dict[str, Any]) -> Path | None:
     return root / f"{manifest['family']}-{_digest(manifest)}"
 
 
-def _digest(value: Any) -> str:
+def _source(family: Family) -> dict[str, str]:
+    """Families of the package change with its version; those of somebody's own with their text."""
+    kind = type(family)
+    if kind.__module__.startswith("dps_lens."):
+        return {}
+    try:
+        return {"source": _digest(inspect.getsource(kind))}
+    except (OSError, TypeError):
+        return {}
+
+
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

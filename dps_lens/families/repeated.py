@@ -11,8 +11,9 @@ from torch import Tensor
 from dps_lens.errors import ScoreError
 from dps_lens.families.work import FamilyWork
 from dps_lens.model import HookedModel
-from dps_lens.runs import Engine, RunFolder
+from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
+from dps_lens.work import Engine
 
 RepeatedKind: TypeAlias = Literal["induction", "previous_token", "duplicate_token"]
 
@@ -44,7 +45,7 @@ class Repeated:
         """What decides the scores, for a manifest."""
         return {"n_prompts": self.n_prompts, "length": self.length, "seed": self.seed}
 
-    def measure(self, model: HookedModel, key: str, given: Any = None) -> dict[str, Tensor]:
+    def measure(self, model: HookedModel, key: str, given: object = None) -> dict[str, Tensor]:
         """Scores in the prompt of one seed."""
         tokens = repeated_tokens(model, self.length, int(key))
         return {"score": attention_to(model, tokens, _target(self.name, tokens))}
@@ -110,7 +111,7 @@ def attention_to(
         raise ScoreError("attention_to: the target marks no key")
     found = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
 
-    def add(pattern: Tensor, hook: Any, layer: int) -> None:
+    def add(pattern: Tensor, hook: object, layer: int) -> None:
         found[layer] = (pattern[0].float().cpu() * target).sum((-1, -2)) / queries
 
     hooks = [(f"blocks.{layer}.attn.hook_pattern", partial(add, layer=layer)) for layer in range(model.cfg.n_layers)]

@@ -14,9 +14,10 @@ from torch import Tensor
 from dps_lens.data.tokenizer import Offsets, PromptTokenizer
 from dps_lens.errors import ScoreError
 from dps_lens.families.work import FamilyWork
-from dps_lens.model import HookedModel, Runner, native_attention
-from dps_lens.runs import Engine, RunFolder
+from dps_lens.model import HookedModel, native_attention, runner_of
+from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
+from dps_lens.work import Engine
 
 MIN_RECALLED = 10
 _RECALL = 0.5
@@ -89,7 +90,7 @@ class Retrieval:
             "haystack": self.haystack,
         }
 
-    def measure(self, model: HookedModel, key: str, given: Any = None) -> dict[str, Tensor]:
+    def measure(self, model: HookedModel, key: str, given: object = None) -> dict[str, Tensor]:
         """One needle: `copied [layer head]`; empty where it was not recalled."""
         length, number, place = map(int, key.split("|"))
         copied = _run(model, self.haystack, self.needles[number], length, self.depths[place])
@@ -131,13 +132,13 @@ def _run(
     model: HookedModel, haystack: Sequence[str], needle: Needle, length: int, depth: float
 ) -> Float[Tensor, "layer head"] | None:
     """One needle: copy score of every head, or None where the needle was not recalled."""
-    cfg, runner = model.cfg, Runner.of(model)
+    cfg, runner = model.cfg, runner_of(model)
     steps = len(PromptTokenizer(model).answer(needle.answer, None)) + _EXTRA_STEPS
     ids, (start, stop) = needle_prompt(model, haystack, needle, min(length, cfg.n_ctx - steps), depth)
     tokens = torch.tensor([ids], device=runner.device)
     most = torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.long)
 
-    def note(pattern: Tensor, hook: Any, layer: int) -> None:
+    def note(pattern: Tensor, hook: object, layer: int) -> None:
         most[layer] = pattern[0, :, -1].argmax(-1).cpu()
 
     hooks = [(f"blocks.{layer}.attn.hook_pattern", partial(note, layer=layer)) for layer in range(cfg.n_layers)]

@@ -7,14 +7,15 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from dps_lens.model import HookedModel
-from dps_lens.runs import Engine, RunFolder, Work, make_units
+from dps_lens.runs import RunFolder
+from dps_lens.work import Engine, Work, make_units
 
 
 @runtime_checkable
 class InUnits(Protocol):
     """A family that scores one key at a time."""
 
-    def measure(self, model: HookedModel, key: str, given: Any = None) -> dict[str, Tensor]:
+    def measure(self, model: HookedModel, key: str, given: object = None) -> dict[str, Tensor]:
         """What one key gives."""
         ...
 
@@ -37,7 +38,7 @@ class FamilyWork(Work):
     def given(self, key: str) -> Any:
         return self.inputs.get(key)
 
-    def make(self, key: str, given: Any = None) -> dict[str, Tensor]:
+    def make(self, key: str, given: object = None) -> dict[str, Tensor]:
         return self.family.measure(self.model, key, given)
 
     def run(

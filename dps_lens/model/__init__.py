@@ -1,15 +1,18 @@
 """Models: load and check them, choose the attention kernel, run passes."""
 
-from dps_lens.model.attention import HookedModel, is_bridge, native_attention, runs_native
+from dps_lens.model.attention import native_attention, runs_native
 from dps_lens.model.check import check_model
 from dps_lens.model.describe import describe_model, described_as, has_weights
-from dps_lens.model.lean import LeanSteps, reused_logits
+from dps_lens.model.fast.bypass import BypassedHooks, reused_logits
 from dps_lens.model.load import load_model, loader_of, wrap_model
+from dps_lens.model.protocol import HookedModel, ModelConfig, hf_model_of, is_bridge
 from dps_lens.model.runner import PromptCache, Residuals, Runner
+from dps_lens.model.runners import runner_of
 
 __all__ = [
+    "BypassedHooks",
     "HookedModel",
-    "LeanSteps",
+    "ModelConfig",
     "PromptCache",
     "Residuals",
     "Runner",
@@ -17,11 +20,13 @@ __all__ = [
     "describe_model",
     "described_as",
     "has_weights",
+    "hf_model_of",
     "is_bridge",
     "load_model",
     "loader_of",
     "native_attention",
     "reused_logits",
+    "runner_of",
     "runs_native",
     "wrap_model",
 ]

@@ -8,15 +8,10 @@ the native kernels. Whatever needs only `hook_z` runs inside `native_attention`.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
-HookedModel: TypeAlias = Any
-"""A `TransformerBridge` (transformer-lens 4) or a `HookedTransformer` (transformer-lens 3.9)."""
-
-
-def is_bridge(model: HookedModel) -> bool:
-    """True for a `TransformerBridge`, False for a `HookedTransformer`."""
-    return hasattr(model, "original_model")
+from dps_lens.model.fast.switch import is_fast
+from dps_lens.model.protocol import HookedModel, hf_model_of, is_bridge
 
 
 def runs_native(model: HookedModel) -> bool:
@@ -30,9 +25,12 @@ def native_attention(model: HookedModel) -> Iterator[None]:
 
     Inside, `hook_attn_scores`, `hook_pattern`, `attn.hook_in` and `attn.hook_out` do not fire. Models
     that cap attention logits keep the eager kernel, because sdpa would drop the cap. A
-    `HookedTransformer` has no native kernel and runs as it is.
+    `HookedTransformer` has no native kernel and runs as it is, as does every model while the fast paths are off.
+
+    Right because the wrapped module computes what the bridge recomputes, and its own `forward` calls the bridged
+    output projection, which is where `hook_z` hangs.
     """
-    if not is_bridge(model) or runs_native(model):
+    if not is_bridge(model) or runs_native(model) or not is_fast():
         yield
         return
     with ExitStack() as undo:
@@ -61,7 +59,7 @@ def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 def attention_configs(model: HookedModel) -> list[Any]:
     """The distinct config objects that the attention modules and the mask builder read."""
-    hf_model = model.original_model
+    hf_model = hf_model_of(model)
     if not getattr(hf_model, "_supports_sdpa", False):
         return []
     found = [hf_model.config, *(getattr(b.attn.original_component, "config", None) for b in model.blocks)]

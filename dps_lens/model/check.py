@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from dps_lens.errors import ModelCheckError
-from dps_lens.model.attention import HookedModel, is_bridge, native_attention
+from dps_lens.model.attention import native_attention
+from dps_lens.model.protocol import HookedModel, hf_model_of, is_bridge
 from dps_lens.model.runner import Residuals, Runner
+from dps_lens.model.runners import runner_of
 
 _PROBE_LENGTH = 16
 
@@ -29,7 +31,7 @@ def check_model(model: HookedModel, *, reference: Any = None) -> dict[str, float
         ModelCheckError: says which check failed, where, and by how much.
     """
     _check_finite(model)
-    runner = Runner.of(model)
+    runner = runner_of(model)
     tokens = torch.arange(_PROBE_LENGTH, device=runner.device)[None] * 7 % min(model.cfg.d_vocab, 1000)
     residuals: Residuals = dict.fromkeys(range(model.cfg.n_layers))
     with native_attention(model):
@@ -62,7 +64,7 @@ def _check_shapes(model: HookedModel, tokens: Tensor) -> None:
     ]
     names = {layer: model.hook_dict[_hook_z(layer)].name for layer in range(cfg.n_layers)}
     with model.hooks(fwd_hooks=hooks):
-        Runner.of(model).logits(tokens, keep=1)
+        runner_of(model).logits(tokens, keep=1)
     expected = (*tokens.shape, cfg.n_heads, cfg.d_head)
     for layer, name in names.items():
         if shapes.get(name) != expected:
@@ -78,7 +80,7 @@ def _check_ablation(model: HookedModel, runner: Runner, tokens: Tensor, toleranc
     for layer in range(model.cfg.n_layers):
         head = layer % model.cfg.n_heads
 
-        def zero(z: Tensor, hook: Any, head: int = head) -> Tensor:
+        def zero(z: Tensor, hook: object, head: int = head) -> Tensor:
             z = z.clone()
             z[:, :, head] = 0
             return z
@@ -119,7 +121,7 @@ def _plain_model(model: HookedModel) -> Any:
     """The unhooked model with the same weights, or None where it cannot be put together."""
     if not is_bridge(model):
         return None
-    hooked = model.original_model
+    hooked = hf_model_of(model)
     weights = {
         name.replace("._original_component", ""): value for name, value in torch.nn.Module.state_dict(hooked).items()
     }

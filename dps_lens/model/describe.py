@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dps_lens.errors import ModelCheckError
-from dps_lens.model.attention import HookedModel
+from dps_lens.model.protocol import HookedModel
 
 _SAMPLED = 16
 

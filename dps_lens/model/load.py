@@ -15,7 +15,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from dps_lens.errors import ModelLoadError
-from dps_lens.model.attention import HookedModel
+from dps_lens.model.protocol import HookedModel
 
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

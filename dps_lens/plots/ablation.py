@@ -1,28 +1,31 @@
 """What families of heads take, for growing K, beside random heads."""
 
 from itertools import cycle
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from dps_lens.analysis.effects import FULL, SetEffects
 from dps_lens.errors import ScoreError
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
 
+if TYPE_CHECKING:
+    from dps_lens.validation.effects import SetEffects
+
 _WORDS = {
-    "taken": "gain taken",
-    "kept": "gain kept",
-    "taken (other)": "gain over another's profile taken",
-    "kept (other)": "gain over another's profile kept",
-    "harm": "cost without profile",
-    "neutral": "cost on neutral text",
+    "gain_removed": "gain removed",
+    "gain_left": "gain left",
+    "gain_removed_other": "gain over another's profile removed",
+    "gain_left_other": "gain over another's profile left",
+    "task_cost": "cost of the task without profile",
+    "neutral_cost": "cost on neutral text",
     "necessity": "loss from noising",
     "sufficiency": "recovered by denoising",
     "recovered": "recovered by the heads' vector",
-    "recovered (other)": "recovered by another user's vector",
+    "recovered_other": "recovered by another user's vector",
 }
 
 
-def ablation(effects: SetEffects, *, measure: str | None = None, title: str | None = None) -> go.Figure:
+def ablation(effects: "SetEffects", measure: str | None = None, *, title: str | None = None) -> go.Figure:
     """One line a family with its interval over users, and the band that holds 95% of its random sets.
 
     Args:
@@ -69,8 +72,8 @@ def ablation(effects: SetEffects, *, measure: str | None = None, title: str | No
             hovertemplate="<b>" + family.replace("<", "&lt;") + "</b>, K = %{customdata[0]}<br>%{y:.3f} "
             "(%{customdata[1]:.3f} to %{customdata[2]:.3f})<extra></extra>",
         )
-    gain = frame[(frame["family"] == FULL) & (frame["measure"] == "gain")]
-    if measure in ("taken", "kept", "necessity", "sufficiency", "recovered") and len(gain):
+    gain = frame[(frame["family"] == "full model") & (frame["measure"] == "gain")]
+    if measure in ("gain_removed", "gain_left", "necessity", "sufficiency", "recovered") and len(gain):
         figure.add_hline(
             y=float(gain["mean"].iloc[0]), line={"dash": "dot", "color": "#777777"}, annotation_text="gain"
         )

@@ -6,14 +6,17 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 
-from dps_lens.analysis.attention import AttentionPattern
 from dps_lens.errors import HeadError
 from dps_lens.heads import Head
 from dps_lens.plots.theme import TEMPLATE
+
+if TYPE_CHECKING:
+    from dps_lens.validation.attention import AttentionPattern
 
 MAX_CIRCUITSVIS = 128
 """Tokens above which circuitsvis is slow in a browser."""
@@ -25,21 +28,21 @@ _POLICY = (
 )
 
 
-def attention(found: AttentionPattern, head: Head | None = None, *, title: str | None = None) -> go.Figure:
+def attention(pattern: "AttentionPattern", head: Head | None = None, *, title: str | None = None) -> go.Figure:
     """A head's attention from every position that gives a response token to every token of the prompt.
 
     Args:
-        found: of `attention_pattern`.
+        pattern: of `attention_pattern`.
         head: one of its heads; the first by default.
         title: of the figure.
 
     Raises:
         HeadError: the head is not among them.
     """
-    index, head = _index(found, head)
-    values = found.pattern[index].numpy().round(4)
-    start = found.prompt.spans["response"][0]
-    pieces = [_shown(piece) for piece in found.pieces]
+    index, head = _index(pattern, head)
+    values = pattern.pattern[index].numpy().round(4)
+    start = pattern.prompt.spans["response"][0]
+    pieces = [_shown(piece) for piece in pattern.pieces]
     keys, queries = list(range(len(pieces))), list(range(start - 1, start - 1 + len(values)))
     figure = go.Figure(
         go.Heatmap(
@@ -56,7 +59,7 @@ def attention(found: AttentionPattern, head: Head | None = None, *, title: str |
         )
     )
     for name, colour in _SPANS.items():
-        begin, end = found.prompt.spans[name]
+        begin, end = pattern.prompt.spans[name]
         if end > begin:
             figure.add_vrect(x0=begin - 0.5, x1=end - 0.5, fillcolor=colour, opacity=0.07, line_width=0, layer="above")
             figure.add_annotation(
@@ -83,32 +86,32 @@ def attention(found: AttentionPattern, head: Head | None = None, *, title: str |
     return figure
 
 
-def attention_html(found: AttentionPattern, *, heads: Sequence[Head] | None = None) -> str:
+def attention_html(pattern: "AttentionPattern", *, heads: Sequence[Head] | None = None) -> str:
     """circuitsvis' attention heads as one page that needs no network; plotly above 128 tokens.
 
     The response's positions are the queries; what the prompt's own positions attend to is not shown. Text of the
     prompt cannot run as a script in it.
 
     Args:
-        found: of `attention_pattern`.
+        pattern: of `attention_pattern`.
         heads: which of its heads; all by default.
 
     Raises:
         HeadError: a head is not among them.
     """
-    chosen = [_index(found, head) for head in (heads or found.heads)]
-    if len(found.pieces) > MAX_CIRCUITSVIS:
-        figures = [attention(found, head) for _, head in chosen]
+    chosen = [_index(pattern, head) for head in (heads or pattern.heads)]
+    if len(pattern.pieces) > MAX_CIRCUITSVIS:
+        figures = [attention(pattern, head) for _, head in chosen]
         return _page(
             "".join(figure.to_html(full_html=False, include_plotlyjs=not n) for n, figure in enumerate(figures))
         )
-    size, start = len(found.pieces), found.prompt.spans["response"][0]
+    size, start = len(pattern.pieces), pattern.prompt.spans["response"][0]
     square = np.zeros((len(chosen), size, size))
     for place, (index, _) in enumerate(chosen):
-        values = found.pattern[index].numpy()
+        values = pattern.pattern[index].numpy()
         square[place, start - 1 : start - 1 + len(values)] = values
     properties = {
-        "tokens": list(found.pieces),
+        "tokens": list(pattern.pieces),
         "attention": square.round(4).tolist(),
         "attentionHeadNames": [str(head) for _, head in chosen],
     }
@@ -132,11 +135,11 @@ def _page(body: str) -> str:
     return f"<!doctype html><html>{head}<body>{body}</body></html>"
 
 
-def _index(found: AttentionPattern, head: Head | None) -> tuple[int, Head]:
-    head = found.heads[0] if head is None else Head(*head)
-    if head not in found.heads:
-        raise HeadError(f"plots.attention: {head} is not among {', '.join(map(str, found.heads))}")
-    return found.heads.index(head), head
+def _index(pattern: "AttentionPattern", head: Head | None) -> tuple[int, Head]:
+    head = pattern.heads[0] if head is None else Head(*head)
+    if head not in pattern.heads:
+        raise HeadError(f"plots.attention: {head} is not among {', '.join(map(str, pattern.heads))}")
+    return pattern.heads.index(head), head
 
 
 def _shown(piece: str) -> str:

@@ -1,16 +1,19 @@
 """The benchmark table as a picture: every method's difference to a baseline."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dps_lens.evaluation.result import Evaluation
 from dps_lens.plots.theme import LINES, TEMPLATE
+
+if TYPE_CHECKING:
+    from dps_lens.evaluation.result import Evaluation
 
 
 def evaluation(
-    table: Evaluation, *, metrics: Sequence[str] | None = None, baseline: str = "rag", title: str | None = None
+    table: "Evaluation", *, metrics: Sequence[str] | None = None, baseline: str = "rag", title: str | None = None
 ) -> go.Figure:
     """One panel a metric, one line a method: its difference to the baseline with the 95% interval over users.
 

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from dps_lens.errors import PlotError
 from dps_lens.files import replacing, write_text
-from dps_lens.plots.vector import as_shapes
+from dps_lens.plots.shapes import as_shapes
 
 Column: TypeAlias = Literal["icml", "cvpr", "acl", "acl-wide", "neurips", "iclr"]
 WIDTHS: dict[str, int] = {"icml": 312, "cvpr": 312, "acl": 291, "acl-wide": 605, "neurips": 528, "iclr": 528}

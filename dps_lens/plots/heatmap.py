@@ -2,17 +2,20 @@
 
 import html
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dps_lens.analysis.reliability import split_half
-from dps_lens.analysis.significance import Significance
 from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots.theme import SIGNED, TEMPLATE
 from dps_lens.scores import HeadScores
+
+if TYPE_CHECKING:
+    from dps_lens.stats.significance import Significance
+from dps_lens.stats.reliability import split_half
 
 _QUANTILE = 0.995
 _FADED = "rgba(255,255,255,0.75)"
@@ -25,7 +28,7 @@ def heatmap(
     user: str | None = None,
     component: str | None = None,
     heads: HeadSet | None = None,
-    significance: Significance | None = None,
+    significance: "Significance | None" = None,
     fade: bool = False,
     title: str | None = None,
 ) -> go.Figure:
@@ -185,8 +188,8 @@ def _reliability(scores: HeadScores, user: str) -> str:
     """How far halves of one user's examples agree."""
     if len(scores.rows(user)) < 2:
         return "one example: no interval, no reliability"
-    found = split_half(scores, k=1, user=user, n_splits=50).set_index("measure")["mean"]
-    return f"rank correlation of halves of the examples {found['spearman']:.2f}"
+    agreement = split_half(scores, k=1, user=user, n_splits=50).set_index("measure")["mean"]
+    return f"rank correlation of halves of the examples {agreement['spearman']:.2f}"
 
 
 def _title(scores: HeadScores, user: str | None, component: str | None) -> str:
@@ -194,12 +197,12 @@ def _title(scores: HeadScores, user: str | None, component: str | None) -> str:
         return (
             f"{str(scores.manifest['family']).replace('_', ' ').capitalize()}: mean of {len(scores.user_ids)} prompts"
         )
-    contrast = scores.manifest.get("contrast")
+    against = scores.manifest.get("against")
     names = {
         "no_profile": "PCS, own profile − no profile",
         "other_user": "PCS, own profile − other users' profiles",
     }
-    name = names.get(str(contrast), "PCS")
+    name = names.get(str(against), "PCS")
     if component:
         name = {"own": "PCS, own profile", "no_profile": "PCS, no profile"}.get(component, f"PCS, {component}")
     rows = len(scores.rows(user)) if user else len(scores.user_ids)

@@ -1,17 +1,21 @@
 """The matrix of overlaps between head sets, with chance and ceiling on its colour bar."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import plotly.graph_objects as go
 
-from dps_lens.analysis.overlap import Overlap
 from dps_lens.plots.theme import TEMPLATE
+
+if TYPE_CHECKING:
+    from dps_lens.stats.overlap import Overlap
 
 _TICKS = (0.0, 1.0, 0.5, 0.25, 0.75)
 _APART = 0.05
 _BLANK = "#dddddd"
 
 
-def overlap(overlap: Overlap, *, order: bool = True, title: str | None = None) -> go.Figure:
+def overlap(overlap: "Overlap", *, order: bool = True, title: str | None = None) -> go.Figure:
     """Jaccard overlap of every pair of sets, with the null interval and p on hover.
 
     Args:
@@ -29,14 +33,14 @@ def overlap(overlap: Overlap, *, order: bool = True, title: str | None = None) -
     names = [overlap.names[index] for index in picked]
 
     def matrix(name: str) -> np.ndarray:
-        found = getattr(overlap, name).numpy()[np.ix_(picked, picked)]
-        return np.where(np.eye(len(picked), dtype=bool), np.nan, found)
+        values = getattr(overlap, name).numpy()[np.ix_(picked, picked)]
+        return np.where(np.eye(len(picked), dtype=bool), np.nan, values)
 
     low, high = (float(np.nanmean(matrix(name))) for name in ("null_low", "null_high"))
     legend, marks = [f"chance {low:.2f} to {high:.2f}"], {high: "chance"}
-    found = overlap.specificity
-    if found is not None:
-        mean = found.set_index("measure")["mean"]
+    specificity = overlap.specificity
+    if specificity is not None:
+        mean = specificity.set_index("measure")["mean"]
         legend.append(f"halves of {half}: within a user {mean['within']:.2f},<br>between users {mean['between']:.2f}")
         marks = {float(mean["within"]): "within"} | marks
     figure = go.Figure(

@@ -2,14 +2,18 @@
 
 import html
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import hex_to_rgb
 
 from dps_lens.errors import EvaluationError
-from dps_lens.evaluation.grid import SteeringGrid
+from dps_lens.evaluation.metrics import METRICS
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
+
+if TYPE_CHECKING:
+    from dps_lens.evaluation.grid import SteeringGrid
 
 _WORDS = {
     "NLL": "NLL under the unsteered model, nats per token",
@@ -17,11 +21,10 @@ _WORDS = {
     "style": "style: similarity to the own texts − to the others'",
     "repeated": "repeated 3-grams, share",
 }
-_SMALLER_IS_BETTER = ("NLL", "KL", "repeated", "MAE")
 
 
 def pareto(
-    grids: SteeringGrid | Mapping[str, SteeringGrid], *, y: str = "style", x: str = "NLL", title: str | None = None
+    grids: "SteeringGrid | Mapping[str, SteeringGrid]", *, y: str = "style", x: str = "NLL", title: str | None = None
 ) -> go.Figure:
     """One line a rule and K, one marker a γ, from γ = 0; the settings that no other beats in both measures are ringed.
 
@@ -34,7 +37,7 @@ def pareto(
     Raises:
         EvaluationError: a grid does not hold a measure, or the grids are of different examples.
     """
-    named = {"": grids} if isinstance(grids, SteeringGrid) else dict(grids)
+    named = dict(grids) if isinstance(grids, Mapping) else {"": grids}
     for grid in named.values():
         _check("plots.pareto", grid, x, y)
     if len({tuple(sorted(grid.references)) for grid in named.values()}) != 1:
@@ -92,7 +95,7 @@ def pareto(
     return figure
 
 
-def k_sweep(grid: SteeringGrid, *, measure: str | None = None, title: str | None = None) -> go.Figure:
+def k_sweep(grid: "SteeringGrid", *, measure: str | None = None, title: str | None = None) -> go.Figure:
     """One line a γ: a measure's difference to the model's own decoding, against the number of heads.
 
     Args:
@@ -140,13 +143,13 @@ def front(x: np.ndarray, y: np.ndarray, x_name: str = "NLL", y_name: str = "styl
     >>> front(np.array([1.0, 2.0, 2.0]), np.array([0.1, 0.3, 0.2])).tolist()
     [True, True, False]
     """
-    x, y = (-of if name in _SMALLER_IS_BETTER else of for of, name in ((x, x_name), (y, y_name)))
+    x, y = (METRICS[name].sign * of for of, name in ((x, x_name), (y, y_name)))
     at_least = (x[:, None] >= x) & (y[:, None] >= y)
     better = (x[:, None] > x) | (y[:, None] > y)
     return ~np.any(at_least & better, axis=0)
 
 
-def _check(call: str, grid: SteeringGrid, *measures: str) -> None:
+def _check(call: str, grid: "SteeringGrid", *measures: str) -> None:
     for name in measures:
         if name not in grid.measures:
             raise EvaluationError(f"{call}: measure {name!r} is not in this grid; use one of {grid.measures}")

@@ -1,16 +1,19 @@
 """Rules of steering at every strength: what they do to the users' own text, against how hard they steer."""
 
 from itertools import cycle
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from dps_lens.analysis.steering import SteeringSweep
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
+
+if TYPE_CHECKING:
+    from dps_lens.evaluation.likelihood import SteeringSweep
 
 _GREY, _LEAST = "#999999", 1e-3
 
 
-def steering(sweep: SteeringSweep, *, max_kl: float = 0.5, title: str | None = None) -> go.Figure:
+def steering(sweep: "SteeringSweep", *, max_kl: float = 0.5, title: str | None = None) -> go.Figure:
     """One line a method, one marker a strength: lower is better, further right is harder steering.
 
     Random heads are grey, with the dashes and markers of the heads that they control for. Bars are 95%

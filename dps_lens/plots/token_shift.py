@@ -1,18 +1,21 @@
 """What steering did to each token of a text."""
 
 import html
+from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 
 from dps_lens.errors import SteeringError
 from dps_lens.plots.theme import SIGNED, TEMPLATE
-from dps_lens.steering import Generation
+
+if TYPE_CHECKING:
+    from dps_lens.steering import Generation
 
 _WIDTH = 12
 
 
-def token_shift(generation: Generation, *, row: int = 0, title: str | None = None) -> go.Figure:
+def token_shift(generation: "Generation", row: int = 0, *, title: str | None = None) -> go.Figure:
     """Tokens in reading order, coloured by log p steered − log p full; alternatives on hover.
 
     Args:
@@ -54,7 +57,7 @@ def token_shift(generation: Generation, *, row: int = 0, title: str | None = Non
     kl = float(generation.kl[row].mean())
     figure.update_layout(
         template=TEMPLATE,
-        title=title or f"{generation.settings['rule']}: shift of each token; mean KL {kl:.3f} nats a step",
+        title=title or f"{generation.manifest['rule']}: shift of each token; mean KL {kl:.3f} nats a step",
         height=110 + 44 * lines,
         xaxis={"visible": False},
         yaxis={"visible": False, "autorange": "reversed"},
@@ -67,7 +70,7 @@ def _shown(piece: str) -> str:
     return html.escape(piece.replace("\n", "⏎"), quote=False)
 
 
-def _hover(generation: Generation, row: int, step: int) -> str:
+def _hover(generation: "Generation", row: int, step: int) -> str:
     lines = [
         f"<b>{_shown(generation.pieces[row][step])}</b>",
         f"shift {float(generation.shifts[row][step]):+.3f}, KL {float(generation.kl[row][step]):.3f} nats",

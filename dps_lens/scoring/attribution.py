@@ -8,57 +8,61 @@ single block are held at a time.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dps_lens.errors import ScoreError
-from dps_lens.intervene import Edit, Where, attention_for
+from dps_lens.intervene import Edit, attention_for
 from dps_lens.model import HookedModel
-from dps_lens.scoring.branches import Branches, token_losses
+from dps_lens.model.losses import token_losses
+from dps_lens.scoring.clean_run import CleanRun
+from dps_lens.scoring.objectives import NLL
+
+_FLAT = 1e-4  # of the gradient of the NLL; rounding leaves less
 
 
-def attribute(
-    branches: Branches, values: Tensor | None = None, where: Where | None = None
-) -> Float[Tensor, "layer head"]:
-    """Estimate what `branches.ablated` measures for every single head, minus the clean NLL.
-
-    Args:
-        branches: of a prompt; its ablation is `zero`, `mean` or `patch`.
-        values: as in `ablate`.
-        where: as in `Branches.ablated`.
+def attribute(clean: CleanRun) -> Float[Tensor, "layer head"]:
+    """Estimate what `clean.ablated` measures for every single head, minus the clean value.
 
     Raises:
-        ScoreError: `uniform` does not replace z by a value that is known beforehand.
+        ScoreError: the ablation does not put a value that is known beforehand in the place of z, or the objective has
+            no gradient at the full model, as a divergence from it has none.
     """
-    if branches.ablation == "uniform":
-        raise ScoreError("attribution is defined for 'zero', 'mean' and 'patch', not for 'uniform'; use method='exact'")
-    runner, cfg = branches.runner, branches.runner.cfg
-    tokens, prompt = branches.tokens, branches.prompt_cache
+    if clean.ablation.site != "hook_z":
+        raise ScoreError(
+            f"attribution is defined for ablations of hook_z, not for {clean.ablation.name!r}; use method='exact'"
+        )
+    runner, cfg = clean.runner, clean.runner.cfg
+    tokens, prompt = clean.tokens, clean.prompt_cache
     everything = torch.ones(1, cfg.n_layers, cfg.n_heads, dtype=torch.bool)
-    edit = Edit(everything, branches.ablation, where or branches.where, values)
-    found = torch.zeros(cfg.n_layers, cfg.n_heads)
-    if edit.where(branches.tokens.shape[1]) is None:
-        return found
+    edit = Edit(everything, clean.ablation, clean.where, clean.values)
+    estimate = torch.zeros(cfg.n_layers, cfg.n_heads)
+    if edit.where(tokens.shape[1]) is None:
+        return estimate
     with (
-        attention_for(runner.model, branches.ablation),
+        attention_for(runner.model, clean.ablation),
         _frozen(runner.model),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
-        last = runner.block(
-            cfg.n_layers - 1, branches.residual(cfg.n_layers - 1), branches.tokens, prompt=branches.prompt_cache
-        )
+        last = runner.block(cfg.n_layers - 1, clean.residual(cfg.n_layers - 1), tokens, prompt=prompt)
         last = last.detach().requires_grad_()
-        logits = runner.resume(
-            {cfg.n_layers: last}, branches.tokens, prompt=branches.prompt_cache, keep=len(branches.targets)
-        )
-        (gradient,) = torch.autograd.grad(token_losses(logits[0], branches.targets).mean(), last)
-        del logits, last
+        logits = runner.resume({cfg.n_layers: last}, tokens, prompt=prompt, keep=len(clean.targets))
+        loss = clean.objective.losses(logits[0], clean.targets, clean.logits).mean()
+        own = not isinstance(clean.objective, NLL)
+        (gradient,) = torch.autograd.grad(loss, last, retain_graph=own)
+        if own:
+            (usual,) = torch.autograd.grad(token_losses(logits[0], clean.targets).mean(), last)
+            if gradient.norm() < _FLAT * usual.norm():
+                raise ScoreError(
+                    f"the objective {clean.objective.name!r} is flat at the full model, so that gradients say nothing; "
+                    "use method='exact'"
+                )
+        del logits, last, loss
         for layer in reversed(range(cfg.n_layers)):
-            entering = branches.residual(layer).detach().requires_grad_()
+            entering = clean.residual(layer).detach().requires_grad_()
             held: list[Tensor] = []
             hook = (f"blocks.{layer}.attn.hook_z", partial(_hold, held))
             with runner.model.hooks(fwd_hooks=[hook]):
@@ -67,11 +71,11 @@ def attribute(
             with torch.no_grad():
                 z = held[0].detach()
                 change = edit.replaced(layer, z) - z
-                found[layer] = (change.float() * z_gradient.float()).sum((0, 1, 3)).cpu()
-    return found
+                estimate[layer] = (change.float() * z_gradient.float()).sum((0, 1, 3)).cpu()
+    return estimate
 
 
-def _hold(held: list[Tensor], z: Tensor, hook: Any) -> Tensor:
+def _hold(held: list[Tensor], z: Tensor, hook: object) -> Tensor:
     held.append(z)
     return z
 

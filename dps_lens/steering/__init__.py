@@ -1,8 +1,10 @@
-"""Decoding that contrasts the model with itself, and vectors that steer it."""
+"""Decoding that contrasts the model with itself, or adds vectors to it."""
 
-from dps_lens.steering.generate import generate
+from dps_lens.steering.generate import DecodeConfig, generate
 from dps_lens.steering.generation import Generation, TextStream
-from dps_lens.steering.steerx import steerx_vector
-from dps_lens.steering.vector import SteeringVector, style_vector
+from dps_lens.steering.rules import Rule
+from dps_lens.steering.sampling import Sampling
+from dps_lens.steering.terms import Term
+from dps_lens.steering.vector import SteeringVector
 
-__all__ = ["Generation", "SteeringVector", "TextStream", "generate", "steerx_vector", "style_vector"]
+__all__ = ["DecodeConfig", "Generation", "Rule", "Sampling", "SteeringVector", "Term", "TextStream", "generate"]

@@ -1,38 +1,39 @@
-"""Branches decoded as rows of one batch, each with its own prompt and its own heads scaled."""
+"""Branches decoded as rows of one batch, each with its own prompt and its own heads edited."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dps_lens.intervene import Ablation, Edit, Positions, Scale, Selection, attention_for, everywhere
-from dps_lens.model import HookedModel, LeanSteps, Residuals, Runner
+from dps_lens.intervene import Ablation, Edit, Scale, Selection, Where, Zero, attention_for, everywhere
+from dps_lens.literals import Positions
+from dps_lens.model import BypassedHooks, HookedModel, Residuals, runner_of
 from dps_lens.model.runner import recorders
-
-Kind: TypeAlias = Literal["full", "edited", "without"]
+from dps_lens.steering.terms import Branch
 
 
 @dataclass(frozen=True)
-class Branch:
-    """One row of the batch.
+class Row:
+    """One row of the batch: a branch of a request.
 
     Attributes:
         request: the prompt that it belongs to.
-        kind: the full model, the model with edited heads, or the prompt without its profile.
+        branch: what runs in it.
         tokens: ids that it starts from.
         profile: where the profile stands in them, `(start, stop)`.
-        factors: `Float[Tensor, "layer head"]`, what z of each head is multiplied by; 1 changes nothing.
+        factors: `Float[Tensor, "layer head"]`, what z of each head is multiplied by; 1 changes nothing. Ablations other
+            than zero act on the heads whose factor is 0.
         vector: a layer, and `Float[Tensor, "d_model"]` that is added to what leaves it, from the last prompt token on.
     """
 
     request: int
-    kind: Kind
+    branch: Branch
     tokens: Int[Tensor, " pos"]
     profile: tuple[int, int]
     factors: Float[Tensor, "layer head"]
@@ -46,15 +47,15 @@ class Decoder:
     Hooks of others act if they are on the model when the context is entered.
 
     Attributes:
-        branches: rows that still run.
+        rows: those that still run.
     """
 
     def __init__(
         self,
         model: HookedModel,
-        branches: Sequence[Branch],
+        rows: Sequence[Row],
         *,
-        ablation: Ablation = "zero",
+        ablation: Ablation,
         positions: Positions = "response",
         early: Sequence[int] = (),
         room: int = 64,
@@ -63,31 +64,29 @@ class Decoder:
 
         Args:
             model: a hooked model.
-            branches: rows of the batch.
-            ablation: `"zero"` or `"uniform"`.
+            rows: of the batch.
+            ablation: of the edited branch.
             positions: where heads are edited.
             early: layers whose entering residual stream also goes straight to the final norm and unembedding.
             room: tokens that will be written.
         """
-        self.model, self.runner = model, Runner.of(model)
+        self.model, self.runner = model, runner_of(model)
         self.ablation, self.positions, self._room = ablation, positions, room
+        self._values = ablation.standalone("generate")
         self._early: Residuals = dict.fromkeys(early)
-        self.branches = list(branches)
+        self.rows = list(rows)
         device = self.runner.device
-        longest = max(len(branch.tokens) for branch in branches)
+        longest = max(len(row.tokens) for row in rows)
         pad = model.tokenizer.pad_token_id or 0
-        self._gaps = gaps = [longest - len(branch.tokens) for branch in branches]
-        padded = [
-            torch.nn.functional.pad(branch.tokens, (gap, 0), value=pad)
-            for branch, gap in zip(branches, gaps, strict=True)
-        ]
+        self._gaps = gaps = [longest - len(row.tokens) for row in rows]
+        padded = [torch.nn.functional.pad(row.tokens, (gap, 0), value=pad) for row, gap in zip(rows, gaps, strict=True)]
         self.tokens = torch.stack(padded).to(device)
         self.mask = torch.stack([(torch.arange(longest) >= gap).long() for gap in gaps]).to(device)
-        self.factors = torch.stack([branch.factors for branch in branches]).to(device)
-        self._vectors = _by_layer(branches, model.cfg.d_model, device)
-        self._profile = torch.zeros(len(branches), longest - 1, dtype=torch.bool)
-        for row, (branch, gap) in enumerate(zip(branches, gaps, strict=True)):
-            self._profile[row, gap + branch.profile[0] : gap + branch.profile[1]] = True
+        self.factors = torch.stack([row.factors for row in rows]).to(device)
+        self._vectors = _by_layer(rows, model.cfg.d_model, device)
+        self._profile = torch.zeros(len(rows), longest - 1, dtype=torch.bool)
+        for index, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
+            self._profile[index, gap + row.profile[0] : gap + row.profile[1]] = True
         self._stack, self._hooks = ExitStack(), ExitStack()
 
     @torch.inference_mode()
@@ -116,12 +115,13 @@ class Decoder:
             self._hooks.enter_context(self.model.hooks(fwd_hooks=adding(self._vectors)))
         if self._early:
             self._hooks.enter_context(self.model.hooks(fwd_hooks=recorders(self._early)))
-        self._lean = LeanSteps(self.model)
+        self._lean = BypassedHooks(self.model)
 
-    def _edit(self, where: "Scale | Edit | object") -> Scale | Edit:
-        if self.ablation == "uniform":
-            return Edit(self.factors == 0, "uniform", where)  # type: ignore[arg-type]
-        return Scale(self.factors, where)  # type: ignore[arg-type]
+    def _edit(self, where: Where) -> Scale | Edit:
+        # Zero is a factor of 0, and so can be done in part.
+        if isinstance(self.ablation, Zero):
+            return Scale(self.factors, where)
+        return Edit(self.factors == 0, self.ablation, where, self._values)
 
     def _prefill(self) -> object:
         """Everything before the last prompt token: once a prompt, or once a branch where branches differ there."""
@@ -129,14 +129,17 @@ class Decoder:
             rows = torch.cat([self.tokens, self.mask], dim=1)
             _, same = rows.unique(dim=0, return_inverse=True)
             first = torch.stack([(same == index).nonzero()[0, 0] for index in range(int(same.max()) + 1)])
-            with LeanSteps(self.model):
+            with BypassedHooks(self.model):
                 prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first, :-1])
             return self.runner.start_decoding(prompt, same, self._room)
 
         def profile(n_pos: int) -> Selection:
             return self._profile
 
-        with self._edit(profile if self.positions == "profile" else everywhere).on(self.model), LeanSteps(self.model):
+        with (
+            self._edit(profile if self.positions == "profile" else everywhere).on(self.model),
+            BypassedHooks(self.model),
+        ):
             prompt = self.runner.prefill(self.tokens[:, :-1], self.mask[:, :-1])
         return self.runner.start_decoding(prompt, torch.arange(len(self.tokens), device=self.tokens.device), self._room)
 
@@ -164,7 +167,7 @@ class Decoder:
     def keep(self, rows: Bool[Tensor, " row"]) -> None:
         """Let the other rows leave the batch."""
         index = rows.nonzero().flatten().to(self.mask.device)
-        self.branches = [branch for branch, stays in zip(self.branches, rows.tolist(), strict=True) if stays]
+        self.rows = [row for row, stays in zip(self.rows, rows.tolist(), strict=True) if stays]
         self._gaps = [gap for gap, stays in zip(self._gaps, rows.tolist(), strict=True) if stays]
         self.mask, self.factors = self.mask[index], self.factors[index]
         left = {layer: vectors[index] for layer, vectors in self._vectors.items()}
@@ -173,22 +176,20 @@ class Decoder:
         self._install()
 
 
-def _by_layer(
-    branches: Sequence[Branch], d_model: int, device: torch.device
-) -> dict[int, Float[Tensor, "row d_model"]]:
+def _by_layer(rows: Sequence[Row], d_model: int, device: torch.device) -> dict[int, Float[Tensor, "row d_model"]]:
     """The vectors of all rows, by the layer that they are added at; 0 where a row has none there."""
-    found: dict[int, Tensor] = {}
-    for row, branch in enumerate(branches):
-        if branch.vector is not None:
-            layer, values = branch.vector
-            found.setdefault(layer, torch.zeros(len(branches), d_model, device=device))[row] = values.to(device)
-    return found
+    vectors: dict[int, Tensor] = {}
+    for index, row in enumerate(rows):
+        if row.vector is not None:
+            layer, values = row.vector
+            vectors.setdefault(layer, torch.zeros(len(rows), d_model, device=device))[index] = values.to(device)
+    return vectors
 
 
 def adding(vectors: dict[int, Tensor]) -> list[tuple[str, Any]]:
     """Hooks that add a vector to every row's residual stream."""
 
-    def add(residual: Tensor, hook: Any, layer: int) -> Tensor:
+    def add(residual: Tensor, hook: object, layer: int) -> Tensor:
         return residual + vectors[layer][:, None].to(residual)
 
     return [(f"blocks.{layer}.hook_resid_post", partial(add, layer=layer)) for layer in vectors]

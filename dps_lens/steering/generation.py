@@ -2,22 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.errors import SteeringError
-from dps_lens.steering.rules import divergence
+from dps_lens.result import Result
+from dps_lens.steering.terms import kl_divergence
 
 if TYPE_CHECKING:
     import pandas
-    import plotly.graph_objects
 
 
-@dataclass(frozen=True)
-class Generation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Generation(Result):
     """What `generate` wrote, one entry a prompt.
 
     Attributes:
@@ -28,10 +28,14 @@ class Generation:
             full model did not run (γ = −1, `amplify`, `vector`).
         kl: KL(steered ‖ full) at each step, nats: how hard the steering was; NaN as `shifts`.
         pieces: the text of each new token.
-        settings: how it was made.
         alternatives: for each step, tokens by what steering did to their probability, most gained first, most lost
             last: `(piece, p steered − p full)`; empty unless kept.
+        manifest: how it was made.
     """
+
+    stem: ClassVar[str] = "generation"
+    figure: ClassVar[str] = "token_shift"
+    error: ClassVar[type[SteeringError]] = SteeringError
 
     texts: list[str]
     tokens: list[Int[Tensor, " _"]]
@@ -39,9 +43,13 @@ class Generation:
     shifts: list[Float[Tensor, " _"]]
     kl: list[Float[Tensor, " _"]]
     pieces: list[list[str]]
-    settings: dict[str, Any]
     alternatives: list[list[list[tuple[str, float]]]] = field(default_factory=list)
     _delta_logits: list[Float[Tensor, "_ d_vocab"]] | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        tokens = sum(len(one) for one in self.tokens)
+        return f"{len(self.texts)} texts of {tokens} tokens by rule {self.manifest.get('rule')!r}"
 
     @property
     def delta_logits(self) -> list[Float[Tensor, "_ d_vocab"]]:
@@ -51,14 +59,10 @@ class Generation:
             SteeringError: they were not kept.
         """
         if self._delta_logits is None:
-            raise SteeringError("delta_logits were not kept; call generate(…, keep_delta_logits=True)")
+            raise SteeringError(
+                "delta_logits were not kept; call generate(…, decode_config=DecodeConfig(keep_delta_logits=True))"
+            )
         return self._delta_logits
-
-    def plot(self, row: int = 0) -> "plotly.graph_objects.Figure":
-        """`dps_lens.plots.token_shift` of one prompt."""
-        from dps_lens.plots import token_shift
-
-        return token_shift(self, row=row)
 
     def to_frame(self) -> "pandas.DataFrame":
         """One row a prompt: text, length, mean log-probability, mean shift and mean KL a step."""
@@ -95,7 +99,7 @@ class Steps:
     ) -> list[int]:
         """One step of the rows that run; returns the tokens."""
         logprob = _logprob(steered, chosen)
-        numbers = torch.stack([logprob, logprob - _logprob(full, chosen), divergence(steered, full)])
+        numbers = torch.stack([logprob, logprob - _logprob(full, chosen), kl_divergence(steered, full)])
         # One transfer: token ids, far below 2²⁴, are exact in float32.
         ids, *measured = torch.cat([chosen[None].float(), numbers]).cpu()
         tokens = ids.long()
@@ -119,24 +123,24 @@ class Steps:
 
     def generation(self) -> Generation:
         """Everything that was chosen."""
-        found = {name: [torch.stack(values) for values in column] for name, column in self.columns.items()}
+        columns = {name: [torch.stack(values) for values in column] for name, column in self.columns.items()}
         alternatives = [
             [
                 [(self.tokenizer.decode([token]), change) for token, change in zip(*step, strict=True)]
                 for step in zip(ids.tolist(), changes.tolist(), strict=True)
             ]
-            for ids, changes in zip(found.get("moved", []), found.get("moves", []), strict=True)
+            for ids, changes in zip(columns.get("moved", []), columns.get("moves", []), strict=True)
         ]
         return Generation(
             texts=[self.text(row) for row in range(self.rows)],
-            tokens=found["tokens"],
-            logprobs=found["logprobs"],
-            shifts=found["shifts"],
-            kl=found["kl"],
-            pieces=[[self.tokenizer.decode([token]) for token in row.tolist()] for row in found["tokens"]],
-            settings=self.settings,
+            tokens=columns["tokens"],
+            logprobs=columns["logprobs"],
+            shifts=columns["shifts"],
+            kl=columns["kl"],
+            pieces=[[self.tokenizer.decode([token]) for token in row.tolist()] for row in columns["tokens"]],
             alternatives=alternatives,
-            _delta_logits=found.get("deltas"),
+            _delta_logits=columns.get("deltas"),
+            manifest=self.settings,
         )
 
 

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dps_lens.steering.decoder import Branch, Kind
-from dps_lens.steering.rules import Rule, capped, early_contrast, entropy, plausible
+from dps_lens.steering.decoder import Row
+from dps_lens.steering.rules import Rule
+from dps_lens.steering.terms import Branch, combine, farthest_early, kl_divergence
 
 
 @dataclass
@@ -22,57 +23,80 @@ class Mixer:
         rule: what is contrasted.
         gammas: strength of the heads, one a request.
         alphas: strength of the prompt, one a request.
-        max_gamma: cap of an entropy γ.
-        plausibility: share of the largest probability under which tokens are ruled out.
-        max_shift: cap on KL(steered ‖ full), nats.
+        max_gamma: cap of an adaptive strength.
+        min_p: share of the largest probability under which tokens are ruled out.
+        max_kl: cap on KL(steered ‖ full), nats.
     """
 
     rule: Rule
     gammas: Sequence[float]
     alphas: Sequence[float]
     max_gamma: float | None = None
-    plausibility: float | None = None
-    max_shift: float | None = None
+    min_p: float | None = None
+    max_kl: float | None = None
 
-    def lay_out(self, branches: Sequence[Branch], running: Sequence[int], device: torch.device) -> None:
+    def lay_out(self, rows: Sequence[Row], running: Sequence[int], device: torch.device) -> None:
         """Note where the branches of the requests that run stand among the rows of the batch."""
-        place = {(branch.request, branch.kind): row for row, branch in enumerate(branches)}
-
-        def rows_of(kind: Kind) -> tuple[Tensor, Tensor]:
-            rows = torch.tensor([place.get((request, kind), -1) for request in running])
-            return rows.clamp(min=0).to(device), (rows >= 0)[:, None].to(device)
+        place = {(row.request, row.branch): index for index, row in enumerate(rows)}
+        branches: tuple[Branch, ...] = ("full", *(term.branch for term in self.rule.terms if term.branch != "early"))
+        self._rows, self._present = {}, {}
+        for branch in branches:
+            at = torch.tensor([place.get((request, branch), -1) for request in running])
+            self._rows[branch] = at.clamp(min=0).to(device)
+            self._present[branch] = (at >= 0)[:, None].to(device)
 
         def each(values: Sequence[float]) -> Float[Tensor, "request 1"]:
             return torch.tensor([float(values[request]) for request in running], device=device)[:, None]
 
-        self._rows = {kind: rows_of(kind) for kind in ("full", "edited", "without")}
-        self._gamma, self._alpha = each(self.gammas), each(self.alphas)
+        cap = torch.inf if self.max_gamma is None else self.max_gamma
+        self._given = {
+            term.branch: cap if term.adaptive else each(self.alphas if term.branch == "negative" else self.gammas)
+            for term in self.rule.terms
+        }
+        if self.rule.has("early"):
+            self._given["early"], self._present["early"] = 1.0, torch.ones(1, 1, dtype=torch.bool, device=device)
 
     def __call__(
         self, logits: Float[Tensor, "row d_vocab"], early: Float[Tensor, "layer row d_vocab"]
     ) -> tuple[Float[Tensor, "request d_vocab"], Float[Tensor, "request d_vocab"]]:
         """Full logits of each request, NaN where the full model does not run, and steered ones."""
-        full, edited = self._of("full", logits), self._of("edited", logits)
+        of = {
+            branch: torch.where(self._present[branch], logits[rows], torch.nan) for branch, rows in self._rows.items()
+        }
+        full = of.pop("full")
+        edited = self.rule.edited
         # Where the full model does not run, the edited one is what is steered.
-        base = torch.where(self._rows["full"][1], full, edited)
-        steered = base
-        if self.rule.heads:
-            strength = self._gamma
-            if self.rule.adaptive:
-                strength = entropy(base)[:, None]
-                strength = strength if self.max_gamma is None else strength.clamp(max=self.max_gamma)
-            steered = steered + self._term("edited", strength, base, edited)
-        if self.rule.prompt:
-            steered = steered + self._term("without", self._alpha, base, self._of("without", logits))
-        if self.rule.early:
-            steered = early_contrast(full, early)
-        if self.plausibility is not None:
-            steered = plausible(steered, base, self.plausibility)
-        return full, steered if self.max_shift is None else capped(steered, full, self.max_shift)
+        base = full if edited is None else torch.where(self._present["full"], full, of[edited.branch])
+        if self.rule.has("early"):
+            of["early"] = farthest_early(full, early)
+        steered = combine(self.rule.terms, base, of, self._given, self._present)
+        if (share := max(self.min_p or 0.0, self.rule.min_p or 0.0)) > 0:
+            steered = with_min_p(steered, base, share)
+        return full, steered if self.max_kl is None else within_kl(steered, full, self.max_kl)
 
-    def _of(self, kind: Kind, logits: Tensor) -> Float[Tensor, "request d_vocab"]:
-        rows, there = self._rows[kind]
-        return torch.where(there, logits[rows], torch.nan)
 
-    def _term(self, kind: Kind, strength: Tensor, base: Tensor, other: Tensor) -> Float[Tensor, "request d_vocab"]:
-        return torch.where(self._rows[kind][1], strength * (base - other), 0.0)
+def with_min_p(
+    steered: Float[Tensor, "row d_vocab"], full: Float[Tensor, "row d_vocab"], share: float
+) -> Float[Tensor, "row d_vocab"]:
+    """Rule out tokens whose probability under the full model is below `share` of the largest (arXiv 2210.15097)."""
+    return steered.masked_fill(full < full.amax(-1, keepdim=True) + torch.tensor(share).log().item(), -torch.inf)
+
+
+def within_kl(
+    steered: Float[Tensor, "row d_vocab"], full: Float[Tensor, "row d_vocab"], limit: float
+) -> Float[Tensor, "row d_vocab"]:
+    """Draw each row back to the full model until KL(steered ‖ full) is at most `limit` nats.
+
+    The row becomes `full + λ (steered − full)`, along which the divergence rises with λ; λ by bisection to
+    2⁻²⁴.
+    """
+    change = steered - full
+    low, high = torch.zeros(len(full), 1, device=full.device), torch.ones(len(full), 1, device=full.device)
+    over = kl_divergence(steered, full) > limit
+    if not bool(over.any()):
+        return steered
+    for _ in range(24):
+        middle = (low + high) / 2
+        fits = (kl_divergence(full + middle * change, full) <= limit)[:, None]
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return torch.where(over[:, None], full + low * change, steered)

@@ -1,0 +1,163 @@
+"""The masked model as a LoRA adapter on the attention output projections."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dps_lens.errors import SteeringError
+from dps_lens.files import write_json, write_tensors
+from dps_lens.heads import HeadSet
+from dps_lens.intervene import AblationLike, Mean, Zero, find_ablation
+from dps_lens.model import HookedModel, hf_model_of, is_bridge
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def export_lora(
+    model: HookedModel, heads: HeadSet, path: str | Path, *, ablation: AblationLike = "zero", max_rank: int = 256
+) -> Path:
+    """Write a head mask as a PEFT LoRA adapter, for a server that runs the masked branch of DPS.
+
+    Equals `ablate(model, heads, ablation=…, positions="all")` up to rounding: ΔW = −W_O on the columns that
+    read the heads. A (rank × in) picks these columns, B (out × rank) = −W_O[:, columns]; the bias stays. A mean
+    ablation adds a bias to B, `W_O[:, columns]` times the mean (`lora_bias`, which not every server knows).
+    The rank is d_head × the most heads in one layer; layers with fewer are filled with zeros, because
+    not every server knows a rank for each layer. Scaling is 1.
+
+    Args:
+        model: a `TransformerBridge` with the weights of its Hugging Face model.
+        heads: the heads to mask.
+        ablation: `"zero"` or `Mean(z=…)`.
+        path: a folder; `adapter_config.json` and `adapter_model.safetensors` are written into it.
+        max_rank: the largest rank that the server takes.
+
+    Returns:
+        the folder.
+
+    Raises:
+        SteeringError: the mask cannot be written as a LoRA adapter of this model.
+        HeadError: a head is outside the model.
+    """
+    if not is_bridge(model):
+        raise SteeringError(
+            "export_lora: a HookedTransformer does not hold the modules of Hugging Face that an adapter names; "
+            "load the model with transformer-lens>=4"
+        )
+    replaced = find_ablation(ablation)
+    if not isinstance(replaced, (Zero, Mean)):
+        raise SteeringError(
+            f"export_lora: an adapter puts a constant in the place of z, which {replaced.name!r} is not; use 'zero' or "
+            "Mean(z=…)"
+        )
+    mean = replaced.standalone("export_lora")
+    if not len(heads):
+        raise SteeringError("export_lora: the head set is empty; an adapter needs at least one head")
+    if getattr(model, "_weights_processed", False):
+        raise SteeringError(
+            "export_lora: enable_compatibility_mode() has changed the weights; load the model again without it"
+        )
+    mask, d_head = heads.mask(model.cfg), int(model.cfg.d_head)
+    layer, most = Counter(head.layer for head in heads).most_common(1)[0]
+    rank = d_head * most
+    if rank > max_rank:
+        raise SteeringError(
+            f"export_lora: rank {rank} = d_head {d_head} × {most} heads in layer {layer} is above max_rank {max_rank}; "
+            f"keep at most {max_rank // d_head} heads in a layer, or raise max_rank to what the server takes"
+        )
+    names = {id(module): name for name, module in plain_modules(hf_model_of(model))}
+    tensors, targets, transposed = {}, [], False
+    for layer in mask.any(dim=1).nonzero().flatten().tolist():
+        projection = model.blocks[layer].attn.o.original_component
+        weight = _weight(model, projection, layer)
+        columns = mask[layer].repeat_interleave(d_head).nonzero().flatten()
+        a, b = (torch.zeros(shape, dtype=weight.dtype) for shape in ((rank, weight.shape[1]), (len(weight), rank)))
+        a[torch.arange(len(columns)), columns] = 1
+        b[:, : len(columns)] = -weight[:, columns.to(weight.device)].cpu()
+        name = names.get(id(projection))
+        if name is None:
+            raise SteeringError(
+                f"export_lora: the output projection of layer {layer} is made by the bridge and is no module of "
+                f"{type(hf_model_of(model)).__name__}, so an adapter cannot name it"
+            )
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+        if mean is not None:
+            constant = mean[layer].flatten()[columns].to(weight)
+            tensors[f"base_model.model.{name}.lora_B.bias"] = (weight[:, columns.to(weight.device)] @ constant).cpu()
+        targets.append(name)
+        transposed = not isinstance(projection, torch.nn.Linear)
+    path = Path(path)
+    # Without its config an adapter is not read, so old and new halves never meet.
+    (path / "adapter_config.json").unlink(missing_ok=True)
+    write_tensors(path / "adapter_model.safetensors", tensors, {"format": "pt", "heads": str(heads)})
+    write_json(
+        path / "adapter_config.json", _config(model, rank, targets, fan_in_fan_out=transposed, bias=mean is not None)
+    )
+    return path
+
+
+def _config(model: HookedModel, rank: int, targets: list[str], *, fan_in_fan_out: bool, bias: bool) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": hf_model_of(model).name_or_path,
+        "revision": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "lora_bias": bias,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def _weight(model: HookedModel, projection: Any, layer: int) -> Float[Tensor, "d_model d_z"]:
+    """W_O of a layer as `[out, in]`, of a linear layer or of GPT-2's transposed Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    if (
+        not isinstance(projection, (torch.nn.Linear, Conv1D))
+        or projection.weight.dtype not in _FLOATS
+        or getattr(hf_model_of(model), "hf_quantizer", None) is not None
+    ):
+        raise SteeringError(
+            f"export_lora: the output projection of layer {layer} is a {type(projection).__name__} of quantised "
+            "weights; export from the unquantised model"
+        )
+    weight = projection.weight.detach()
+    if weight.device.type == "meta":
+        raise SteeringError(
+            f"export_lora: the weights of layer {layer} are offloaded; load the model without offloading"
+        )
+    if not isinstance(projection, torch.nn.Linear):
+        weight = weight.T
+    if weight.shape[1] != model.cfg.n_heads * model.cfg.d_head:
+        raise SteeringError(
+            f"export_lora: the output projection of layer {layer} reads {weight.shape[1]} inputs, not "
+            f"{model.cfg.n_heads} heads × {model.cfg.d_head}; this architecture's heads have no columns of their own"
+        )
+    return weight
+
+
+def plain_modules(module: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Modules under the names they have without the bridge, whose wrappers stand where the modules stood."""
+    wrapped = module._modules.get("_original_component")
+    if wrapped is not None:
+        yield from plain_modules(wrapped, name)
+        return
+    yield name, module
+    for child_name, child in module._modules.items():
+        if child is not None:
+            yield from plain_modules(child, f"{name}.{child_name}" if name else child_name)

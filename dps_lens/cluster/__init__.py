@@ -1,7 +1,0 @@
-"""Beyond one process: units on the machines of a Ray cluster, or in shards that are merged."""
-
-from dps_lens.cluster.engine import RayEngine
-from dps_lens.cluster.shards import Shard, merge_runs
-from dps_lens.cluster.summary import Summary
-
-__all__ = ["RayEngine", "Shard", "Summary", "merge_runs"]

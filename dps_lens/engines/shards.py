@@ -1,0 +1,115 @@
+"""A run in shards: jobs that know nothing of each other, and their folders put together."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dps_lens.errors import RunError
+from dps_lens.runs import RunFolder
+from dps_lens.scores import HeadScores
+from dps_lens.work import Engine, Unit, Work
+
+
+@dataclass(frozen=True)
+class Shard(Engine):
+    """Makes the units of every `count`-th user, in this process.
+
+    The result is that of these users. Each shard has a run folder of its own; `merge_runs` puts them together. What all
+    units depend on (means of z, settings chosen on discovery examples, reference families) every shard makes whole.
+
+    Args:
+        index: 1 to `count`.
+        count: number of shards.
+    """
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.index <= self.count:
+            raise RunError(
+                f"Shard: {self} is none; shards of {self.count} are 1/{self.count} to {self.count}/{self.count}"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Of `"2/8"`.
+
+        Raises:
+            RunError: the text is none.
+        """
+        try:
+            index, count = map(int, text.split("/"))
+        except ValueError as error:
+            raise RunError(f"Shard: {text!r} is none; write the second of eight as 2/8") from error
+        return cls(index, count)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def share(self, work: Work, keys: Sequence[str]) -> Sequence[str]:
+        owners = list(dict.fromkeys(map(work.owner, keys)))
+        mine = set(owners[self.index - 1 :: self.count])
+        share = [key for key in keys if work.owner(key) in mine]
+        if not share:
+            raise RunError(f"Shard: {self} has nothing to do, there are only {len(owners)} users; use fewer shards")
+        return share
+
+    def make(self, work: Work, keys: Sequence[str], folder: Path | None) -> Iterator[tuple[str, Unit]]:
+        return ((key, work.make(key, work.given(key))) for key in keys)
+
+    def note(self, manifest: dict[str, Any]) -> None:
+        manifest["shard"] = str(self)
+
+
+def merge_runs(parts: Sequence[str | Path], out: str | Path) -> int:
+    """Put the units of shards into one run folder.
+
+    Scores are there at once. Other runs are finished by the same call once more, with this folder and without a
+    shard: it computes nothing that is there.
+
+    Args:
+        parts: run folders.
+        out: a folder that is empty, absent, or of the same run.
+
+    Returns:
+        number of units in `out`.
+
+    Raises:
+        RunError: a folder is no run, or one of other settings than the first.
+    """
+    if not parts:
+        raise RunError("merge_runs: give at least one run folder")
+    manifests = [_manifest(Path(part)) for part in parts]
+    for part, manifest in zip(parts, manifests, strict=True):
+        changed = [name for name in sorted({*manifest, *manifests[0]}) if manifest.get(name) != manifests[0].get(name)]
+        if changed:
+            raise RunError(f"merge_runs: {part} is of another run than {parts[0]}: {', '.join(changed)} differ")
+    folder = RunFolder(out, manifests[0])
+    for part in parts:
+        folder.adopt(Path(part))
+    if manifests[0].get("call") == "score_heads":
+        _merged([HeadScores.load(part) for part in parts], manifests[0]["examples"]).save(folder.path)
+    return folder.n_units
+
+
+def _manifest(part: Path) -> dict[str, Any]:
+    try:
+        return json.loads((part / "run.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"merge_runs: {part} is no run folder ({error})") from error
+
+
+def _merged(parts: Sequence[HeadScores], examples: Sequence[str]) -> HeadScores:
+    """The scores of all shards, in the order of the run without shards."""
+    manifest = {name: value for name, value in parts[0].manifest.items() if name not in ("shard", "quarantined")}
+    quarantined = {key: reason for part in parts for key, reason in part.manifest.get("quarantined", {}).items()}
+    whole = HeadScores.join(parts)
+    place = {example: index for index, example in enumerate(examples)}
+    merged = whole.take(sorted(range(len(whole.example_ids)), key=lambda row: place[whole.example_ids[row]]))
+    if missing := len(examples) - len(merged.example_ids) - len(quarantined):
+        shards = ", ".join(str(part.manifest.get("shard", "all")) for part in parts)
+        raise RunError(f"merge_runs: {missing} of {len(examples)} examples are missing; these are shards {shards}")
+    return replace(merged, manifest=manifest | ({"quarantined": quarantined} if quarantined else {}))

@@ -1,0 +1,75 @@
+"""Logits of a user's own text, token by token: of the model, and of the branches that rules contrast."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dps_lens.data import Prompt
+from dps_lens.errors import ScoreError
+from dps_lens.heads import Head, HeadSet
+from dps_lens.intervene import Ablation, Edit, Scale, Zero, attention_for, everywhere, window
+from dps_lens.literals import Positions
+from dps_lens.model import Residuals, Runner
+from dps_lens.steering.decoder import adding
+from dps_lens.steering.terms import farthest_early
+from dps_lens.steering.vector import SteeringVector
+
+Weights: TypeAlias = Mapping[Head, float]
+"""Heads and how much of the edit each gets, from 0 to 1."""
+
+
+class Forced:
+    """Logits of one prompt's response, also with heads edited or a vector added."""
+
+    def __init__(self, runner: Runner, prompt: Prompt, positions: Positions = "response") -> None:
+        self.runner = runner
+        start, stop = prompt.spans["response"]
+        if stop <= start:
+            raise ScoreError(f"example {prompt.example_id!r}: the prompt has no response to score")
+        tokens = prompt.tokens[None].to(runner.device)
+        self.targets = tokens[0, start:stop]
+        # Edits that begin at the last prompt token share what is before it.
+        shared = start - 1 if positions == "response" else 0
+        self.tokens = tokens[:, shared : stop - 1]
+        self.where = everywhere if positions == "response" else window(prompt, positions)
+        with attention_for(runner.model, Zero()):
+            self.cache = runner.prefill(tokens[:, :shared]) if shared else None
+
+    def logits(self, edit: Edit | Scale | None = None, record: Residuals | None = None) -> Float[Tensor, "pos d_vocab"]:
+        """Of the full model, or under an edit; `record` as in `Runner.logits`."""
+        model, keep = self.runner.model, len(self.targets)
+        ablation = edit.ablation if isinstance(edit, Edit) else Zero()
+        with attention_for(model, ablation), edit.on(model) if edit else nullcontext():
+            return self.runner.logits(self.tokens, prompt=self.cache, keep=keep, record=record)[0].float()
+
+    def ablated(self, ablation: Ablation, heads: Weights) -> Float[Tensor, "pos d_vocab"]:
+        """Without heads, as a rule leaves them out."""
+        if isinstance(ablation, Zero):
+            return self.scaled(heads, -1.0)
+        masks = HeadSet(heads).mask(self.runner.cfg)[None]
+        return self.logits(Edit(masks, ablation, self.where, ablation.standalone("steering_sweep")))
+
+    def scaled(self, heads: Weights, strength: float) -> Float[Tensor, "pos d_vocab"]:
+        """With the z of each head multiplied by 1 + weight · strength."""
+        factors = torch.ones(self.runner.cfg.n_layers, self.runner.cfg.n_heads)
+        for head, weight in heads.items():
+            factors[head] += weight * strength
+        return self.logits(Scale(factors[None], self.where))
+
+    def shifted(self, vector: SteeringVector, strength: float) -> Float[Tensor, "pos d_vocab"]:
+        """With strength times a vector added to the residual stream, from the last prompt token on."""
+        values = (strength * vector.values)[None].to(self.runner.device)
+        with self.runner.model.hooks(fwd_hooks=adding({vector.layer: values})):
+            return self.logits()
+
+    def early(self, full: Float[Tensor, "pos d_vocab"], layers: Sequence[int]) -> Float[Tensor, "pos d_vocab"]:
+        """Log-probabilities read off the layer, of these, that DoLa contrasts `full` with at each position."""
+        record: Residuals = dict.fromkeys(layers)
+        self.logits(record=record)
+        kept = torch.cat([record[layer][:, -len(full) :] for layer in layers])
+        early = self.runner.resume({self.runner.cfg.n_layers: kept}, self.tokens[:, -len(full) :]).float()
+        return farthest_early(full, early)

@@ -1,0 +1,360 @@
+"""How steering moves the probability of users' own text: rules × strengths, teacher-forced, at equal KL."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from dps_lens.data import PromptConfig, User
+from dps_lens.errors import SteeringError
+from dps_lens.evaluation.forced import Forced, Weights
+from dps_lens.files import tensor_digest
+from dps_lens.heads import Head
+from dps_lens.intervene import Ablation, find_ablation
+from dps_lens.literals import Select
+from dps_lens.model.losses import token_losses
+from dps_lens.result import Result
+from dps_lens.scores import HeadScores
+from dps_lens.selection import HeadSource, random_sets
+from dps_lens.stats.intervals import columns, interval, user_means
+from dps_lens.steering.layout import layers_to_contrast
+from dps_lens.steering.rules import Rule, RuleLike, apart, find_rule
+from dps_lens.steering.terms import Branch, combine, kl_divergence
+from dps_lens.steering.vector import SteeringVector
+from dps_lens.validation.work import HeldOutConfig, HeldOutWork
+from dps_lens.work import Engine, Run, RunConfig
+
+if TYPE_CHECKING:
+    import pandas
+
+    from dps_lens.model import HookedModel
+
+SweepMethod: TypeAlias = RuleLike | tuple[RuleLike, HeadSource | Mapping[str, SteeringVector]]
+"""A rule, such as `"cad"`; a rule of heads with its heads, `("dps", scores)`; or `("vector", {user: vector})`."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringSweep(Result):
+    """What steering does to the users' own text, at every strength.
+
+    Attributes:
+        strengths: γ, α, or the cap of an entropy γ.
+        user_ids: of each example.
+        example_ids: the examples.
+        nll: of the full model, nats per token.
+        change: method → NLL under steering minus that of the full model; below 0 the text became likelier.
+            `"… (random)"` holds layer-matched random heads instead, the mean of an example's draws.
+        kl: method → KL(steered ‖ full), nats per token, mean over the positions of the text.
+        manifest: settings.
+    """
+
+    stem: ClassVar[str] = "steering"
+    figure: ClassVar[str] = "steering"
+
+    strengths: tuple[float, ...]
+    user_ids: tuple[str, ...]
+    example_ids: tuple[str, ...]
+    nll: Float64[Tensor, " example"]
+    change: Mapping[str, Float64[Tensor, "strength example"]]
+    kl: Mapping[str, Float64[Tensor, "strength example"]]
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        return f"{', '.join(self.methods)} at {len(self.strengths)} strengths on {len(self.example_ids)} examples"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names, random controls included."""
+        return tuple(self.change)
+
+    def to_frame(self, level: float = 0.95) -> "pandas.DataFrame":
+        """One row a method and strength: `mean` change of the NLL with its interval over users, `kl`, and the
+        `difference` to random heads at the same strength, paired by user. Intervals are over users, given the random
+        sets that were drawn."""
+        import pandas as pd
+
+        rows = []
+        for name in self.methods:
+            for index, strength in enumerate(self.strengths):
+                change = self._users(self.change[name][index])
+                row = {"method": name, "strength": strength, **interval(change, level)}
+                row["kl"] = float(self._users(self.kl[name][index]).mean())
+                if (control := _random(name)) in self.change:
+                    row |= columns("difference", interval(change - self._users(self.change[control][index]), level))
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def at_kl(self, kl: float, level: float = 0.95) -> "pandas.DataFrame":
+        """Every method at the strength where its mean KL over users is `kl` nats per token.
+
+        Between two strengths of the grid every user's change is interpolated linearly in the root of the mean KL:
+        for weak steering the change grows with the strength, the KL with its square. Methods that do not reach `kl`
+        have NaN.
+
+        Returns:
+            one row a method: `strength`, `mean` change with interval, and `difference` to random heads at the same KL.
+
+        Raises:
+            SteeringError: `kl` is not positive.
+        """
+        import pandas as pd
+
+        if not kl > 0:
+            raise SteeringError(f"at_kl: {kl} is no KL to steer to; give nats per token above 0")
+        at = {name: self._at_kl(name, kl) for name in self.methods}
+        rows = []
+        for name, (strength, change) in at.items():
+            row = {"method": name, "kl": kl, "strength": strength, **interval(change, level)}
+            if (control := _random(name)) in at:
+                row |= columns("difference", interval(change - at[control][1], level))
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _at_kl(self, name: str, kl: float) -> tuple[float, np.ndarray]:
+        changes = np.stack([self._users(row) for row in self.change[name]])
+        roots = np.array([max(self._users(row).mean(), 0.0) for row in self.kl[name]]) ** 0.5
+        # No steering is the first point of every curve.
+        changes, roots = np.vstack([np.zeros(changes.shape[1]), changes]), np.append(0.0, roots)
+        strengths = np.append(0.0, self.strengths)
+        above = np.flatnonzero(roots >= kl**0.5)
+        if not len(above):
+            return float("nan"), np.full(changes.shape[1], np.nan)
+        right = int(above[0])
+        share = (kl**0.5 - roots[right - 1]) / (roots[right] - roots[right - 1])
+        mixed = [(1 - share) * values[right - 1] + share * values[right] for values in (strengths, changes)]
+        return float(mixed[0]), mixed[1]
+
+    def _users(self, values: Float64[Tensor, " example"]) -> np.ndarray:
+        return user_means(values, self.user_ids)
+
+
+def steering_sweep(
+    model: "HookedModel",
+    users: Sequence[User],
+    methods: Mapping[str, SweepMethod],
+    *,
+    strengths: Sequence[float] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0),
+    k: int = 10,
+    n_random: int = 8,
+    select: Select | Mapping[str, Select] = "global",
+    max_examples: int | None = None,
+    prompt_config: PromptConfig | None = None,
+    held_out_config: HeldOutConfig | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    engine: Engine | None = None,
+    run_config: RunConfig | None = None,
+) -> SteeringSweep:
+    """NLL of the users' own held-out text under rules of `generate`, and how hard each rule steers.
+
+    Teacher-forced: a set of heads runs once for all strengths (`amplify`: once each), and with
+    `positions="response"` the prompt once for all sets.
+    Methods are compared at equal KL with `.at_kl`, because a strength means something else in every rule.
+
+    Args:
+        model: a hooked model.
+        users: their evaluation examples are used.
+        methods: name → rule, or rule and heads (a family as in `ablation_curve`):
+            `{"dps": ("dps", scores), "cad": "cad"}`; `vector` takes a vector a user. `dola` is `log p − strength ·
+            log p_j`, with nothing ruled out, so that the NLL is finite.
+        strengths: positive, ascending: γ, α (both, for stacked rules), or the cap of an entropy γ.
+        k: heads of each set.
+        n_random: layer-matched random sets of every method with heads, spread over a user's examples.
+        select: as in `ablation_curve`; method → either, or one for all.
+        max_examples: the newest so many evaluation examples of each user.
+        prompt_config: how prompts are built; by default as for the scores.
+        held_out_config: `exclude`; `weighted`, methods whose heads are edited in proportion to their score;
+            `positions`, where heads are edited (`"response"` by default).
+        seed: of folds and random sets.
+        out: a run folder; a run that is started again there resumes.
+        engine: as in `score_heads`.
+        run_config: force, progress bars.
+
+    Raises:
+        SteeringError: a rule is unknown or lacks its heads or vectors, or vectors meet other positions than the
+            response; a weighted method has no scores, or a rule (`decore`) that has no parts.
+        ScoreError: scores were measured on one of these examples, or at other positions.
+    """
+    if not strengths or min(strengths) <= 0 or list(strengths) != sorted({*strengths}):
+        raise SteeringError(f"steering_sweep: strengths {list(strengths)} are not positive and ascending")
+    config = held_out_config or HeldOutConfig()
+    config = replace(config, positions=config.positions or "response")
+    rules, families, vectors = _taken_apart(methods)
+    run = Run(model, SteeringSweep, out, engine, run_config)
+    work = SweepWork.of(
+        "steering_sweep",
+        model,
+        users,
+        families,
+        (k,),
+        prompt_config=prompt_config,
+        config=config,
+        n_random=n_random,
+        select=select,
+        max_examples=max_examples,
+        seed=seed,
+        optional=True,
+        rules=rules,
+        vectors=vectors,
+        strengths=tuple(strengths),
+    )
+    run.open(work.fingerprint())
+    units = run.units(work, list(work.by_key), "steering")
+    made, examples = list(units.made.values()), [work.by_key[key] for key in units.made]
+    names = [label for name in methods for label in (name, _random(name)) if f"change.{label}" in made[0]]
+    return run.keep(
+        SteeringSweep(
+            tuple(strengths),
+            tuple(example.user_id for example in examples),
+            tuple(example.id for example in examples),
+            torch.stack([unit["nll"] for unit in made]),
+            {name: torch.stack([unit[f"change.{name}"] for unit in made], dim=1) for name in names},
+            {name: torch.stack([unit[f"kl.{name}"] for unit in made], dim=1) for name in names},
+            run.manifest,
+        )
+    )
+
+
+def _taken_apart(
+    methods: Mapping[str, SweepMethod],
+) -> tuple[dict[str, Rule], dict[str, Any], dict[str, Mapping[str, SteeringVector]]]:
+    """Rules by method, and their heads or vectors.
+
+    Raises:
+        SteeringError: a rule is unknown, or what it needs was not given.
+    """
+    rules: dict[str, Rule] = {}
+    families: dict[str, Any] = {}
+    vectors: dict[str, Any] = {}
+    for name, method in methods.items():
+        asked, given = apart(method)
+        rule = rules[name] = find_rule(asked)
+        if (rule.edited is not None) != (given is not None):
+            wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
+            if rule.has("shifted"):
+                wanted = "needs a vector a user, ('vector', {user.id: style_vector(model, user)})"
+            raise SteeringError(f"steering_sweep: the rule of method {name!r} {wanted}")
+        if given is not None:
+            (vectors if rule.has("shifted") else families)[name] = given
+    return rules, families, vectors
+
+
+@dataclass
+class SweepWork(HeldOutWork):
+    """The run of `steering_sweep`."""
+
+    uses: ClassVar[tuple[str, ...]] = ("positions", "prompt_config")
+
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    vectors: Mapping[str, Mapping[str, SteeringVector]] = field(default_factory=dict)
+    strengths: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.config.weighted:
+            term = self.rules[name].edited if name in self.rules else None
+            parted = term is not None and self.ablation_of(self.rules[name]).name == "zero"
+            if not isinstance(self.families.get(name), HeadScores) or not parted:
+                raise SteeringError(
+                    f"steering_sweep: method {name!r} cannot be weighted; it needs scores, and a rule but decore"
+                )
+        for name, vectors in self.vectors.items():
+            if self.settings.positions != "response":
+                raise SteeringError(
+                    "steering_sweep: vectors are added from the last prompt token on; use positions='response'"
+                )
+            for user in self.users:
+                if user.id not in vectors:
+                    raise SteeringError(f"steering_sweep: method {name!r} has no vector of user {user.id!r}")
+                vectors[user.id].check("steering_sweep", self.model)
+
+    def ablation_of(self, rule: Rule) -> Ablation:
+        """What the masked branch of a rule does."""
+        term = rule.edited
+        return find_ablation(term.ablation if term is not None and term.ablation is not None else "zero")
+
+    def fingerprint(self) -> dict[str, Any]:
+        more: dict[str, Any] = {
+            "strengths": list(self.strengths),
+            "rules": {name: rule.settings() for name, rule in self.rules.items()},
+        }
+        if self.config.weighted:
+            more["weighted"] = sorted(self.config.weighted)
+        if self.vectors:
+            more["vectors"] = {
+                name: {user: [one.layer, tensor_digest(one.values)] for user, one in sorted(vectors.items())}
+                for name, vectors in self.vectors.items()
+            }
+        return super().fingerprint() | more
+
+    @torch.inference_mode()
+    def make(self, key: str, given: object = None) -> dict[str, Float64[Tensor, "..."]]:
+        """One example: `nll`, and by method `change.…` and `kl.…`, `[strength]`."""
+        example, every = self.by_key[key], list(self.rules.values())
+        forced = Forced(self.runner, self.build(example, "own"), self.settings.positions)
+        full = forced.logits()
+        shared: dict[Branch, Tensor] = {}
+        if any(rule.has("negative") for rule in every):
+            shared["negative"] = Forced(self.runner, self.build(example, "none")).logits()
+        if any(rule.has("early") for rule in every):
+            shared["early"] = forced.early(full, layers_to_contrast(self.model))
+        nll = token_losses(full, forced.targets).double().mean().cpu()
+        unit: dict[str, Tensor] = {"nll": nll}
+        for name, rule in self.rules.items():
+            for label, chosen in self.sets(key, name).items():
+                measured = []
+                for heads in chosen:
+                    others = dict(shared)
+                    if rule.has("ablated"):
+                        others["ablated"] = forced.ablated(self.ablation_of(rule), heads)
+                    for strength in self.strengths:
+                        base = full
+                        if rule.has("scaled"):
+                            base = others["scaled"] = forced.scaled(heads, strength)
+                        elif rule.has("shifted"):
+                            base = others["shifted"] = forced.shifted(self.vectors[name][example.user_id], strength)
+                        given_all: dict[Branch, Any] = {term.branch: strength for term in rule.terms}
+                        steered = combine(rule.terms, base, others, given_all)
+                        loss = token_losses(steered, forced.targets).double().mean().cpu()
+                        measured.append(torch.stack([loss - nll, kl_divergence(steered, full).double().mean().cpu()]))
+                change, kl = torch.stack(measured).reshape(len(chosen), len(self.strengths), 2).mean(0).unbind(-1)
+                unit |= {f"change.{label}": change, f"kl.{label}": kl}
+        return unit
+
+    def sets(self, key: str, name: str) -> dict[str, list[Weights]]:
+        """What runs under a method's name, and its random sets; a rule without heads runs once, with none."""
+        if name not in self.families:
+            return {name: [{}]}
+        if name not in self.ranked[0]:
+            return {}  # the family is not defined
+        user = self.by_key[key].user_id
+        (heads,) = self.ranked[0][name][user]
+        draws = self.draws_of(key)
+        if not draws and self.n_random:
+            # A user with more examples than there are draws.
+            draws = [list(self.by_key).index(key) % self.n_random]
+        # By layer, so that a random head has the weight of the one that it stands for.
+        chosen = sorted(heads)
+        scores = self.families[name]
+        weights = [1.0] * len(chosen)
+        if name in self.config.weighted and isinstance(scores, HeadScores):
+            weights = _scored(scores, user, chosen)
+        drawn = [sorted(one) for one in random_sets(self.model, heads, draws, self.seed)]
+        sets = {name: [chosen]} | ({_random(name): drawn} if drawn else {})
+        return {label: [dict(zip(one, weights, strict=True)) for one in of] for label, of in sets.items()}
+
+
+def _scored(scores: HeadScores, user: str, heads: Sequence[Head]) -> list[float]:
+    """Scores of heads by other users, as shares of the largest; 0 where one is negative."""
+    mean = scores.without({user}).mean()
+    values = torch.stack([mean[head] for head in heads]).clamp(min=0)
+    return (values / values.max().clamp(min=1e-12)).tolist()
+
+
+def _random(name: str) -> str:
+    return f"{name} (random)"

@@ -1,0 +1,25 @@
+"""The words that settings are chosen from, said once for the library, the command line and its help."""
+
+from typing import Literal, TypeAlias, get_args
+
+Positions: TypeAlias = Literal["all", "response", "profile"]
+"""Where heads are edited: everywhere, from the last prompt token on, or at the profile's tokens."""
+
+Against: TypeAlias = Literal["no_profile", "other_user"]
+"""What the own profile is compared with."""
+
+Direction: TypeAlias = Literal["noising", "denoising"]
+"""Of a patch: the counterfactual run's z into the profile run, or the reverse."""
+
+ScoreMethod: TypeAlias = Literal["exact", "attribution", "screened"]
+Discovery: TypeAlias = Literal["history", "labelled"]
+Select: TypeAlias = Literal["global", "user"]
+"""Heads by other users, or by each user's own examples."""
+
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
+AGAINST: tuple[Against, ...] = get_args(Against)
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
+
+CONDITIONS = ("own", *AGAINST, "neutral")
+"""What a prompt shows; neutral text has nothing to do with users."""

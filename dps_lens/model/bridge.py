@@ -1,0 +1,184 @@
+"""`TransformerBridge` (transformer-lens 4): run with the cache objects of Hugging Face, restarted by its blocks."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dps_lens.model.fast.cache import preallocated_cache
+from dps_lens.model.fast.shared import NotShareableError, may_share, shared_attention, shared_cache
+from dps_lens.model.protocol import HookedModel, hf_model_of
+from dps_lens.model.runner import PromptCache, Residuals, Runner, recorders
+
+_SHARED_TOKENS = 40
+
+
+class BridgeRunner(Runner):
+    """Runs a `TransformerBridge` with the cache objects of Hugging Face."""
+
+    def __init__(self, model: HookedModel) -> None:
+        from transformer_lens.utilities.position_ids import accepts_mask_derived_position_ids
+
+        super().__init__(model)
+        self._hf_model = hf_model_of(model)
+        self._takes = inspect.signature(self._hf_model.forward).parameters
+        self._derives_positions = accepts_mask_derived_position_ids(self._hf_model)
+
+    def _forward(self, tokens: Tensor, *, keep: int | None, **kwargs: Any) -> Tensor:
+        if keep is not None and "logits_to_keep" in self._takes:
+            kwargs["logits_to_keep"] = keep
+        logits = self.model(tokens, return_type="logits", **kwargs)
+        return logits if keep is None else logits[:, -keep:]
+
+    @contextmanager
+    def _after(self, prompt: PromptCache | None, n_new: int) -> Iterator[dict[str, Any]]:
+        """Arguments of a forward pass whose tokens come after a shared prompt."""
+        if prompt is None:
+            yield {"use_cache": False}
+            return
+        # With many new tokens a row, the fused kernels win over the copies that they need.
+        apart = n_new <= _SHARED_TOKENS and may_share(self.model) and self._shares()
+        with shared_attention(self.model) if apart else nullcontext():
+            yield {"use_cache": True, "past_key_values": shared_cache(prompt.layers, apart=apart)}
+
+    def _shares(self) -> bool:
+        """Whether attending to a shared prompt in place gives this model's own logits; tried once a model."""
+        known = vars(self.model).get("_dps_lens_shares")
+        if known is not None:
+            return bool(known)
+        if any(point.fwd_hooks for point in self.model.hook_dict.values()):
+            return False  # what hooks do to the trial says nothing of the model
+        found = self._try_sharing()
+        object.__setattr__(self.model, "_dps_lens_shares", found)
+        return found
+
+    @torch.no_grad()
+    def _try_sharing(self) -> bool:
+        tokens = torch.arange(2, 9, device=self.device)[None] % self.cfg.d_vocab
+        prompt, logits = self.prefill(tokens[:, :4]), []
+        for apart in (False, True):
+            past = shared_cache(prompt.layers, apart=apart)
+            try:
+                with shared_attention(self.model) if apart else nullcontext():
+                    logits.append(self._forward(tokens[:, 4:], keep=None, past_key_values=past, use_cache=True).clone())
+            except NotShareableError:
+                return False
+        error = (logits[0].float() - logits[1].float()).norm() / logits[0].float().norm()
+        exact = next(self.model.parameters()).dtype == torch.float32
+        return bool(error < (1e-3 if exact else 0.05))
+
+    def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        self._direct(tokens, cache, mask)
+        return PromptCache([(layer.keys, layer.values) for layer in cache.layers], tokens.shape[1])
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        *,
+        prompt: PromptCache | None = None,
+        keep: int | None = None,
+        record: Residuals | None = None,
+    ) -> Float[Tensor, "row kept d_vocab"]:
+        with self._after(prompt, tokens.shape[1]) as past, self.model.hooks(fwd_hooks=recorders(record or {})):
+            return self._forward(tokens, keep=keep, **past)
+
+    def resume(
+        self,
+        starts: Mapping[int, Tensor],
+        tokens: Int[Tensor, "1 pos"],
+        *,
+        prompt: PromptCache | None = None,
+        keep: int | None = None,
+    ) -> Float[Tensor, "row kept d_vocab"]:
+        with self._after(prompt, tokens.shape[1]) as past, _entering(self.model.blocks, starts):
+            return self._forward(tokens, keep=keep, **past)
+
+    def block(
+        self,
+        layer: int,
+        residual: Float[Tensor, "row pos d_model"],
+        tokens: Int[Tensor, "1 pos"],
+        *,
+        prompt: PromptCache | None = None,
+    ) -> Float[Tensor, "row pos d_model"]:
+        try:
+            with (
+                self._after(prompt, tokens.shape[1]) as past,
+                _entering(self.model.blocks, {layer: residual}, stop=layer),
+            ):
+                self._forward(tokens, keep=1, **past)
+        except _StoppedError as stopped:
+            return stopped.residual
+        raise AssertionError(f"block {layer} did not run")
+
+    def start_decoding(self, prompt: PromptCache, rows: Int[Tensor, " row"], room: int = 64) -> Any:
+        return preallocated_cache(prompt.layers, rows, room)
+
+    def select(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
+        cache.batch_select_indices(rows)
+
+    def step(
+        self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"] | None
+    ) -> Float[Tensor, "row d_vocab"]:
+        return self._direct(tokens, cache, mask)
+
+    def _direct(self, tokens: Tensor, cache: Any, mask: Tensor | None) -> Float[Tensor, "row d_vocab"]:
+        """Append `tokens` to a cache; logits of the last position.
+
+        Straight to the Hugging Face model: what the bridge does around a pass costs as much as some layers, and
+        leaves notes to components that may stand aside (`BypassedHooks`).
+        """
+        options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
+        if mask is not None and self._derives_positions:
+            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        found = self._hf_model(tokens, past_key_values=cache, attention_mask=mask, use_cache=True, **options)
+        return found.logits[:, -1]
+
+
+class _StoppedError(Exception):
+    """Carries the residual stream out of a forward pass that ends early."""
+
+    def __init__(self, residual: Tensor) -> None:
+        super().__init__()
+        self.residual = residual
+
+
+@contextmanager
+def _entering(blocks: Any, starts: Mapping[int, Tensor], stop: int | None = None) -> Iterator[None]:
+    """Let blocks below the first start pass their input on, and let rows join at the starts.
+
+    The model around the blocks (masks, position embeddings, final norm, unembedding) stays its own.
+    With `stop`, the pass ends after that block by raising `_StoppedError`.
+    """
+    first, last = min(starts), len(blocks) - 1
+    changed = [block for layer, block in enumerate(blocks) if layer < first or layer in starts]
+
+    def enter(layer: int, block: Any, *args: Any, **kwargs: Any) -> Any:
+        residual = args[0] if args else kwargs.pop("hidden_states")
+        if layer < first:
+            return starts[first] if layer == last else residual
+        arriving = starts[layer]
+        if layer > first:
+            arriving = torch.cat([residual, arriving.to(residual.device)])
+        leaving = type(block).forward(block, arriving, *args[1:], **kwargs)
+        if layer == stop:
+            raise _StoppedError(leaving[0] if isinstance(leaving, tuple) else leaving)
+        return leaving
+
+    try:
+        for layer, block in enumerate(blocks):
+            if layer < first or layer in starts:
+                # The bridge forwards plain attribute assignment to the wrapped module.
+                object.__setattr__(block, "forward", partial(enter, layer, block))
+        yield
+    finally:
+        for block in changed:
+            vars(block).pop("forward", None)

@@ -1,0 +1,119 @@
+"""Settings that the calls that test heads inherit from the scores that found them."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dps_lens.data import PromptConfig
+from dps_lens.errors import ScoreError
+from dps_lens.intervene import Ablation, AblationLike, Mean, Patch, find_ablation
+from dps_lens.literals import Positions
+from dps_lens.scores import HeadScores
+from dps_lens.scoring.objectives import NLL, Objective
+from dps_lens.scoring.sweep import ScoreConfig
+from dps_lens.selection.rankings import HeadSource
+
+SHARED = ("ablation", "positions", "objective", "prompt_config")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the calls that test heads share with the scores that found them.
+
+    Attributes:
+        ablation: what is done to heads.
+        positions: where.
+        objective: what is measured.
+        prompt_config: how prompts are built.
+        means: for mean ablation, the mean z of every head by condition, where scores hold it.
+    """
+
+    ablation: Ablation
+    positions: Positions
+    objective: Objective
+    prompt_config: PromptConfig
+    means: Mapping[str, Tensor]
+
+
+def inherited(
+    call: str,
+    families: Mapping[str, HeadSource],
+    *,
+    ablation: AblationLike | None = None,
+    positions: Positions | None = None,
+    objective: Objective | None = None,
+    prompt_config: PromptConfig | None = None,
+    uses: Collection[str] = SHARED,
+) -> Settings:
+    """Ablation, positions, objective and prompts: as asked for, else as the families were scored, else the defaults.
+
+    Args:
+        call: the public function, for errors.
+        families: scores among them are looked at.
+        ablation: as asked for; so are the following.
+        positions: where.
+        objective: what is measured.
+        prompt_config: how prompts are built.
+        uses: settings that the call looks at; the others may differ.
+
+    Raises:
+        ScoreError: scores were made with other settings than asked for, or than each other.
+    """
+    asked = find_ablation(ablation) if ablation is not None else None
+    agreed: dict[str, Any] = {
+        "ablation": asked and asked.settings(),
+        "positions": positions,
+        "objective": objective and objective.settings(),
+        "prompt_config": prompt_config and prompt_config.to_dict(),
+    }
+    means: dict[str, Tensor] = {}
+    for name, family in families.items():
+        if not isinstance(family, HeadScores) or family.manifest.get("call") != "score_heads":
+            continue
+        for key, value in ((key, agreed[key]) for key in uses):
+            scored = family.manifest[key]
+            if key == "ablation" and "patch" in (value, scored):
+                continue  # a patch is no ablation that heads must have been chosen with
+            given_means = key == "ablation" and isinstance(asked, Mean) and scored == Mean.name
+            if value is not None and value != scored and not given_means:
+                raise ScoreError(
+                    f"{call}: family {name!r} was scored with {key} {scored!r}, asked for is {value!r}; score "
+                    f"it anew, or pass its heads, scores.top(k), to test them with other {key}"
+                )
+            agreed[key] = scored
+        means |= {key.removeprefix("mean."): mean for key, mean in family.tensors.items() if key.startswith("mean.")}
+    named = agreed["ablation"] or "zero"
+    if asked is None and not isinstance(named, str):
+        raise ScoreError(f"{call}: heads were scored with the ablation {named}; give that object as ablation=")
+    if objective is None and agreed["objective"] not in (None, NLL.name):
+        raise ScoreError(
+            f"{call}: heads were scored with the objective {agreed['objective']}; give that object, "
+            "held_out_config=HeldOutConfig(objective=…)"
+        )
+    config = PromptConfig(**agreed["prompt_config"]) if agreed["prompt_config"] else PromptConfig()
+    where: Positions = agreed["positions"] or "response"
+    return Settings(asked or find_ablation(named), where, objective or NLL(), config, means)
+
+
+def score_settings(scores: HeadScores) -> dict[str, Any]:
+    """Arguments of `score_heads` that make scores like these.
+
+    Raises:
+        ScoreError: the scores do not come from `score_heads`, or from an ablation or objective of somebody's own.
+    """
+    manifest = scores.manifest
+    names = ("ablation", "against", "objective", "positions", "discovery", "max_examples", "seed", "prompt_config")
+    missing = [name for name in names if name not in manifest]
+    if missing:
+        raise ScoreError(f"these scores do not come from score_heads: their manifest lacks {', '.join(missing)}")
+    if not isinstance(manifest["ablation"], str) or manifest["objective"] != NLL.name:
+        raise ScoreError("scores of an ablation or objective of your own cannot be measured again by name; score anew")
+    ablation = find_ablation(manifest["ablation"])
+    if isinstance(ablation, Patch):
+        ablation = Patch(direction=manifest["direction"])
+    settings = {name: manifest[name] for name in ("against", "positions", "max_examples", "seed")}
+    score_config = ScoreConfig(discovery=manifest["discovery"], n_donors=manifest.get("n_donors", 3))
+    prompt_config = PromptConfig(**manifest["prompt_config"])
+    return settings | {"ablation": ablation, "score_config": score_config, "prompt_config": prompt_config}

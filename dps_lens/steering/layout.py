@@ -1,0 +1,183 @@
+"""What `generate` was asked for, one prompt after the other, and the rows of the batch that answer it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dps_lens.data import Prompt
+from dps_lens.errors import SteeringError
+from dps_lens.heads import Head, HeadSet
+from dps_lens.intervene import Ablation, Zero
+from dps_lens.literals import Positions
+from dps_lens.model import HookedModel
+from dps_lens.steering.decoder import Row
+from dps_lens.steering.rules import Rule
+from dps_lens.steering.terms import Branch
+from dps_lens.steering.vector import SteeringVector
+
+Heads: TypeAlias = HeadSet | Mapping[Head, float]
+"""A set of heads, or heads with weights from 0 (untouched) to 1 (all of the edit)."""
+
+Prompts: TypeAlias = Prompt | str | Sequence[Prompt | str]
+
+
+def rows_of(
+    model: HookedModel,
+    batch: Sequence[Prompt | str],
+    others: Sequence[Prompt | str],
+    sets: Sequence[Heads],
+    added: Sequence[SteeringVector | None],
+    gammas: Sequence[float],
+    alphas: Sequence[float],
+    rule: Rule,
+    ablation: Ablation,
+    positions: Positions,
+) -> list[Row]:
+    """Rows of the batch: the full model, then what it is contrasted with, for the requests that need it."""
+    untouched = torch.ones(model.cfg.n_layers, model.cfg.n_heads)
+    edited = rule.edited
+    rows: dict[Branch, list[Row]] = {"full": [], "ablated": [], "negative": []}
+    for request, (prompt, other, heads, vector) in enumerate(zip(batch, others, sets, added, strict=True)):
+        tokens, profile = _ids(model, prompt), _profile(prompt)
+        # A strength of -1 leaves the masked model alone, where it is what was given.
+        only = rule.has("ablated") and not rule.adaptive and not rule.has("negative") and gammas[request] == -1
+        edits = edited is not None and gammas[request] != 0
+        if edits and positions == "profile" and profile[0] == profile[1]:
+            raise SteeringError("generate: positions='profile' needs prompts that show a profile")
+        if not ((rule.alone or only) and edits):
+            rows["full"].append(Row(request, "full", tokens, profile, untouched))
+        factors = _factors(model, heads, gammas[request] if rule.has("scaled") else -1.0, ablation)
+        if edits and edited is not None:
+            scaled = (vector.layer, gammas[request] * vector.values) if vector else None
+            rows["ablated"].append(Row(request, edited.branch, tokens, profile, factors, scaled))
+        if rule.has("negative") and alphas[request]:
+            ids = _ids(model, other)
+            if ids.tolist() == tokens.tolist():
+                raise SteeringError(
+                    f"generate: prompt {request} and its negative prompt are the same; the contrast would be nothing"
+                )
+            rows["negative"].append(Row(request, "negative", ids, _profile(other), untouched))
+    return [row for of_branch in rows.values() for row in of_branch]
+
+
+def _factors(model: HookedModel, heads: Heads, change: float, ablation: Ablation) -> Float[Tensor, "layer head"]:
+    """What z of each head is multiplied by: 1 + weight · change."""
+    weights = {head: 1.0 for head in heads} if isinstance(heads, HeadSet) else dict(heads)
+    HeadSet(weights).mask(model.cfg)
+    if any(not 0 <= weight <= 1 for weight in weights.values()):
+        raise SteeringError("generate: weights of heads lie between 0 (untouched) and 1")
+    if not isinstance(ablation, Zero) and any(weight not in (0, 1) for weight in weights.values()):
+        raise SteeringError(
+            f"generate: ablation {ablation.name!r} edits a head as a whole; use weights 0 and 1, or 'zero'"
+        )
+    factors = torch.ones(model.cfg.n_layers, model.cfg.n_heads)
+    for head, weight in weights.items():
+        factors[head] = 1 + weight * change
+    return factors
+
+
+def head_sets(heads: Heads | Sequence[Heads] | None, rows: int, rule: Rule) -> list[Heads]:
+    if not rule.needs_heads:
+        return [HeadSet()] * rows
+    if heads is None:
+        raise SteeringError("generate: this rule needs heads=, such as scores.top(10)")
+    sets: list[Heads] = [heads] * rows if isinstance(heads, (HeadSet, Mapping)) else list(heads)
+    if len(sets) != rows:
+        raise SteeringError(f"generate: {rows} prompts and {len(sets)} head sets; give one set for each prompt")
+    return sets
+
+
+def vectors_of(
+    model: HookedModel,
+    vectors: SteeringVector | Sequence[SteeringVector] | None,
+    rows: int,
+    rule: Rule,
+    positions: Positions,
+) -> Sequence[SteeringVector | None]:
+    if not rule.has("shifted"):
+        return [None] * rows
+    if vectors is None:
+        raise SteeringError("generate: this rule needs vectors=, such as style_vector(model, user)")
+    if positions != "response":
+        raise SteeringError("generate: vectors are added from the last prompt token on; use positions='response'")
+    each = [vectors] * rows if isinstance(vectors, SteeringVector) else list(vectors)
+    if len(each) != rows:
+        raise SteeringError(f"generate: {rows} prompts and {len(each)} vectors; give one for each prompt")
+    for vector in each:
+        vector.check("generate", model)
+    return each
+
+
+def negatives_of(negative_prompts: Prompts | None, batch: Sequence[Prompt | str], rule: Rule) -> Sequence[Prompt | str]:
+    if not rule.has("negative"):
+        return batch
+    if negative_prompts is None:
+        raise SteeringError(
+            "generate: this rule needs negative_prompts=, each prompt without its profile (profile='none')"
+        )
+    others = prompt_list(negative_prompts)
+    if len(others) != len(batch):
+        raise SteeringError(
+            f"generate: {len(batch)} prompts and {len(others)} negative_prompts; give one for each prompt"
+        )
+    return others
+
+
+def layers_to_contrast(model: HookedModel, layers: Sequence[int] | None = None) -> list[int]:
+    """Layers that DoLa chooses from: as asked for, or the even ones of the lower half.
+
+    Raises:
+        SteeringError: a layer is not between the first and the last.
+    """
+    n_layers = model.cfg.n_layers
+    if layers is None:
+        return list(range(2, n_layers // 2 + 1, 2)) or [max(1, n_layers // 2)]
+    if not layers or not all(0 < layer < n_layers for layer in layers):
+        raise SteeringError(f"generate: early_layers {list(layers)} are not layers between 1 and {n_layers - 1}")
+    return list(layers)
+
+
+def prompt_list(prompts: Prompts) -> list[Prompt | str]:
+    batch = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
+    if not batch:
+        raise SteeringError("generate: no prompts were given")
+    return batch
+
+
+def names_of(heads: Heads) -> str:
+    return str(heads) if isinstance(heads, HeadSet) else ",".join(f"{Head(*h)}:{w:g}" for h, w in heads.items())
+
+
+def _profile(prompt: Prompt | str) -> tuple[int, int]:
+    return prompt.spans["profile"] if isinstance(prompt, Prompt) else (0, 0)
+
+
+def _ids(model: HookedModel, prompt: Prompt | str) -> Int[Tensor, " pos"]:
+    if isinstance(prompt, Prompt):
+        ids = prompt.prompt_tokens
+    else:
+        ids = torch.tensor(model.tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        bos = model.tokenizer.bos_token_id
+        # A chat template opens with its own marker, which for some models is the BOS token.
+        if bos is not None and ids[:1].tolist() != [bos]:
+            ids = torch.cat([torch.tensor([bos]), ids])
+    if len(ids) < 2:
+        raise SteeringError("generate: a prompt needs at least two tokens, the start token included")
+    return ids
+
+
+def per_row(name: str, value: object, rows: int) -> list[Any]:
+    values = list(value) if isinstance(value, Sequence) else [value] * rows
+    if len(values) != rows:
+        raise SteeringError(f"generate: {len(values)} values of {name} for {rows} prompts")
+    return values
+
+
+def end_tokens(model: HookedModel) -> set[int]:
+    config = getattr(getattr(model, "original_model", None), "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    every = (*(ends if isinstance(ends, (list, tuple)) else [ends]), model.tokenizer.eos_token_id)
+    return {int(token) for token in every if token is not None}

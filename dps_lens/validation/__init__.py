@@ -1,0 +1,24 @@
+"""Proof: runs of a model on held-out examples with heads ablated, patched or looked at."""
+
+from dps_lens.validation.attention import AttentionPattern, attention_pattern, profile_attention
+from dps_lens.validation.curve import ablation_cost, ablation_curve
+from dps_lens.validation.effects import SetEffects
+from dps_lens.validation.held_out import held_out_effects, measure_noise
+from dps_lens.validation.patch import patch_heads
+from dps_lens.validation.vectors import VectorConfig, vector_recovery
+from dps_lens.validation.work import HeldOutConfig
+
+__all__ = [
+    "AttentionPattern",
+    "HeldOutConfig",
+    "SetEffects",
+    "VectorConfig",
+    "ablation_cost",
+    "ablation_curve",
+    "attention_pattern",
+    "held_out_effects",
+    "measure_noise",
+    "patch_heads",
+    "profile_attention",
+    "vector_recovery",
+]

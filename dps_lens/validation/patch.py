@@ -1,0 +1,94 @@
+"""Necessity and sufficiency of the top K heads: activation patching on held-out examples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dps_lens.data import Example, PromptConfig, User
+from dps_lens.data.conditions import prompts_in
+from dps_lens.errors import ScoreError
+from dps_lens.intervene import Patch
+from dps_lens.literals import AGAINST, Against, Select
+from dps_lens.model import HookedModel
+from dps_lens.scoring.sweep import aligned_z
+from dps_lens.selection import HeadSource
+from dps_lens.validation.edits import Condition, EditWork
+from dps_lens.validation.effects import SetEffects
+from dps_lens.validation.work import HeldOutConfig
+from dps_lens.work import Engine, Run, RunConfig
+
+
+def patch_heads(
+    model: HookedModel,
+    users: Sequence[User],
+    families: Mapping[str, HeadSource],
+    *,
+    against: Against = "no_profile",
+    ks: Sequence[int] = (1, 2, 5, 10, 20),
+    n_random: int = 20,
+    select: Select | Mapping[str, Select] = "global",
+    max_examples: int | None = None,
+    prompt_config: PromptConfig | None = None,
+    held_out_config: HeldOutConfig | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    engine: Engine | None = None,
+    run_config: RunConfig | None = None,
+) -> SetEffects:
+    """Necessity and sufficiency of the top K heads: noising and denoising patches on evaluation examples.
+
+    Noising puts the z of the run without profile into the run with it; denoising the reverse. Arguments as
+    in `ablation_curve`.
+
+    Args:
+        against: the other run: without profile, or with another user's.
+
+    Raises:
+        ScoreError: as `ablation_curve`.
+        PromptError: positions other than `"response"` and prompts of unequal length.
+    """
+    if against not in AGAINST:
+        raise ScoreError(f"patch_heads: against {against!r} is unknown; use 'no_profile' or 'other_user'")
+    if against == "other_user" and len(users) < 2:
+        raise ScoreError("patch_heads: 'other_user' needs at least two users")
+    run = Run(model, SetEffects, out, engine, run_config)
+    work = PatchWork.of(
+        "patch_heads",
+        model,
+        users,
+        families,
+        ks,
+        ablation="patch",
+        prompt_config=prompt_config,
+        config=held_out_config,
+        n_random=n_random,
+        select=select,
+        max_examples=max_examples,
+        seed=seed,
+        batch_size=run.config.batch_size,
+        against=against,
+    )
+    return work.run(run)
+
+
+@dataclass
+class PatchWork(EditWork):
+    """The run of `patch_heads`."""
+
+    against: Against = "no_profile"
+
+    def conditions(self, key: str, example: Example) -> dict[str, Condition]:
+        own = self.build(example, "own")
+        config = self.settings.prompt_config
+        (other,) = prompts_in(self.model, example, self.against, self.users, seed=self.seed, config=config)
+        suffix = "_other" if self.against == "other_user" else ""
+        conditions = {}
+        for name, full, base, source in (("noising", "own", own, other), ("denoising", self.against, other, own)):
+            z, where = aligned_z(self.model, base, source, self.settings.positions)
+            clean = self.clean_run(base, full, ablation=Patch(z=z), where=where)
+            conditions[name + suffix] = Condition(full, clean, clean.ablated_losses, drawn=True)
+        return conditions
+
+    def more(self) -> dict[str, Any]:
+        return {"against": self.against}

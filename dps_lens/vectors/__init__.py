@@ -1,0 +1,7 @@
+"""Vectors of a user: directions in the residual stream, and the mean output of heads."""
+
+from dps_lens.vectors.preference import preference_vector
+from dps_lens.vectors.steerx import steerx_vector
+from dps_lens.vectors.style import style_vector
+
+__all__ = ["preference_vector", "steerx_vector", "style_vector"]
