@@ -13,27 +13,27 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import dps_lens as dps
-from dps_lens.runs import RunFolder, Work, make_units
+from dps_lens.runs import RunFolder
+from dps_lens.work import Work, make_units
 
 
 @dataclass
 class Nothing(Work):
     """Units of no work that return as much as a unit of scores."""
 
-    model: Any
+    model: dps.HookedModel
     n_layers: int
     n_heads: int
 
-    def make(self, key, given=None):
+    def make(self, key: str, given: object = None) -> dict[str, torch.Tensor]:
         return {name: torch.zeros(self.n_layers, self.n_heads) for name in ("own", "no_profile")}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--users", default="probe")
@@ -43,14 +43,15 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, users = dps.load_model(arguments.model), dps.load_users(arguments.users, max_users=arguments.max_users)
-    times = {"here": [], "ray": []}
+    quiet = dps.RunConfig(progress=False)
+    times: dict[str, list[float]] = {"here": [], "ray": []}
     idle = []
     with tempfile.TemporaryDirectory() as folder, dps.RayEngine(workers=1) as engine:
         for number in range(arguments.rounds + 1):
             for name, where in (("here", None), ("ray", engine)):
                 out = Path(folder) / f"{name} {number}"
                 begun = time.perf_counter()
-                scores = dps.score_heads(model, users, max_examples=2, engine=where, out=out, progress=False)
+                scores = dps.score_heads(model, users, max_examples=2, engine=where, out=out, run_config=quiet)
                 if number:
                     times[name].append((time.perf_counter() - begun) / len(scores.example_ids))
             if number:

@@ -12,16 +12,19 @@ import argparse
 import copy
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import dps_lens as dps
 from dps_lens.data import Prompt
-from dps_lens.model import wrap_model
+from dps_lens.model import hf_model_of, wrap_model
 
 K = 10
-SHAPE_8B = {
+SHAPE_8B: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -32,7 +35,7 @@ SHAPE_8B = {
 
 
 @torch.inference_mode()
-def plain(model, ids, n_tokens):
+def plain(model: Any, ids: Tensor, n_tokens: int) -> Tensor:
     """Greedy decoding with a cache and nothing else."""
     cache, column, written = DynamicCache(), ids, []
     for _ in range(n_tokens):
@@ -42,47 +45,54 @@ def plain(model, ids, n_tokens):
     return torch.cat(written, dim=1)
 
 
-def prompts_of(cfg, n_users, length):
+def prompts_of(cfg: Any, n_users: int, length: int) -> list[Prompt]:
     """Random tokens with spans; the time does not depend on what they say."""
     ids = torch.randint(10, cfg.d_vocab - 10, (n_users, length), generator=torch.Generator().manual_seed(length))
     spans = {"profile": (8, length // 2), "task": (length // 2, length), "response": (length, length)}
     return [Prompt(row, spans, "", "own", f"user {index}", "benchmark", ()) for index, row in enumerate(ids)]
 
 
-def load(device, name):
+def load(device: str, name: str) -> tuple[dps.HookedModel, Any]:
     """A hooked model and the same weights as `transformers` runs them."""
     hooked = dps.load_model(name, device="cpu")
+    source = hf_model_of(hooked).config._name_or_path
     if device == "cpu":
-        return hooked, AutoModelForCausalLM.from_pretrained(hooked.original_model.config._name_or_path).eval()
+        return hooked, AutoModelForCausalLM.from_pretrained(source).eval()
     with torch.device(device):
-        bare = LlamaForCausalLM(LlamaConfig(**SHAPE_8B)).to(torch.bfloat16).eval()
-    return wrap_model(
-        copy.deepcopy(bare),
-        hooked.tokenizer,
-        hooked.original_model.config._name_or_path,
-        device=device,
-        dtype=bare.dtype,
-    ), bare
+        bare: Any = LlamaForCausalLM(LlamaConfig(**SHAPE_8B)).eval()
+    bare = bare.to(torch.bfloat16)
+    return wrap_model(copy.deepcopy(bare), hooked.tokenizer, source, device=device, dtype=bare.dtype), bare
 
 
-def sides(model, bare, users, n_prompt):
+def sides(
+    model: dps.HookedModel, bare: Any, users: Sequence[int], n_prompt: int
+) -> dict[str, tuple[int, Callable[[int], object]]]:
     """What is compared: name → (users in the batch, a function of the number of tokens)."""
     generator = torch.Generator().manual_seed(0)
 
-    def heads():
+    def heads() -> dps.HeadSet:
         chosen = torch.randperm(model.cfg.n_layers * model.cfg.n_heads, generator=generator)[:K]
         return dps.HeadSet([divmod(int(index), model.cfg.n_heads) for index in chosen])
 
-    def steer(n_users, **options):
+    def steer(n_users: int, **options: Any) -> Callable[[int], object]:
         prompts = prompts_of(model.cfg, n_users, n_prompt)
         without = prompts_of(model.cfg, n_users, n_prompt // 2) if "cad" in options.get("rule", "") else None
         sets = [heads() for _ in range(n_users)]
         return lambda n: dps.generate(
-            model, prompts, heads=sets, without=without, max_new_tokens=n, stop_at_eos=False, **options
+            model,
+            prompts,
+            heads=sets,
+            max_new_tokens=n,
+            negative_prompts=without,
+            decode_config=dps.DecodeConfig(stop_at_eos=False),
+            **options,
         )
 
     ids = prompts_of(model.cfg, 1, n_prompt)[0].tokens[None].to(bare.device)
-    found = {"transformers, greedy": (1, lambda n: plain(bare, ids, n)), "dps γ = 0": (1, steer(1, gamma=0.0))}
+    found: dict[str, tuple[int, Callable[[int], object]]] = {
+        "transformers, greedy": (1, lambda n: plain(bare, ids, n)),
+        "dps γ = 0": (1, steer(1, gamma=0.0)),
+    }
     for count in users:
         found[f"dps, {count} user{'s' * (count > 1)}"] = (count, steer(count))
     found["cad, 1 user"] = (1, steer(1, rule="cad"))
@@ -91,7 +101,7 @@ def sides(model, bare, users, n_prompt):
     return found
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -104,7 +114,7 @@ def main():
     model, bare = load(arguments.device, arguments.model)
     clock = time.process_time if arguments.device == "cpu" else cuda_clock
     compared = sides(model, bare, arguments.users, arguments.prompt)
-    times = {name: {"prefill": [], "token": []} for name in compared}
+    times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "token": []} for name in compared}
     for repeat in range(arguments.repeats + 1):
         for name, (_, run) in compared.items():
             begun = clock()
@@ -128,12 +138,12 @@ def main():
         print(f"floor: reading the weights takes {read_time(bare) * 1e3:.1f} ms")
 
 
-def cuda_clock():
+def cuda_clock() -> float:
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def read_time(bare):
+def read_time(bare: Any) -> float:
     """Seconds to read every weight that a step uses once, at the bandwidth of a copy."""
     source = torch.empty(2**30, dtype=torch.uint8, device=bare.device)
     target = torch.empty_like(source)

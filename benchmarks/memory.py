@@ -17,31 +17,32 @@ import torch
 from sweep import make_prompt
 
 import dps_lens as dps
-from dps_lens.model import Runner
-from dps_lens.scoring import Branches, attribute
+from dps_lens.model.runners import runner_of
+from dps_lens.scoring import CleanRun
+from dps_lens.scoring.attribution import attribute
 
 LLAMA_7B = {"n_layers": 32, "d_model": 4096, "d_mlp": 11008, "d_vocab": 32000, "parameters": 6.7e9}
 GIB = 2**30
 RESPONSE = 64
 
 
-def status(field):
+def status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def peak_of(model, length):
+def peak_of(model: dps.HookedModel, length: int) -> int:
     """Bytes beyond what was resident before."""
     prompt = make_prompt(model, length - RESPONSE, RESPONSE)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is kept for later would hide new needs
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
-    attribute(Branches(Runner.of(model), prompt, positions="all"))
+    attribute(CleanRun(runner_of(model), prompt, positions="all"))
     return status("VmHWM") - before
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048])
     arguments = parser.parse_args()

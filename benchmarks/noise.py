@@ -8,7 +8,7 @@ import argparse
 import dps_lens as dps
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", default="probe")
     parser.add_argument("--examples", type=int, default=8, help="one of each user")

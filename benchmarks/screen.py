@@ -12,21 +12,22 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import dps_lens as dps
-from dps_lens.analysis.held_out import settings_of
+from dps_lens.selection import score_settings
 
 TOP = 20
 
 
-def cost(chosen):
+def cost(chosen: Tensor) -> float:
     """Share of the exact cost that the chosen heads take, attribution included."""
     n_layers, n_heads = chosen.shape[-2:]
     passes = torch.arange(n_layers, 0, -1.0)[:, None].expand(n_layers, n_heads)
     return (float((chosen * passes).sum((-1, -2)).mean()) + 3 * n_layers) / float(passes.sum())
 
 
-def chosen_heads(estimate, exact_layers, confirm):
+def chosen_heads(estimate: Tensor, exact_layers: int, confirm: float) -> Tensor:
     """Heads that `score_heads(method="screened")` would measure."""
     chosen = torch.zeros_like(estimate, dtype=torch.bool)
     chosen[:, :exact_layers] = True
@@ -35,17 +36,17 @@ def chosen_heads(estimate, exact_layers, confirm):
     return chosen.flatten(1).scatter(1, index, True).reshape(chosen.shape)
 
 
-def recall(exact, mixed):
+def recall(exact: Tensor, mixed: Tensor) -> float:
     """Mean share of each example's exact top 20 among the top 20 of `mixed`."""
     tops = [values.flatten(1).topk(TOP).indices.tolist() for values in (exact, mixed)]
     return sum(len(set(a) & set(b)) / TOP for a, b in zip(*tops, strict=True)) / len(exact)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", default="probe")
     parser.add_argument("--positions", choices=["response", "all"], default="response")
-    parser.add_argument("--contrast", choices=["no_profile", "none"], default="no_profile")
+    parser.add_argument("--against", choices=["no_profile", "none"], default="no_profile")
     parser.add_argument("--max-users", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("runs/screen"))
     parser.add_argument("--exact", type=Path, help="a run of exact scores, whose settings are taken")
@@ -55,15 +56,15 @@ def main():
     users = [user for user in dps.load_users(arguments.users) if user.discovery_examples()][: arguments.max_users]
     if arguments.exact:
         exact = dps.HeadScores.load(arguments.exact)
-        options = settings_of(exact)
+        options = score_settings(exact)
     else:
-        contrast = None if arguments.contrast == "none" else arguments.contrast
-        options = {"max_examples": 1, "positions": arguments.positions, "contrast": contrast}
-        folder = arguments.out / f"{Path(arguments.users).stem}-{arguments.positions}-{arguments.contrast}"
+        against = None if arguments.against == "none" else arguments.against
+        options = {"max_examples": 1, "positions": arguments.positions, "against": against}
+        folder = arguments.out / f"{Path(arguments.users).stem}-{arguments.positions}-{arguments.against}"
         exact = dps.score_heads(model, users, out=folder, **options)
     exact = exact.without({*exact.users} - {user.id for user in users})
     estimated = dps.score_heads(model, users, method="attribution", **options)
-    about = f"positions {exact.manifest['positions']}, contrast {exact.manifest['contrast']}"
+    about = f"positions {exact.manifest['positions']}, against {exact.manifest['against']}"
     print(f"{len(exact.values)} examples of {len(users)} users, {about}")
     print(f"attribution alone: recall of the top {TOP} {dps.screening_recall(estimated, exact, k=TOP):.2f}")
     screened = dps.score_heads(model, users, method="screened", **options)

@@ -14,8 +14,9 @@ import torch
 from sweep import flops, make_prompt
 
 import dps_lens as dps
-from dps_lens.model import Runner
-from dps_lens.scoring import Branches, single_heads
+from dps_lens.literals import Positions
+from dps_lens.model.runners import runner_of
+from dps_lens.scoring import CleanRun, single_heads
 
 SHAPES = {
     "1B": {"n_layers": 16, "d_model": 2048, "n_heads": 32, "d_head": 64, "d_mlp": 8192, "tied": True},
@@ -27,7 +28,7 @@ RESPONSE = 64
 BYTES = 2
 
 
-def product_rate():
+def product_rate() -> float:
     """FLOPs a second of a large float32 product on one thread."""
     one, other = torch.randn(1024, 1024), torch.randn(1024, 1024)
     best = float("inf")
@@ -39,12 +40,12 @@ def product_rate():
 
 
 @torch.inference_mode()
-def utilisation(positions):
+def utilisation(positions: Positions) -> float:
     """Share of the rate of a large product that an exact sweep reaches."""
     model = dps.load_model()
     cfg, prompt = model.cfg, make_prompt(model, 448, RESPONSE)
     heads = single_heads(cfg.n_layers, cfg.n_heads)[:: 7 if positions == "response" else 31]
-    branches = Branches(Runner.of(model), prompt, positions=positions)
+    branches = CleanRun(runner_of(model), prompt, positions=positions)
     branches.ablated(heads[:2])
     begun = time.process_time()
     branches.ablated(heads)
@@ -52,7 +53,7 @@ def utilisation(positions):
     return flops(cfg, 448, RESPONSE, positions)[1] / seconds / product_rate()
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tflops", type=float, default=400.0, help="rate of a large bfloat16 product on the GPU")
     arguments = parser.parse_args()

@@ -11,16 +11,20 @@ sweep cannot avoid (layers above the head, positions that change, logits of the 
 import argparse
 import resource
 import time
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import dps_lens as dps
 from dps_lens.data import Prompt
-from dps_lens.model import Runner
-from dps_lens.scoring import Branches, response_nll
+from dps_lens.literals import POSITIONS, Positions
+from dps_lens.model.losses import token_losses
+from dps_lens.model.runners import runner_of
+from dps_lens.scoring import CleanRun
 
 
-def make_prompt(model, n_prompt, n_response):
+def make_prompt(model: dps.HookedModel, n_prompt: int, n_response: int) -> Prompt:
     """Random tokens with spans; the time does not depend on what they say."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(10, model.cfg.d_vocab - 10, (n_prompt + n_response,), generator=generator)
@@ -29,27 +33,27 @@ def make_prompt(model, n_prompt, n_response):
 
 
 @torch.inference_mode()
-def loop_nll(model, prompt, layer, head):
+def loop_nll(model: dps.HookedModel, prompt: Prompt, layer: int, head: int, positions: Positions) -> Tensor:
     """The obvious way: a hook, a whole forward."""
     start, stop = prompt.spans["response"]
 
-    def zero(z, hook):
-        z[:, start - 1 if loop_nll.response else 0 :, head] = 0
+    def zero(z: Tensor, hook: object) -> Tensor:
+        z[:, start - 1 if positions == "response" else 0 :, head] = 0
         return z
 
     hooks = [(f"blocks.{layer}.attn.hook_z", zero)]
     logits = model.run_with_hooks(prompt.tokens[None], fwd_hooks=hooks, return_type="logits")
-    return response_nll(logits[:, start - 1 : stop - 1], prompt.tokens[start:stop])
+    return token_losses(logits[0, start - 1 : stop - 1], prompt.tokens[start:stop]).cpu().double().mean()
 
 
-def flops(cfg, n_prompt, n_response, positions):
+def flops(cfg: Any, n_prompt: int, n_response: int, positions: Positions) -> tuple[float, float]:
     """FLOPs a head of the loop and of an exact sweep, averaged over layers."""
     kv_heads = cfg.n_key_value_heads or cfg.n_heads
     projections = cfg.d_model * cfg.d_head * (2 * cfg.n_heads + 2 * kv_heads)
     mlp = cfg.d_model * cfg.d_mlp * (3 if cfg.gated_mlp else 2)
     n_all = n_prompt + n_response
 
-    def block(n_new, n_before):
+    def block(n_new: int, n_before: int) -> float:
         seen = sum(range(n_before + 1, n_before + n_new + 1))
         return 2 * n_new * (projections + mlp) + 4 * seen * cfg.n_heads * cfg.d_head
 
@@ -61,12 +65,12 @@ def flops(cfg, n_prompt, n_response, positions):
     return loop, exact
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--prompt", type=int, default=448)
     parser.add_argument("--response", type=int, default=64)
-    parser.add_argument("--positions", choices=["response", "all"], default="response")
+    parser.add_argument("--positions", choices=[one for one in POSITIONS if one != "profile"], default="response")
     parser.add_argument("--heads-per-layer", type=int, default=1, help="sampled for the loop; the sweep runs as many")
     parser.add_argument("--layers", type=int, default=0, help="sample so many layers, evenly; 0 is all")
     parser.add_argument("--repeats", type=int, default=2)
@@ -74,9 +78,8 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = dps.load_model(arguments.model)
-    cfg, runner = model.cfg, Runner.of(model)
+    cfg, runner = model.cfg, runner_of(model)
     prompt = make_prompt(model, arguments.prompt, arguments.response)
-    loop_nll.response = arguments.positions == "response"
     step = cfg.n_layers / (arguments.layers or cfg.n_layers)
     layers = [int(step * (index + 0.5)) for index in range(arguments.layers or cfg.n_layers)]
     heads = [(layer, head) for layer in layers for head in range(arguments.heads_per_layer)]
@@ -87,18 +90,18 @@ def main():
     worst = 0.0
     for repeat in range(arguments.repeats + 1):
         begun = time.process_time()
-        branches = Branches(runner, prompt, positions=arguments.positions, batch_size=arguments.batch_size or "auto")
+        branches = CleanRun(runner, prompt, positions=arguments.positions, batch_size=arguments.batch_size or "auto")
         middle = time.process_time()
         swept = branches.ablated(masks)
         ended = time.process_time()
         looped, chunk = [], heads if repeat else heads[:2]
         for layer, head in chunk:
-            looped.append(loop_nll(model, prompt, layer, head))
+            looped.append(loop_nll(model, prompt, layer, head, arguments.positions))
         if repeat:  # the first round warms up
             clean_time += middle - begun
             sweep_time += ended - middle
             loop_time += time.process_time() - ended
-            worst = max(worst, float((swept - torch.cat(looped)).abs().max()))
+            worst = max(worst, float((swept - torch.stack(looped)).abs().max()))
     per_head = sweep_time / len(heads) + clean_time / (cfg.n_layers * cfg.n_heads)
     loop_flops, exact_flops = flops(cfg, arguments.prompt, arguments.response, arguments.positions)
     ratio = loop_time / len(heads) / per_head

@@ -25,6 +25,9 @@ EXPERIMENTS = {
     "transfer": "transfer",
     "safety": "safety",
     "steering": "steering_kl",
+    "families": "families",
+    "rules": "rules",
+    "benchmark": "benchmark",
 }
 """Script → run folder of its experiment."""
 

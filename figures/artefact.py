@@ -14,7 +14,7 @@ COLUMN = "acl"
 
 def draw(run: Path) -> go.Figure:
     frame = read(run, "ablated")
-    frame = frame[frame["measure"].isin(("taken", "harm"))]
+    frame = frame[frame["measure"].isin(("gain_removed", "task_cost"))]
     return intervals(
         frame, label="family", group="measure", x="nats per token", title="How much can a detector's choices make?"
     )

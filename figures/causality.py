@@ -5,6 +5,7 @@ python -m figures.causality --run runs/causality
 
 from pathlib import Path
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
@@ -14,11 +15,15 @@ COLUMN = "acl-wide"
 
 
 def draw(run: Path) -> go.Figure:
-    frame = read(run, "ablated")
+    return losses(read(run, "ablated"), "Personalisation lost against fluency lost")
+
+
+def losses(frame: pd.DataFrame, title: str) -> go.Figure:
+    """Gain that each family takes, over its cost without a profile."""
     figure = go.Figure()
     for number, family in enumerate(dict.fromkeys(frame["family"])):
         own = frame[frame["family"] == family]
-        taken, harm = (own[own["measure"] == name] for name in ("taken", "harm"))
+        taken, harm = (own[own["measure"] == name] for name in ("gain_removed", "task_cost"))
         figure.add_scatter(
             x=harm["mean"],
             y=taken["mean"],
@@ -33,7 +38,7 @@ def draw(run: Path) -> go.Figure:
     figure.add_hline(y=0, line={"dash": "dot", "color": "#777777"})
     figure.update_layout(
         template=TEMPLATE,
-        title="Personalisation lost against fluency lost",
+        title=title,
         height=400,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         xaxis={"title": "cost without a profile, nats per token"},

@@ -15,8 +15,8 @@ COLUMN = "acl"
 
 def draw(run: Path) -> go.Figure:
     found = pd.concat([read(run, "sides"), read(run, "turns")])
-    found = found[found["measure"].isin(("taken", "taken, random sets"))]
-    found = found.assign(group=found["heads"] + found["measure"].str.removeprefix("taken"))
+    found = found[found["measure"].isin(("gain_removed", "gain_removed, random sets"))]
+    found = found.assign(group=found["heads"] + found["measure"].str.removeprefix("gain_removed"))
     return intervals(
         found, label="condition", group="group", x="gain taken, nats per token", title="Where do heads act?"
     )

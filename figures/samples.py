@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from figures.common import intervals, main, read
 
 COLUMN = "acl"
-MEASURES = ("gain", "taken", "taken, random sets")
+MEASURES = ("gain", "gain_removed", "gain_removed, random sets")
 
 
 def draw(run: Path) -> go.Figure:

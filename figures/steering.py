@@ -5,6 +5,7 @@ python -m figures.steering --run runs/steering_kl
 
 from pathlib import Path
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from figures.common import intervals, main, read
@@ -13,11 +14,14 @@ COLUMN = "acl"
 
 
 def draw(run: Path) -> go.Figure:
-    frame = read(run, "at KL").dropna(subset=["mean"])
+    return changes(read(run, "at KL"), "Steering at matched KL")
+
+
+def changes(frame: pd.DataFrame, title: str) -> go.Figure:
+    """Change of the NLL of every method but random heads, by KL."""
+    frame = frame.dropna(subset=["mean"])
     frame = frame[~frame["method"].str.contains("random")].assign(group=lambda rows: "KL " + rows["kl"].astype(str))
-    return intervals(
-        frame, label="method", group="group", x="change of the NLL, nats per token", title="Steering at matched KL"
-    )
+    return intervals(frame, label="method", group="group", x="change of the NLL, nats per token", title=title)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from figures.common import intervals, main, read
 
 COLUMN = "acl"
-NAMES = {"taken": "gain taken", "harm": "cost without profile"}
+NAMES = {"gain_removed": "gain taken", "task_cost": "cost without profile"}
 
 
 def draw(run: Path) -> go.Figure:

@@ -12,11 +12,9 @@ for every film.
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -24,17 +22,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 import dps_lens as dps
-from dps_lens.analysis.forced import combine
-from dps_lens.data import Example, User, build_prompt
+from dps_lens.data import Example, Shown, User, build_prompt
 from dps_lens.evaluation import Evaluation
-from dps_lens.evaluation.metrics import LABELS, score_example
-from dps_lens.families import draw_seed, random_heads
+from dps_lens.evaluation.metrics import LABELS, metrics_of, score_text
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Scale
-from dps_lens.model import HookedModel, Runner, native_attention
+from dps_lens.model import HookedModel, native_attention
+from dps_lens.model.runners import runner_of
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scores import HeadScores
+from dps_lens.selection import random_sets
 from dps_lens.steering.rules import find_rule
+from dps_lens.steering.terms import combine
 
 HABITS = {"asker": "plot", "diarist": "mood", "scholar": "remark"}
 TOPICS = ("bread", "bicycles", "birds", "gardens")
@@ -63,8 +62,8 @@ def tag_users(n_films: int | None = None) -> list[User]:
 class Candidates:
     """One question with each tag as its answer, in one batch."""
 
-    def __init__(self, model: HookedModel, example: Example, profile: Any, prompt: dps.PromptConfig) -> None:
-        self.runner = Runner.of(model)
+    def __init__(self, model: HookedModel, example: Example, profile: Shown, prompt: dps.PromptConfig) -> None:
+        self.runner = runner_of(model)
         asked = [build_prompt(model, replace(example, reference=tag), profile, config=prompt) for tag in TAGS]
         question, answers = asked[0].prompt_tokens, [one.response_tokens for one in asked]
         self.n_pos = max(len(answer) for answer in answers)
@@ -77,10 +76,8 @@ class Candidates:
 
     def logits(self, without: HeadSet | None = None) -> Float[Tensor, "tag_pos d_vocab"]:
         """Of every tag's positions, one tag after the other; also with heads ablated."""
-        model, edit = self.runner.model, nullcontext()
-        if without:
-            edit = Scale(1 - without.mask(self.runner.cfg)[None].float()).on(model)
-        with native_attention(model), edit:
+        model, heads = self.runner.model, without or HeadSet()
+        with native_attention(model), Scale(1 - heads.mask(self.runner.cfg)[None].float()).on(model):
             return self.runner.logits(self.tokens, prompt=self.cache, keep=self.n_pos).float().flatten(0, 1)
 
     def log_probs(self, logits: Float[Tensor, "tag_pos d_vocab"]) -> Float[Tensor, " tag"]:
@@ -119,28 +116,31 @@ class Tagging:
         folder = RunFolder(out, manifest) if out else None
         examples = [example for user in self.users for example in user.examples]
         found = [kept(folder, example.id, partial(self.tag, example)) for example in examples]
-        rows = []
+        rows, metrics = [], metrics_of(examples[0].task)
+        manifest["metrics"] = [metric.name for metric in metrics]
         for method in found[0]:
             values = torch.stack([unit[method] for unit in found])
             for example, index in zip(examples, (values - values.mean(0)).argmax(-1).tolist(), strict=True):
                 row = {"user": example.user_id, "example": example.id, "method": method, "text": TAGS[index]}
-                rows.append(row | {"reference": example.reference, **score_example(example, TAGS[index])})
+                row |= {"reference": example.reference}
+                rows.append(row | score_text(metrics, example.reference, TAGS[index]))
         return Evaluation(pd.DataFrame(rows), pd.DataFrame(), pd.DataFrame(), examples[0].task, manifest)
 
     @torch.inference_mode()
     def tag(self, example: Example) -> dict[str, Tensor]:
         """Log-probability of every tag, by method."""
-        own, none = (Candidates(self.model, example, profile, self.prompt) for profile in ("own", "none"))
+        own = Candidates(self.model, example, "own", self.prompt)
+        none = Candidates(self.model, example, "none", self.prompt)
         full, without = own.logits(), none.logits()
         found = {"plain": none.log_probs(without), "rag": own.log_probs(full)}
         for strength in self.strengths:
-            steered = combine(find_rule("cad"), strength, full, without=without)
+            steered = combine(find_rule("cad").terms, full, {"negative": without}, {"negative": strength})
             found[method("cad", strength)] = own.log_probs(steered)
         for k in self.ks:
             for label, heads in self.sets(example.user_id, k).items():
                 edited = own.logits(heads)
                 for strength in self.strengths:
-                    steered = combine(find_rule("dps"), strength, full, edited=edited)
+                    steered = combine(find_rule("dps").terms, full, {"ablated": edited}, {"ablated": strength})
                     found[method(label, strength)] = own.log_probs(steered)
         return found
 
@@ -148,7 +148,7 @@ class Tagging:
         """Heads that the other users choose, and random ones of the same layers."""
         heads = self.scores.without({user_id}).top(k)
         number = [user.id for user in self.users].index(user_id)
-        drawn = random_heads(self.model, heads, match="nearest", seed=draw_seed(self.seed, number))
+        (drawn,) = random_sets(self.model, heads, [number], self.seed)
         return {f"dps, K {k}": heads, f"dps, K {k} (random)": drawn}
 
 

@@ -1,6 +1,6 @@
 """Do heads read a user's style, a user's topic, or both alike?
 
-    python -m experiments.exp_factors [--config FILE.yaml] [--out runs/factors]
+    python -m experiments.q02_factors [--config FILE.yaml] [--out runs/factors]
 
 Question. The built-in users cross 3 styles with 4 topics. Which heads respond to an author of the same style, which to
 one of the same topic, and does ablating the style heads spare topic?
@@ -25,6 +25,7 @@ both intervals above 0; not supported if either lies below 0; else undecided.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -33,13 +34,14 @@ from torch import Tensor
 
 import dps_lens as dps
 from dps_lens.data import Example, User
-from dps_lens.families import draw_seed, random_heads
+from dps_lens.data.examples import data_digest
 from dps_lens.scores import HeadScores
 from dps_lens.scoring import single_heads
-from dps_lens.scoring.sweep import data_digest
-from experiments.crossing import EFFECTS, SHARED, conditions, contrasts, within_cells
-from experiments.measured import Changes, changes
-from experiments.setup import Claim, Config, Findings, Lab, Outcome, decide, main
+from dps_lens.selection import random_sets
+from dps_lens.stats.intervals import columns
+from experiments.lib.crossing import EFFECTS, SHARED, conditions, contrasts, within_cells
+from experiments.lib.harness import Claim, Config, Findings, Lab, Outcome, all_above_zero, main
+from experiments.lib.measured import Changes, changes
 
 ALPHA = 0.05
 FACTORS = ("style", "topic")
@@ -59,7 +61,7 @@ def measure(config: Factors, lab: Lab) -> Findings:
     every = single_heads(cfg.n_layers, cfg.n_heads)
     effects, nll = run(older, every, "discovery", users, config, lab)
     gains = gain_table(nll, older, "discovery")
-    maps = {name: as_scores(values, older, name, cfg) for name, values in contrasts(effects).items()}
+    maps = {name: as_scores(values, older, name, lab) for name, values in contrasts(effects).items()}
     tests = {name: dps.significant_heads(maps[name], seed=config.seed) for name in FACTORS}
     newest = [example for user in users for example in user.examples[-config.held_out :]]
     held_out, full = ablated(maps, newest, users, config, lab)
@@ -81,10 +83,10 @@ def run(examples: Sequence[Example], masks: Tensor, name: str, users: list[User]
     return changes(lab.model, examples, shown, lambda _: masks, about, lab.out / name)
 
 
-def as_scores(values: Float[Tensor, "example row"], examples: Sequence[Example], name: str, cfg) -> HeadScores:
+def as_scores(values: Float[Tensor, "example row"], examples: Sequence[Example], name: str, lab: Lab) -> HeadScores:
     """One unit a document, so that tests flip and halves split documents."""
     ids = [f"{example.user_id}/{example.id}" for example in examples]
-    shaped = values.reshape(-1, cfg.n_layers, cfg.n_heads)
+    shaped = values.reshape(-1, lab.model.cfg.n_layers, lab.model.cfg.n_heads)
     return HeadScores(shaped, example_ids=ids, user_ids=ids, manifest={"family": name})
 
 
@@ -98,15 +100,16 @@ def gain_table(nll: dict[str, Tensor], examples: Sequence[Example], where: str) 
     )
 
 
-def head_table(maps: dict[str, HeadScores], test, name: str, examples: Sequence[Example]) -> pd.DataFrame:
+def head_table(
+    maps: dict[str, HeadScores], test: dps.Significance, name: str, examples: Sequence[Example]
+) -> pd.DataFrame:
     """The 10 heads of largest effect, with the other factor's effect beside it."""
     cells = [example.user_id for example in examples]
     rows = []
     for head in maps[name].top(min(10, test.p.numel())):
-        row = {"factor": name, "head": str(head)}
+        row: dict[str, Any] = {"factor": name, "head": str(head)}
         for factor in FACTORS:
-            found = within_cells(maps[factor].values[:, head.layer, head.head], cells)
-            row |= {factor: found["mean"], f"{factor}_low": found["low"], f"{factor}_high": found["high"]}
+            row |= columns(factor, within_cells(maps[factor].values[:, head.layer, head.head], cells))
         rows.append(row | {"p": float(test.p[head])})
     return pd.DataFrame(rows)
 
@@ -122,8 +125,7 @@ def ablated(
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
     """Gains taken by style heads and by topic heads on held-out documents, beside random sets."""
     sets = {name: maps[name].top(config.k) for name in FACTORS}
-    seeds = [draw_seed(config.seed, draw) for draw in range(config.n_random)]
-    drawn = [random_heads(lab.model, sets[name], match="nearest", seed=seed) for name in FACTORS for seed in seeds]
+    drawn = [one for of in sets.values() for one in random_sets(lab.model, of, config.n_random, config.seed)]
     masks = torch.stack([heads.mask(lab.model.cfg) for heads in (*sets.values(), *drawn)])
     effects, nll = run(examples, masks, "held_out", users, config, lab)
     taken, cells, rows = contrasts(effects), [example.user_id for example in examples], []
@@ -144,7 +146,7 @@ def ablated(
     return pd.DataFrame(rows), nll
 
 
-def responds(test, name: str) -> Claim:
+def responds(test: dps.Significance, name: str) -> Claim:
     found = test.significant & (test.mean > 0)
     outcome: Outcome = "supported" if bool(found.any()) else "undecided"
     measured = {"heads": int(found.sum()), "smallest p": float(test.p[test.mean > 0].min())}
@@ -153,15 +155,11 @@ def responds(test, name: str) -> Claim:
 
 def spares(held_out: pd.DataFrame) -> Claim:
     rows = held_out.set_index(["heads", "measure"])
-    parts = [rows.loc["style", "style taken, more than random sets"], rows.loc["style − topic", "style − topic taken"]]
-    outcomes = [decide(row["low"], row["high"]) for row in parts]
-    outcome: Outcome = "undecided"
-    if "not supported" in outcomes:
-        outcome = "not supported"
-    elif outcomes == ["supported", "supported"]:
-        outcome = "supported"
-    measured = dict(zip(("more than random sets", "difference of differences"), map(dict, parts), strict=True))
-    return Claim("ablating style heads takes style and spares topic", "both intervals above 0", measured, outcome)
+    found = {
+        "more than random sets": rows.loc["style", "style taken, more than random sets"],
+        "difference of differences": rows.loc["style − topic", "style − topic taken"],
+    }
+    return all_above_zero("ablating style heads takes style and spares topic", found)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from jaxtyping import Float
 from scipy.stats import t
 from torch import Tensor
 
-from dps_lens.analysis.intervals import user_means
-from dps_lens.data import Example, PromptConfig, User, build_prompt
+from dps_lens.data import Example, PromptConfig, Shown, User, build_prompt
 from dps_lens.errors import DataError
-from dps_lens.model import HookedModel, Runner
-from dps_lens.scoring import Branches
+from dps_lens.model import HookedModel
+from dps_lens.model.runners import runner_of
+from dps_lens.scoring import CleanRun
+from dps_lens.stats.intervals import user_means
 
 SHARED = {"own": (True, True), "style": (True, False), "topic": (False, True), "neither": (False, False)}
 """Condition → whether the author of the shown profile shares style and topic with the author of the text."""
@@ -54,14 +55,14 @@ def contrasts(conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def conditions(
     model: HookedModel, users: Sequence[User], prompt: PromptConfig, seed: int
-) -> Callable[[Example], Iterator[tuple[str, Branches]]]:
+) -> Callable[[Example], Iterator[tuple[str, CleanRun]]]:
     """The four prompts of an example, ready for ablations."""
-    runner = Runner.of(model)
+    runner = runner_of(model)
 
-    def of(example: Example) -> Iterator[tuple[str, Branches]]:
+    def of(example: Example) -> Iterator[tuple[str, CleanRun]]:
         for name in SHARED:
-            shown = "own" if name == "own" else donor(example, users, name, seed)
-            yield name, Branches(runner, build_prompt(model, example, shown, config=prompt))  # type: ignore[arg-type]
+            shown: Shown = "own" if name == "own" else donor(example, users, name, seed)
+            yield name, CleanRun(runner, build_prompt(model, example, shown, config=prompt))
 
     return of
 

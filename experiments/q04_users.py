@@ -1,6 +1,6 @@
 """Does every user have heads of one's own?
 
-    python -m experiments.exp_users [--config FILE.yaml] [--out runs/users]
+    python -m experiments.q04_users [--config FILE.yaml] [--out runs/users]
 
 Question. Do users share their top heads, are some of them the user's own, and whose heads carry a user's gain best?
 
@@ -29,12 +29,13 @@ from scipy.stats import rankdata
 from sklearn.metrics import adjusted_rand_score
 
 import dps_lens as dps
-from dps_lens.analysis.intervals import add_one_p, interval
 from dps_lens.data import User
 from dps_lens.scores import HeadScores
-from experiments.halves import jackknife
-from experiments.held_out import paired, shown
-from experiments.setup import Claim, Config, Findings, Lab, decide, main
+from dps_lens.selection import HeadSource
+from dps_lens.stats.intervals import add_one_p, columns, interval
+from experiments.lib.halves import jackknife
+from experiments.lib.harness import Config, Findings, Lab, above_zero, main
+from experiments.lib.held_out import paired, shown
 
 OWN, OTHER, CLUSTER, GLOBAL = "own heads", "another user's heads", "cluster's heads", "global heads"
 
@@ -56,10 +57,10 @@ def measure(config: Users, lab: Lab) -> Findings:
     excess = jackknife(lambda kept: pairs_mean((jaccard - null)[np.ix_(kept, kept)]), len(users))
     shared = pd.DataFrame([{"pairs": len(users) * (len(users) - 1) // 2, "jaccard": pairs_mean(jaccard)}])
     shared = shared.assign(**{"random sets": pairs_mean(null), "p at most 0.05": pairs_mean(agreed.p.numpy() <= 0.05)})
-    shared = shared.assign(excess=excess["mean"], excess_low=excess["low"], excess_high=excess["high"])
+    shared = shared.assign(**columns("excess", excess))
     halved = specificity(agreed, scores, config)
     clusters = dps.cluster_users(users, config.n_clusters, seed=config.seed)
-    families = {OWN: scores, OTHER: others_heads(scores, users, config), GLOBAL: scores}
+    families: dict[str, HeadSource] = {OWN: scores, OTHER: others_heads(scores, users, config), GLOBAL: scores}
     families[CLUSTER] = clusters.heads(scores, config.k)
     effects = dps.ablation_curve(
         lab.model,
@@ -72,18 +73,18 @@ def measure(config: Users, lab: Lab) -> Findings:
         seed=config.seed,
         out=lab.out / "ablated",
     )
-    against = pd.DataFrame(paired(effects, OWN, (OTHER, GLOBAL), config.k))
+    against = paired(effects, OWN, (OTHER, GLOBAL), config.k)
     tables = {
         "overlap": shared,
         "halves": halved,
         "clusters": agreement_of_clusters(clusters, users, scores, config),
-        "ablated": shown(effects, ("taken", "taken (other)", "harm", "neutral")),
+        "ablated": shown(effects),
         "own heads take more": against,
     }
     own = halved.set_index(["measure", "pair"]).loc[("jaccard", "difference")]
-    claims = [claim("users share top heads more than chance", excess), claim("some heads are the user's own", own)]
-    claims += [claim(f"own heads take more than {row['than']}", row) for row in against.to_dict("records")]
-    return Findings(tables, claims)
+    read = {"users share top heads more than chance": excess, "some heads are the user's own": own}
+    read |= {f"own heads take more than {row['than']}": row for row in against.to_dict("records")}
+    return Findings(tables, [above_zero(*one) for one in read.items()])
 
 
 def pairs_mean(matrix: np.ndarray) -> float:
@@ -91,7 +92,7 @@ def pairs_mean(matrix: np.ndarray) -> float:
     return float(matrix[np.triu_indices(len(matrix), 1)].mean())
 
 
-def specificity(agreed: dps.analysis.Overlap, scores: HeadScores, config: Users) -> pd.DataFrame:
+def specificity(agreed: dps.Overlap, scores: HeadScores, config: Users) -> pd.DataFrame:
     """Agreement of halves within and between users, by overlap and by rank correlation."""
     overlaps = agreed.specificity
     if overlaps is None:
@@ -130,7 +131,7 @@ def others_heads(scores: HeadScores, users: list[User], config: Users) -> dict[s
 
 
 def agreement_of_clusters(
-    clusters: dps.analysis.UserClusters, users: list[User], scores: HeadScores, config: Users
+    clusters: dps.UserClusters, users: list[User], scores: HeadScores, config: Users
 ) -> pd.DataFrame:
     """Do users who write alike have similar maps?"""
     by_map = dps.cluster_users(users, config.n_clusters, by="scores", scores=scores, seed=config.seed)
@@ -139,11 +140,6 @@ def agreement_of_clusters(
     sizes = [", ".join(str(n) for n in np.bincount(found.labels)) for found in (clusters, by_map)]
     row = {"sizes by text": sizes[0], "sizes by maps": sizes[1], "adjusted Rand index": float(observed)}
     return pd.DataFrame([row | {"p": add_one_p(float(observed), np.array(null))}])
-
-
-def claim(hypothesis: str, row) -> Claim:
-    measured = {name: float(row[name]) for name in ("mean", "low", "high")}
-    return Claim(hypothesis, "the interval lies above 0", measured, decide(measured["low"], measured["high"]))
 
 
 if __name__ == "__main__":

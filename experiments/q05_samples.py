@@ -1,6 +1,6 @@
 """How much history do the heads need, and how clean must it be?
 
-    python -m experiments.exp_samples [--config FILE.yaml] [--out runs/samples]
+    python -m experiments.q05_samples [--config FILE.yaml] [--out runs/samples]
 
 Question. How do the gain and what the top heads take of it depend on the number of items in the profile and on noise in
 them, and how many users and examples does a stable top 10 need?
@@ -10,10 +10,10 @@ Hypotheses. (1) The gain grows with the number of the user's items. (2) What the
 read order, not words alone.
 
 Measure. Newest headlines; the top 10 by profile-specific PCS, chosen on older documents by users of other folds.
-`gain`: NLL without profile less NLL with this one. `taken`: what ablating the heads costs with this profile less what
-it costs without. Items by BM25, 32 tokens each: 1, 2, 4 or 8 of the user's; of 4, none, 2 or all another user's (drawn
-with a seed); 4 with shuffled words. Slopes a doubling of items, and a user's share of items from 0 to 1, are least
-squares within each user. Stability: overlap of the top 10 of disjoint samples of users, and of a user's examples.
+`gain`: NLL without profile less NLL with this one. `gain_removed`: what ablating the heads costs with this profile less
+what it costs without. Items by BM25, 32 tokens each: 1, 2, 4 or 8 of the user's; of 4, none, 2 or all another user's
+(drawn with a seed); 4 with shuffled words. Slopes a doubling of items, and a user's share of items from 0 to 1, are
+least squares within each user. Stability: overlap of the top 10 of disjoint samples of users, and of a user's examples.
 
 Control. 20 random sets of the same layers, measured at every level.
 
@@ -23,25 +23,27 @@ Supported above 0, not supported below or at 0, else undecided.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 import dps_lens as dps
-from dps_lens.analysis.intervals import interval, user_means
-from dps_lens.data import Document, Example, User, build_prompt
+from dps_lens.data import Document, Example, Shown, User, build_prompt
+from dps_lens.data.conditions import donors_of
+from dps_lens.data.examples import data_digest
 from dps_lens.data.retrieval import retrieve
 from dps_lens.errors import ScoreError
-from dps_lens.model import Runner
+from dps_lens.model.runners import runner_of
 from dps_lens.scores import HeadScores
-from dps_lens.scoring import Branches
-from dps_lens.scoring.sweep import data_digest, donors_of
-from experiments.measured import Changes, changes, cross_fitted, with_random
-from experiments.setup import Claim, Config, Findings, Lab, decide, main
+from dps_lens.scoring import CleanRun
+from dps_lens.stats.intervals import interval, user_means
+from experiments.lib.harness import Config, Findings, Lab, above_zero, main
+from experiments.lib.measured import Changes, changes, cross_fitted, with_random
 
 NONE, SHUFFLED = "no profile", "shuffled words"
+TAKEN, RANDOM, BEYOND = "gain_removed", "gain_removed, random sets", "gain_removed, more than random sets"
 
 
 class Samples(Config):
@@ -60,12 +62,12 @@ def measure(config: Samples, lab: Lab) -> Findings:
     heads = cross_fitted(scores, users, config.k, config.seed)
     examples = [example for user in users for example in user.examples[-config.held_out :]]
     masks = {user: with_random(lab.model, own, config.n_random, config.seed) for user, own in heads.items()}
-    runner, digest = Runner.of(lab.model), data_digest(users, examples)
+    runner, digest = runner_of(lab.model), data_digest(users, examples)
 
-    def conditions(example: Example) -> Iterator[tuple[str, Branches]]:
+    def conditions(example: Example) -> Iterator[tuple[str, CleanRun]]:
         for name, (shown, profile, n) in levels(example, users, config).items():
             prompt = config.prompt.config(items=n, profile_tokens=n * config.item_tokens)
-            yield name, Branches(runner, build_prompt(lab.model, shown, profile, config=prompt))  # type: ignore[arg-type]
+            yield name, CleanRun(runner, build_prompt(lab.model, shown, profile, config=prompt))
 
     about = {"config": config.model_dump(mode="json", exclude={"scores"}), "data": digest}
     found = changes(lab.model, examples, conditions, lambda e: masks[e.user_id], about, lab.out / "levels")
@@ -79,23 +81,19 @@ def measure(config: Samples, lab: Lab) -> Findings:
     rows = tables["slopes"].set_index(["slope", "measure"])
     read = {
         "the gain grows with the number of items": ("doubling of items", "gain"),
-        "what the heads take grows with the number of items": ("doubling of items", "taken, more than random sets"),
-        "it falls with foreign items": ("own instead of foreign items", "taken, more than random sets"),
-        "it falls with shuffled words": ("words in order", "taken, more than random sets"),
+        "what the heads take grows with the number of items": ("doubling of items", BEYOND),
+        "it falls with foreign items": ("own instead of foreign items", BEYOND),
+        "it falls with shuffled words": ("words in order", BEYOND),
     }
-    claims = []
-    for hypothesis, at in read.items():
-        row = {name: float(rows.loc[at, name]) for name in ("mean", "low", "high")}
-        claims.append(Claim(hypothesis, "the interval lies above 0", row, decide(row["low"], row["high"])))
-    return Findings(tables, claims)
+    return Findings(tables, [above_zero(hypothesis, rows.loc[at]) for hypothesis, at in read.items()])
 
 
-def levels(example: Example, users: list[User], config: Samples) -> dict[str, tuple[Example, str, int]]:
+def levels(example: Example, users: list[User], config: Samples) -> dict[str, tuple[Example, Shown, int]]:
     """Condition → the example with the profile that is shown, whether one is shown, and how many items."""
     own = best(example, example.profile, max(*config.items, config.mixed))
     donor = donors_of(example, users, 1, config.seed)[0]
     foreign = best(example, [d for d in donor.history if d.id not in {x.id for x in example.profile}], config.mixed)
-    found = {NONE: (example, "none", 1)}
+    found: dict[str, tuple[Example, Shown, int]] = {NONE: (example, "none", 1)}
     for n in config.items:
         found[f"{n} items"] = (replace(example, profile=own[:n]), "own", n)
     for n in config.foreign:
@@ -106,7 +104,7 @@ def levels(example: Example, users: list[User], config: Samples) -> dict[str, tu
     return found
 
 
-def best(example: Example, documents, n: int) -> tuple[Document, ...]:
+def best(example: Example, documents: Sequence[Document], n: int) -> tuple[Document, ...]:
     return tuple(retrieve(documents, example.task.query(example.input), n, task=example.task, method="bm25", seed=0))
 
 
@@ -128,8 +126,8 @@ def per_user(found: Changes, owners: list[str]) -> dict[str, dict[str, np.ndarra
             continue
         taken = found.effects[name] - found.effects[NONE]
         beyond = taken[:, 0] - taken[:, 1:].mean(1)
-        measures = {"gain": found.nll[NONE] - found.nll[name], "taken": taken[:, 0]}
-        measures |= {"taken, random sets": taken[:, 1:].mean(1), "taken, more than random sets": beyond}
+        measures = {"gain": found.nll[NONE] - found.nll[name], TAKEN: taken[:, 0]}
+        measures |= {RANDOM: taken[:, 1:].mean(1), BEYOND: beyond}
         result[name] = {measure: user_means(values, owners) for measure, values in measures.items()}
     return result
 
@@ -152,7 +150,7 @@ def slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def slopes(by_level: dict[str, dict[str, np.ndarray]], config: Samples) -> pd.DataFrame:
     """Slopes and differences of every measure, with intervals over users."""
     rows = []
-    for measure in ("gain", "taken", "taken, more than random sets"):
+    for measure in ("gain", TAKEN, BEYOND):
         counts = np.stack([by_level[f"{n} items"][measure] for n in config.items])
         mixes = np.stack([by_level[f"{n} of {config.mixed} foreign"][measure] for n in config.foreign])
         own = 1 - np.array(config.foreign) / config.mixed

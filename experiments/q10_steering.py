@@ -1,6 +1,6 @@
 """Does contrast with Preference Heads steer towards the user, more than its rivals do at the same KL?
 
-    python -m experiments.exp_steering [--config FILE.yaml] [--out runs/steering_kl]
+    python -m experiments.q10_steering [--config FILE.yaml] [--out runs/steering_kl]
 
 Question. Does DPS make a user's own text likelier, for which K and γ, and how does it compare at matched KL with random
 heads, with other heads, with CAD, DoLa, DeCoRe, StyleVector and SteerX, and stacked on CAD? Does it help to tag films
@@ -17,7 +17,7 @@ the Pareto of personalisation and fluency is this change over that KL. K of 3, 1
 DoLa is `log p − strength · log p_j`, with no token ruled out. Vectors are of each user's 4 newest older documents, half
 way up the model, added with the profile in the prompt; a user without a preference-driven token has no SteerX and a
 vector of zeros. CoS contrasts the same prompts as CAD, so that at equal KL it is CAD. (6) Accuracy and macro-F1 of 12
-users with three habits on held-out films (`experiments.tagging`), by K and γ; heads by the others, on other films.
+users with three habits on held-out films (`experiments.lib.tagging`), by K and γ; heads by the others, on other films.
 
 Control. 4 random sets of the same layers for every set of heads, at the same KL; another user's vector for a vector; in
 (6) one random set a user. Greedy decoding is strength 0.
@@ -38,15 +38,14 @@ import torch
 from torch import Tensor
 
 import dps_lens as dps
-from dps_lens.analysis import SteeringSweep
 from dps_lens.data import User
+from dps_lens.data.examples import data_digest
 from dps_lens.model import describe_model
 from dps_lens.runs import RunFolder, kept
-from dps_lens.scoring.sweep import data_digest
-from dps_lens.steering import SteeringVector
-from dps_lens.steering.steerx import NothingDrivenError
-from experiments.setup import Claim, Config, Findings, Lab, Prompts, decide, main
-from experiments.tagging import Tagging, accuracies, method, tag_users
+from dps_lens.vectors.steerx import NothingDrivenError
+from experiments.lib.harness import Config, Findings, Lab, Prompts, above_zero, main
+from experiments.lib.tables import ends
+from experiments.lib.tagging import Tagging, accuracies, method, tag_users
 
 DPS, CAD, STACKED = "dps, Preference Heads", "cad", "dps+cad, Preference Heads"
 AMPLIFY, DECORE = "amplify, Preference Heads", "decore, retrieval"
@@ -73,7 +72,7 @@ class Steering(Config):
 def measure(config: Steering, lab: Lab) -> Findings:
     users = lab.users()
     scores = lab.scores(users)
-    refs = {name: found for name, found in lab.references(config.kinds).items() if found.defined}
+    refs = lab.references(config.kinds)
     methods: dict[str, Any] = {DPS: ("dps", scores), CAD: "cad", STACKED: ("dps+cad", scores)}
     methods |= {f"dps, {name}": ("dps", found) for name, found in refs.items()}
     methods |= {"dps-entropy, Preference Heads": ("dps-entropy", scores), AMPLIFY: ("amplify", scores), "dola": "dola"}
@@ -81,7 +80,7 @@ def measure(config: Steering, lab: Lab) -> Findings:
         methods[DECORE] = ("decore", refs["retrieval"])
     methods |= vectors_of(users, config, lab)
     options: dict[str, Any] = {"strengths": config.strengths, "n_random": config.n_random, "seed": config.seed}
-    options |= {"max_examples": config.held_out, "prompt": config.prompt.config()}
+    options |= {"max_examples": config.held_out, "prompt_config": config.prompt.config()}
     sweep = dps.steering_sweep(lab.model, users, methods, k=config.k, **options, out=lab.out / "methods")
     sizes = []
     for k in config.ks:
@@ -94,7 +93,7 @@ def measure(config: Steering, lab: Lab) -> Findings:
     each = compared(sweep, {f"DPS less {name}": (DPS, name) for name in rivals}, config, 1 - 0.05 / len(RIVALS))
     tags, tagged = tagging(config, lab)
     tables = {
-        "at KL": pd.concat([sweep.at_kl(kl) for kl in config.kls], ignore_index=True),
+        "at KL": at_kls(sweep, config.kls),
         "K": pd.concat(sizes, ignore_index=True),
         "against": against.reset_index(names="compared"),
         "against the rivals": each.reset_index(names="compared"),
@@ -110,11 +109,7 @@ def measure(config: Steering, lab: Lab) -> Findings:
     }
     read |= {f"DPS does so more than {name}": fall(each.loc[f"DPS less {name}"], "difference") for name in rivals}
     read["DPS tags more films as the user does"] = tagged
-    claims = [
-        Claim(name, "the interval lies above 0", found, decide(found["low"], found["high"]))
-        for name, found in read.items()
-    ]
-    return Findings(tables, claims)
+    return Findings(tables, [above_zero(*one) for one in read.items()])
 
 
 def vectors_of(users: Sequence[User], config: Steering, lab: Lab) -> dict[str, Any]:
@@ -125,7 +120,7 @@ def vectors_of(users: Sequence[User], config: Steering, lab: Lab) -> dict[str, A
     folder = RunFolder(lab.out / "vectors", about)
 
     def make(user: User) -> dict[str, Tensor]:
-        options: dict[str, Any] = {"max_examples": config.vector_examples, "prompt": prompt}
+        options: dict[str, Any] = {"max_examples": config.vector_examples, "prompt_config": prompt}
         try:
             steerx = dps.steerx_vector(model, user, **options).values
         except NothingDrivenError:
@@ -136,7 +131,7 @@ def vectors_of(users: Sequence[User], config: Steering, lab: Lab) -> dict[str, A
     layer, ids = model.cfg.n_layers // 2, list(made)
     found: dict[str, Any] = {}
     for name in VECTORS:
-        own = {user: SteeringVector(values[name], layer) for user, values in made.items()}
+        own = {user: dps.SteeringVector(values[name], layer) for user, values in made.items()}
         found[name] = ("vector", own)
         found[other(name)] = ("vector", {user: own[after] for user, after in zip(ids, [*ids[1:], ids[0]], strict=True)})
     return found
@@ -149,31 +144,36 @@ def other(name: str) -> str:
 def tagging(config: Steering, lab: Lab) -> tuple[pd.DataFrame, dict[str, float]]:
     """Accuracy and macro-F1 by K and strength, and the difference of accuracy that is decided by."""
     users, prompt = tag_users(config.films), config.tag_prompt.config()
-    scores = lab.scores(users, "tagging", prompt=prompt)
+    scores = lab.scores(users, "tagging", prompt_config=prompt)
     ks, strengths = sorted({*config.tag_ks, config.k}), sorted({*config.tag_strengths, 1.0})
     tagged = Tagging(lab.model, users, scores, ks, strengths, prompt, config.seed)
     table = accuracies(tagged.run(lab.out / "tags"))
     row = table.set_index(["method", "metric"]).loc[(method(f"dps, K {config.k}", 1.0), "accuracy")]
-    return table, {"mean": row["to rag"], "low": row["to rag_low"], "high": row["to rag_high"]}
+    return table, ends(row, "to rag")
 
 
 def compared(
-    sweep: SteeringSweep, pairs: Mapping[str, tuple[str, str]], config: Steering, level: float = 0.95
+    sweep: dps.SteeringSweep, pairs: Mapping[str, tuple[str, str]], config: Steering, level: float = 0.95
 ) -> pd.DataFrame:
     """One method less another at equal KL: the second takes the place of the first one's random heads."""
     rows = {}
     for name, (one, two) in pairs.items():
         control = f"{one} (random)"
         change, kl = ({one: part[one], control: part[two]} for part in (sweep.change, sweep.kl))
-        both = SteeringSweep(sweep.strengths, sweep.user_ids, sweep.example_ids, sweep.nll, change, kl)
+        both = dps.SteeringSweep(sweep.strengths, sweep.user_ids, sweep.example_ids, sweep.nll, change, kl)
         rows[name] = both.at_kl(config.decided_at, level).set_index("method").loc[one]
     return pd.DataFrame(rows).T.astype({"difference": float, "difference_low": float, "difference_high": float})
 
 
+def at_kls(sweep: dps.SteeringSweep, kls: Sequence[float]) -> pd.DataFrame:
+    """Every method at each of these KLs."""
+    return pd.concat([sweep.at_kl(kl) for kl in kls], ignore_index=True)
+
+
 def fall(row: pd.Series, column: str) -> dict[str, float]:
     """A fall is a change the other way round."""
-    low, high = ("low", "high") if column == "mean" else (f"{column}_low", f"{column}_high")
-    return {"mean": -float(row[column]), "low": -float(row[high]), "high": -float(row[low])}
+    mean, low, high = ends(row, column).values()
+    return {"mean": -mean, "low": -high, "high": -low}
 
 
 if __name__ == "__main__":

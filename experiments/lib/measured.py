@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import dps_lens as dps
-from dps_lens.analysis.rankings import rankings
 from dps_lens.data import Example, User
-from dps_lens.families import draw_seed, random_heads
 from dps_lens.model import HookedModel, describe_model
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scores import HeadScores
-from dps_lens.scoring import Branches
+from dps_lens.scoring import CleanRun
+from dps_lens.selection import random_sets, rankings
 
 
 class Changes(NamedTuple):
@@ -30,7 +30,7 @@ class Changes(NamedTuple):
 def changes(
     model: HookedModel,
     examples: Sequence[Example],
-    conditions: Callable[[Example], Iterator[tuple[str, Branches]]],
+    conditions: Callable[[Example], Iterator[tuple[str, CleanRun]]],
     masks: Callable[[Example], Bool[Tensor, "row layer head"]],
     about: Mapping[str, Any],
     out: Path,
@@ -49,7 +49,7 @@ def changes(
         return found
 
     for example in tqdm(examples, desc=out.name, unit="example", disable=None):
-        units.append(kept(folder, f"{example.user_id}|{example.id}", lambda example=example: unit(example)))
+        units.append(kept(folder, f"{example.user_id}|{example.id}", partial(unit, example)))
     names = [name for name in units[0] if not name.startswith("nll.")]
     return Changes(
         {name: torch.stack([found[name] for found in units]) for name in names},
@@ -65,5 +65,4 @@ def cross_fitted(scores: HeadScores, users: Sequence[User], k: int, seed: int) -
 
 def with_random(model: HookedModel, heads: dps.HeadSet, n: int, seed: int) -> Bool[Tensor, "row layer head"]:
     """The heads, and below them random sets of the same layers."""
-    drawn = [random_heads(model, heads, match="nearest", seed=draw_seed(seed, draw)) for draw in range(n)]
-    return torch.stack([one.mask(model.cfg) for one in (heads, *drawn)])
+    return torch.stack([one.mask(model.cfg) for one in (heads, *random_sets(model, heads, n, seed))])

@@ -1,6 +1,6 @@
 """Are there few heads that read the profile, and are they the same ones when anything is drawn anew?
 
-    python -m experiments.exp_existence [--config FILE.yaml] [--out runs/existence]
+    python -m experiments.q01_existence [--config FILE.yaml] [--out runs/existence]
 
 Question. Is the map of profile-specific PCS sparse, and are its top heads reliable?
 
@@ -29,19 +29,30 @@ Amended after the first run: the intervals of overlaps left out one user at a ti
 they went beyond 0 and 1. A quarter is left out instead (Shao and Wu 1989); no decision changed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 import dps_lens as dps
-from dps_lens.analysis.intervals import add_one_p
 from dps_lens.data import User
-from dps_lens.families import draw_seed, random_heads
 from dps_lens.scores import HeadScores
-from experiments.halves import Maps, agreement, halves, held_out_share, jackknife, leaving_quarters, share, top, without
-from experiments.setup import Claim, Config, Findings, Lab, Outcome, main
+from dps_lens.selection import random_sets
+from dps_lens.stats.intervals import add_one_p, columns
+from experiments.lib.halves import (
+    Maps,
+    agreement,
+    halves,
+    held_out_share,
+    jackknife,
+    leaving_quarters,
+    share,
+    top,
+    without,
+)
+from experiments.lib.harness import Claim, Config, Findings, Lab, Outcome, main
 
 FIVEFOLD, HALF_SHARED, ALPHA, N_SUBSETS = 5, 1 / 3, 0.05, 1000
 MAPS = {"profile-specific PCS": None, "the paper's PCS": "own"}
@@ -62,25 +73,18 @@ def measure(config: Existence, lab: Lab) -> Findings:
     shares = pd.DataFrame([{"map": name, **sparsity(scores, of, k, config, lab)} for name, of in MAPS.items()])
     reliable = reliability(scores, users, k, config, lab)
     halved = dps.split_half(scores, k=k, n_splits=200, seed=config.seed)
-    maps = {name: scores.clusters(of=of).mean(0).flatten() for name, of in MAPS.items()}
+    maps = {name: scores.mean(of=of).flatten().numpy() for name, of in MAPS.items()}
     curve = pd.DataFrame(
         {"rank": range(1, len(maps["the paper's PCS"]) + 1)} | {n: cumulative(m) for n, m in maps.items()}
     )
     claims = [sparse(row, config) for row in shares.to_dict("records")]
-    return Findings(
-        {
-            "share": shares,
-            "reliability": reliable,
-            "halves of users": halved,
-            "cumulative": curve,
-        },
-        [*claims, found_again(reliable)],
-    )
+    tables = {"share": shares, "reliability": reliable, "halves of users": halved, "cumulative": curve}
+    return Findings(tables, [*claims, found_again(reliable)])
 
 
 def sparsity(scores: HeadScores, of: str | None, k: int, config: Existence, lab: Lab) -> dict[str, float]:
     """Held-out share of the top `k` with its interval and both nulls."""
-    maps = scores.clusters(of=of).flatten(1).numpy()
+    maps = scores.samples(of=of).flatten(1).numpy()
     splits = halves(len(maps), config.n_splits, config.seed)
     found = jackknife(lambda kept: held_out_share(maps, k, without(splits, kept)), len(maps))
     sets, flips, random_shares = [], [], []
@@ -96,9 +100,7 @@ def sparsity(scores: HeadScores, of: str | None, k: int, config: Existence, lab:
         "random sets": float(np.mean(random_shares)),
         "p random sets": max(sets),
         "p sign flips": max(flips),
-        "nats": nats["mean"],
-        "nats_low": nats["low"],
-        "nats_high": nats["high"],
+        **columns("nats", nats),
     }
 
 
@@ -111,8 +113,7 @@ def matched(chosen: np.ndarray, scores: HeadScores, config: Existence, lab: Lab)
     """Random sets of the layers of the chosen heads, as places in a flat map."""
     n_heads = scores.values.shape[2]
     like = dps.HeadSet([divmod(int(place), n_heads) for place in chosen])
-    seeds = [draw_seed(config.seed, draw) for draw in range(config.n_null)]
-    drawn = [random_heads(lab.model, like, match="nearest", seed=seed) for seed in seeds]
+    drawn = random_sets(lab.model, like, config.n_null, config.seed)
     return [np.array([head.layer * n_heads + head.head for head in heads]) for heads in drawn]
 
 
@@ -130,7 +131,7 @@ def reliability(scores: HeadScores, users: list[User], k: int, config: Existence
     drawn = config.prompt.config(retrieval="random", seed=config.seed + 1)
     pairs = {
         "examples": (taken(scores, 0), taken(scores, 1)),
-        "documents": (newest, lab.scores(few, max_examples=1, prompt=drawn)),
+        "documents": (newest, lab.scores(few, max_examples=1, prompt_config=drawn)),
         "wording": (newest, lab.scores([reworded(user, config.wording) for user in few], max_examples=1)),
     }
     return pd.DataFrame([{"drawn anew": name, **compared(*pair, k, config)} for name, pair in pairs.items()])
@@ -138,13 +139,7 @@ def reliability(scores: HeadScores, users: list[User], k: int, config: Existence
 
 def taken(scores: HeadScores, start: int) -> HeadScores:
     """Every other example of each user."""
-    rows = [row for user in scores.users for row in scores.rows(user)[start::2]]
-    return HeadScores(
-        scores.values[rows],
-        example_ids=[scores.example_ids[row] for row in rows],
-        user_ids=[scores.user_ids[row] for row in rows],
-        manifest=scores.manifest,
-    )
+    return scores.take([row for user in scores.users for row in scores.rows(user)[start::2]])
 
 
 def reworded(user: User, wording: str) -> User:
@@ -165,8 +160,7 @@ def compared(one: HeadScores, two: HeadScores, k: int, config: Existence) -> dic
         lambda kept: agreement(a[kept], b[kept], k)["jaccard"], len(both), N_SUBSETS, config.seed
     )
     ranks = jackknife(lambda kept: agreement(a[kept], b[kept], k)["spearman"], len(both))
-    for name, found in (("jaccard", overlaps), ("spearman", ranks)):
-        row |= {name: found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+    row |= columns("jaccard", overlaps) | columns("spearman", ranks)
     pair = dps.overlap({"one": one, "two": two}, k=k, n_null=config.n_null, seed=config.seed).to_frame().iloc[0]
     return row | {"random sets": float(pair["null_mean"]), "p": float(pair["p"])}
 
@@ -177,7 +171,7 @@ def cumulative(means: np.ndarray) -> np.ndarray:
     return np.cumsum(ranked) / np.clip(ranked, 0, None).sum()
 
 
-def sparse(row: dict, config: Existence) -> Claim:
+def sparse(row: Mapping[str, Any], config: Existence) -> Claim:
     worst, bound = max(row["p random sets"], row["p sign flips"]), FIVEFOLD * config.share
     outcome: Outcome = "undecided"
     if worst > ALPHA or row["high"] < bound:

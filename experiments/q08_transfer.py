@@ -1,6 +1,6 @@
 """Do heads, or likenesses between users, carry over to another domain, another time, another model?
 
-    python -m experiments.exp_transfer [--config FILE.yaml] [--out runs/transfer]
+    python -m experiments.q08_transfer [--config FILE.yaml] [--out runs/transfer]
 
 Question. Are the top heads of bloggers those of authors of abstracts? Are those of older documents those of newer ones?
 In a second model (`second: ID or folder` in the config; by default Pythia-160M or GPT-2,
@@ -33,11 +33,11 @@ from jaxtyping import Float
 from scipy.stats import spearmanr, wasserstein_distance
 
 import dps_lens as dps
-from dps_lens.analysis.intervals import add_one_p
 from dps_lens.data import User
 from dps_lens.scores import HeadScores
-from experiments.exp_existence import taken
-from experiments.setup import Claim, Config, Findings, Lab, Outcome, main
+from dps_lens.stats.intervals import add_one_p
+from experiments.lib.harness import Claim, Config, Findings, Lab, Outcome, main
+from experiments.q01_existence import taken
 
 LEVEL, LOOSE = 0.0125, 0.05
 SMALL = ("EleutherAI/pythia-160m", "openai-community/gpt2")
@@ -92,12 +92,7 @@ def part(scores: HeadScores, *, newer: bool) -> HeadScores:
         own = scores.rows(user)
         half = len(own) // 2
         rows += own[len(own) - half :] if newer else own[:half]
-    return HeadScores(
-        scores.values[rows],
-        example_ids=[scores.example_ids[row] for row in rows],
-        user_ids=[scores.user_ids[row] for row in rows],
-        manifest=scores.manifest,
-    )
+    return scores.take(rows)
 
 
 def compared(one: HeadScores, two: HeadScores, config: Transfer) -> dict[str, float]:
@@ -136,7 +131,7 @@ def across_models(
     at = depths(len(one)), depths(len(two))
     distance = wasserstein_distance(*at, one, two)
     null = np.array([wasserstein_distance(*at, one, rng.permutation(two)) for _ in range(config.n_null)])
-    maps = [found.clusters().flatten(1).numpy() for found in (scores, second)]
+    maps = [found.samples().flatten(1).numpy() for found in (scores, second)]
     alike = similarity(*maps)
     n = len(maps[0])
     permuted = np.array([similarity(maps[0], maps[1][rng.permutation(n)]) for _ in range(config.n_null)])

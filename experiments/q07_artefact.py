@@ -1,6 +1,6 @@
 """How much of a published effect can three choices of a detector make?
 
-    python -m experiments.exp_artefact [--config FILE.yaml] [--out runs/artefact]
+    python -m experiments.q07_artefact [--config FILE.yaml] [--out runs/artefact]
 
 Question. Published detectors zero slices of the output of `o_proj` and call them heads; heads are scored on the items
 that are evaluated; and the contrast of CAD, meant to be without context, can still hold it. What does each change?
@@ -11,8 +11,8 @@ all users. (4) CAD makes the users' text likelier than CAD with a leaking contex
 
 Measure. The newest headline of every user. Top 10 by profile-specific PCS, scored on one older post a user, or on the
 tested post itself; ranked by all users, or by each user alone; and the top 10 output slices, ablated as the heads of
-that name and as the slices that they are. `taken` and `harm` as in exp_causality. CAD, teacher-forced, at strengths 0.5
-and 1: change of the NLL of the user's headline when the contrast holds no document, half of them, or all.
+that name and as the slices that they are. `gain_removed` and `task_cost` as in q03_causality. CAD, teacher-forced, at
+strengths 0.5 and 1: change of the NLL of the user's headline when the contrast holds no document, half of them, or all.
 
 Control. 20 random sets of the same layers for every set of heads. The older post is the control of the tested one.
 
@@ -28,18 +28,20 @@ import pandas as pd
 import torch
 
 import dps_lens as dps
-from dps_lens.analysis.forced import Forced, combine
-from dps_lens.analysis.intervals import interval, user_means
 from dps_lens.data import Example, User, build_prompt
-from dps_lens.model import Runner
-from dps_lens.scoring import Branches
-from dps_lens.scoring.branches import token_losses
-from dps_lens.scoring.sweep import data_digest
-from dps_lens.steering.rules import divergence, find_rule
-from experiments.held_out import by_user, shown
-from experiments.measured import changes
-from experiments.output_slices import SliceBranches, score_slices
-from experiments.setup import Claim, Config, Findings, Lab, decide, main
+from dps_lens.data.examples import data_digest
+from dps_lens.evaluation.forced import Forced
+from dps_lens.model.losses import token_losses
+from dps_lens.model.runners import runner_of
+from dps_lens.scoring import CleanRun
+from dps_lens.selection import HeadSource
+from dps_lens.stats.intervals import interval, user_means
+from dps_lens.steering.rules import find_rule
+from dps_lens.steering.terms import combine, kl_divergence
+from experiments.lib.harness import Config, Findings, Lab, above_zero, main
+from experiments.lib.held_out import by_user, shown
+from experiments.lib.measured import changes
+from experiments.lib.output_slices import SliceRun, score_slices
 
 TRUE, TESTED = "heads, older posts", "heads, tested posts"
 OWN, OWN_TESTED = "user's heads, older post", "user's heads, tested post"
@@ -54,10 +56,11 @@ class Artefact(Config):
 
 def measure(config: Artefact, lab: Lab) -> Findings:
     users, k = lab.users(), config.k
-    older, tested = lab.scores(users).newest(1), lab.scores(users, discovery="labelled", max_examples=1)
+    labelled = dps.ScoreConfig(discovery="labelled")
+    older, tested = lab.scores(users).newest(1), lab.scores(users, score_config=labelled, max_examples=1)
     prompt = config.prompt.config()
-    slices = score_slices(lab.model, users, prompt=prompt, max_examples=1, out=lab.out / "slices")
-    families = {
+    slices = score_slices(lab.model, users, prompt_config=prompt, max_examples=1, out=lab.out / "slices")
+    families: dict[str, HeadSource] = {
         TRUE: older.top(k),
         TESTED: tested.top(k),
         OWN: {user.id: older.top(k, user.id) for user in users},
@@ -71,11 +74,11 @@ def measure(config: Artefact, lab: Lab) -> Findings:
         ks=(k,),
         n_random=config.n_random,
         max_examples=1,
-        prompt=prompt,
         seed=config.seed,
         out=lab.out / "ablated",
+        prompt_config=prompt,
     )
-    taken = {name: by_user(effects, name, k, "taken") for name in families}
+    taken = {name: by_user(effects, name, k, "gain_removed") for name in families}
     cad = leaking(users, config, lab)
     differences = {
         "true heads take more than output slices": taken[TRUE] - taken[SLICES],
@@ -84,40 +87,37 @@ def measure(config: Artefact, lab: Lab) -> Findings:
         "CAD is better without the leak": cad["all", config.strengths[0]][0] - cad["none", config.strengths[0]][0],
     }
     compared = pd.DataFrame([{"difference": name, **interval(values)} for name, values in differences.items()])
-    ablated = shown(effects, ("taken", "harm", "neutral"))
+    ablated = shown(effects, ("gain_removed", "task_cost", "neutral_cost"))
     tables = {
         "ablated": pd.concat([ablated, as_slices(users, slices.top(k), config, lab)], ignore_index=True),
         "CAD": cad_table(cad),
         "differences": compared,
     }
-    claims = [
-        Claim(row["difference"], "the interval lies above 0", row, decide(row["low"], row["high"]))
-        for row in compared.to_dict("records")
-    ]
-    return Findings(tables, claims)
+    return Findings(tables, [above_zero(row["difference"], row) for row in compared.to_dict("records")])
 
 
 def as_slices(users: list[User], chosen: dps.HeadSet, config: Artefact, lab: Lab) -> pd.DataFrame:
     """What removing the output slices themselves takes and costs."""
-    examples, runner = [user.examples[-1] for user in users], Runner.of(lab.model)
+    examples, runner = [user.examples[-1] for user in users], runner_of(lab.model)
 
-    def conditions(example: Example) -> Iterator[tuple[str, Branches]]:
+    def conditions(example: Example) -> Iterator[tuple[str, CleanRun]]:
         for profile in ("own", "none"):
             built = build_prompt(lab.model, example, profile, config=config.prompt.config())
-            yield profile, SliceBranches(runner, built)
+            yield profile, SliceRun(runner, built)
 
     about = {"prompt": config.prompt.config().to_dict(), "data": data_digest(users, examples), "edit": "slices"}
     mask = chosen.mask(lab.model.cfg)[None]
     made = changes(lab.model, examples, conditions, lambda _: mask, about, lab.out / "as_slices")
     own, none = (made.effects[name][:, 0].numpy() for name in ("own", "none"))
-    rows = [{"measure": "taken", **interval(own - none)}, {"measure": "harm", **interval(none)}]
+    rows = [{"measure": "gain_removed", **interval(own - none)}, {"measure": "task_cost", **interval(none)}]
     return pd.DataFrame(rows).assign(family=AS_SLICES, k=config.k)
 
 
 @torch.inference_mode()
 def leaking(users: list[User], config: Artefact, lab: Lab) -> dict[tuple[str, float], tuple[np.ndarray, np.ndarray]]:
     """(documents that the contrast holds, strength) → change of the NLL, and KL, of each user."""
-    runner, rule, found = Runner.of(lab.model), find_rule("cad"), {}
+    runner, terms = runner_of(lab.model), find_rule("cad").terms
+    found: dict[tuple[str, float], list[torch.Tensor]] = {}
     examples, prompt = [user.examples[-1] for user in users], config.prompt.config()
     owners = [example.user_id for example in examples]
     for example in examples:
@@ -134,14 +134,12 @@ def leaking(users: list[User], config: Artefact, lab: Lab) -> dict[tuple[str, fl
         for name, contrast in contrasts.items():
             without = Forced(runner, contrast).logits()
             for strength in config.strengths:
-                steered = combine(rule, strength, full, without=without)
+                steered = combine(terms, full, {"negative": without}, {"negative": strength})
                 change = token_losses(steered, forced.targets).double().mean() - clean
-                kl = divergence(steered, full).double().mean()
-                found.setdefault((name, strength), []).append((change.cpu(), kl.cpu()))
-    return {
-        key: tuple(user_means(torch.stack(part), owners) for part in zip(*values, strict=True))
-        for key, values in found.items()
-    }
+                kl = kl_divergence(steered, full).double().mean()
+                found.setdefault((name, strength), []).append(torch.stack([change, kl]).cpu())
+    both = {key: torch.stack(of).T for key, of in found.items()}
+    return {key: (user_means(change, owners), user_means(kl, owners)) for key, (change, kl) in both.items()}
 
 
 def cad_table(cad: dict[tuple[str, float], tuple[np.ndarray, np.ndarray]]) -> pd.DataFrame:

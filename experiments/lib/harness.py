@@ -1,7 +1,8 @@
 """What the experiments share: a config file, users and scores, and a run folder that says what was found.
 
 A run folder holds `config.yaml`, `manifest.json`, `tables/*.csv`, `verdict.json` and `results.md`. Scores are kept in
-`scores`, one folder a setting, so that experiments with equal settings compute them once.
+`scores`, one folder a setting, so that experiments with equal settings compute them once. Experiments in steps make
+those that the config names; what is finished is read, so that several runs can share the work and one gather it.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -22,11 +23,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 import dps_lens as dps
-from dps_lens.data import User
+from dps_lens.data.retrieval import RetrievalMethod
 from dps_lens.errors import DataError
 from dps_lens.files import write_json, write_text
-from dps_lens.model import HookedModel, describe_model
-from experiments.tables import cell, table
+from dps_lens.model import describe_model
+from dps_lens.selection import undefined_of
+from experiments.lib.tables import markdown
 
 Outcome: TypeAlias = Literal["supported", "not supported", "undecided"]
 DATA, MOST_ROWS = "DPS_LENS_DATA", 100
@@ -41,11 +43,15 @@ class Prompts(BaseModel):
     profile_tokens: int = 128
     task_tokens: int | None = 64
     response_tokens: int | None = 10
-    retrieval: Literal["bm25", "recency", "random"] = "bm25"
+    retrieval: RetrievalMethod = "bm25"
     seed: int = 0
 
     def config(self, **changes: Any) -> dps.PromptConfig:
         return dps.PromptConfig(**self.model_dump() | changes)
+
+
+LONG = Prompts(items=6, profile_tokens=256, task_tokens=256, response_tokens=48)
+"""Of the experiments that take hours."""
 
 
 class Config(BaseModel):
@@ -74,10 +80,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Findings:
-    """Tables by name and one claim a hypothesis."""
+    """Tables by name, one claim a hypothesis, and tables of this machine's times, which no other run repeats."""
 
     tables: Mapping[str, pd.DataFrame]
     claims: Sequence[Claim]
+    times: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
 
 def decide(low: float, high: float, above: float = 0.0) -> Outcome:
@@ -87,18 +94,36 @@ def decide(low: float, high: float, above: float = 0.0) -> Outcome:
     return "not supported" if high <= above else "undecided"
 
 
+def above_zero(hypothesis: str, found: Mapping[str, Any]) -> Claim:
+    """A claim that is decided by whether an interval lies above 0."""
+    measured = {name: float(found[name]) for name in ("mean", "low", "high")}
+    return Claim(hypothesis, "the interval lies above 0", measured, decide(measured["low"], measured["high"]))
+
+
+def all_above_zero(hypothesis: str, found: Mapping[str, Mapping[str, Any]]) -> Claim:
+    """A claim that needs every interval above 0; one that lies below decides against it."""
+    parts = {name: above_zero(name, row) for name, row in found.items()}
+    outcomes = {part.outcome for part in parts.values()}
+    outcome: Outcome = "supported" if outcomes == {"supported"} else "undecided"
+    if "not supported" in outcomes:
+        outcome = "not supported"
+    measured = {name: part.measured for name, part in parts.items()}
+    return Claim(hypothesis, "every interval lies above 0", measured, outcome)
+
+
 class Lab:
     """The model, users and scores of a config."""
 
     def __init__(self, config: Config, out: Path) -> None:
         self.config, self.out = config, out
         self.read: dict[str, list[str]] = {}
+        self.undefined: dict[str, str] = {}
 
     @cached_property
-    def model(self) -> HookedModel:
+    def model(self) -> dps.HookedModel:
         return dps.load_model(self.config.model)
 
-    def users(self, source: str | None = None, *, max_users: int | None = None) -> list[User]:
+    def users(self, source: str | None = None, *, max_users: int | None = None) -> list[dps.User]:
         """Users with discovery examples, of a built-in set, a file, or a file of the development data."""
         source = source or self.config.users
         found = dps.load_users(located(source), max_users=max_users or self.config.max_users)
@@ -106,18 +131,20 @@ class Lab:
         self.read[source] = [user.id for user in found]
         return found
 
-    def scores(self, users: Sequence[User], label: str = "scores", **settings: Any) -> dps.HeadScores:
+    def scores(self, users: Sequence[dps.User], label: str = "scores", **settings: Any) -> dps.HeadScores:
         """`score_heads`, kept where every experiment with these settings finds it."""
-        settings = {"prompt": self.config.prompt.config(), "max_examples": self.config.max_examples} | settings
-        named = {name: value.to_dict() if name == "prompt" else value for name, value in settings.items()}
+        given: dict[str, Any] = {"prompt_config": self.config.prompt.config(), "max_examples": self.config.max_examples}
+        given |= settings
         inputs = [[user.id, [example.input for example in user.examples]] for user in users]
-        key = json.dumps([str(self.config.model), named, inputs], sort_keys=True)
+        key = json.dumps([str(self.config.model), given, inputs], sort_keys=True, default=asdict)
         folder = self.config.scores / f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
-        return dps.score_heads(self.model, users, **settings, out=folder)
+        return dps.score_heads(self.model, users, **given, out=folder)
 
     def references(self, kinds: Sequence[str]) -> dict[str, dps.HeadScores]:
-        """Reference heads, from the user's cache where they are known."""
-        return dps.reference_heads(self.model, kinds=tuple(kinds))
+        """Reference heads that the model shows, from the user's cache where they are known."""
+        found = dps.reference_heads(self.model, kinds=tuple(kinds))
+        self.undefined |= undefined_of(found)
+        return {name: scores for name, scores in found.items() if name not in self.undefined}
 
 
 def located(source: str) -> str:
@@ -161,15 +188,17 @@ def write(findings: Findings, lab: Lab, about: str) -> None:
         {
             "model": describe_model(lab.model),
             "users": lab.read,
+            "undefined": lab.undefined,
             "version": dps.__version__,
             "config": lab.config.model_dump(mode="json"),
         },
     )
     parts = [about.strip()]
-    for name, frame in findings.tables.items():
-        write_text(out / "tables" / f"{name}.csv", frame.to_csv(index=False))
-        few = frame if len(frame) <= MOST_ROWS else frame.head(MOST_ROWS)
-        parts.append(f"## {name}\n\n{markdown(few)}" + ("" if len(few) == len(frame) else "\n\n…"))
+    for folder, tables in (("tables", findings.tables), ("times", findings.times)):
+        for name, frame in tables.items():
+            write_text(out / folder / f"{name}.csv", frame.to_csv(index=False))
+            few = frame if len(frame) <= MOST_ROWS else frame.head(MOST_ROWS)
+            parts.append(f"## {name}\n\n{markdown(few)}" + ("" if len(few) == len(frame) else "\n\n…"))
     write_json(out / "verdict.json", [asdict(claim) for claim in findings.claims])
     parts.append("## verdict\n\n" + markdown(verdicts(findings.claims)))
     write_text(out / "results.md", "\n\n".join(parts) + "\n")
@@ -177,19 +206,3 @@ def write(findings: Findings, lab: Lab, about: str) -> None:
 
 def verdicts(claims: Sequence[Claim]) -> pd.DataFrame:
     return pd.DataFrame([{"hypothesis": c.hypothesis, "rule": c.rule, "outcome": c.outcome} for c in claims])
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A table in which bounds stand in brackets behind their value."""
-    bounds = {column for column in frame.columns if column in ("low", "high") or column.endswith(("_low", "_high"))}
-    shown = [column for column in frame.columns if column not in bounds]
-    lines = [[_shown(row, column) for column in shown] for row in frame.to_dict("records")]
-    return table(shown, lines)
-
-
-def _shown(row: Mapping[Any, Any], column: str) -> str:
-    value = row[column]
-    if not isinstance(value, float):
-        return str(value)
-    # p-values by permutation need a digit more than effects do not.
-    return cell(row, column, 4 if column == "p" or column.startswith("p ") else 3)

@@ -10,8 +10,9 @@ from torch import Tensor
 from dps_lens.data import Example, Prompt, PromptConfig, build_prompt
 from dps_lens.data.tokenizer import PromptTokenizer, span
 from dps_lens.errors import DataError, PromptError
-from dps_lens.model import HookedModel, Runner
-from dps_lens.scoring import Branches
+from dps_lens.model import HookedModel
+from dps_lens.model.runners import runner_of
+from dps_lens.scoring import CleanRun
 
 
 @dataclass(frozen=True)
@@ -89,5 +90,4 @@ def turn_losses(
     model: HookedModel, talk: Dialogue, masks: Bool[Tensor, "row layer head"]
 ) -> Float64[Tensor, "turn row"]:
     """NLL of every answer with the heads of each row ablated at every turn of the assistant."""
-    branches = Branches(Runner.of(model), talk.prompt)
-    return talk.by_turn(branches.ablated_losses(masks, where=talk.edited))
+    return talk.by_turn(CleanRun(runner_of(model), talk.prompt, where=talk.edited).ablated_losses(masks))

@@ -1,6 +1,6 @@
 """Where do heads act, on the profile or on the answer, and does it last over length and turns?
 
-    python -m experiments.exp_positions [--config FILE.yaml] [--out runs/positions]
+    python -m experiments.q06_positions [--config FILE.yaml] [--out runs/positions]
 
 Question. Do Preference Heads work where the answer is written (reading) or at the profile's tokens (writing)? Does what
 they carry depend on the length of the profile, and does it reach later turns of a dialogue?
@@ -10,10 +10,10 @@ at the profile. (2) Other heads write: the top 10 by first-order estimate at the
 random sets when ablated there. (3) The gain grows with the length of the profile, to 1,024 tokens. (4) With a profile
 in the first turn only, there is a gain in the last turn. (5) The heads take some of it there.
 
-Measure. Newest headline of 10 users; heads chosen on older documents by users of other folds. `taken`: cost of ablating
-with the own profile less the cost without. Sides: edits at the response, the profile or all positions. Length: 8 items
-by BM25 in 64 to 1,024 tokens; slope a doubling by least squares within each user. Dialogue: 3 headlines of a user as
-three turns, edits at every turn of the assistant.
+Measure. Newest headline of 10 users; heads chosen on older documents by users of other folds. `gain_removed`: cost of
+ablating with the own profile less the cost without. Sides: edits at the response, the profile or all positions. Length:
+8 items by BM25 in 64 to 1,024 tokens; slope a doubling by least squares within each user. Dialogue: 3 headlines of a
+user as three turns, edits at every turn of the assistant.
 
 Control. 4 random sets of the same layers for every set and condition; the difference averages them within each user.
 
@@ -23,6 +23,7 @@ beyond random sets. Supported above 0, not supported below or at 0, else undecid
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -30,20 +31,21 @@ import torch
 from torch import Tensor
 
 import dps_lens as dps
-from dps_lens.analysis.intervals import interval
+from dps_lens import literals
 from dps_lens.data import Example, User, build_prompt
-from dps_lens.model import Runner, describe_model
+from dps_lens.data.examples import data_digest
+from dps_lens.model import describe_model
+from dps_lens.model.runners import runner_of
 from dps_lens.runs import RunFolder, kept
-from dps_lens.scoring import Branches
-from dps_lens.scoring.sweep import data_digest
-from experiments.dialogue import dialogue, turn_losses
-from experiments.exp_samples import slope
-from experiments.measured import changes, cross_fitted, with_random
-from experiments.setup import Claim, Config, Findings, Lab, decide, main
+from dps_lens.scoring import CleanRun
+from dps_lens.stats.intervals import interval
+from experiments.lib.dialogue import dialogue, turn_losses
+from experiments.lib.harness import Config, Findings, Lab, above_zero, main
+from experiments.lib.measured import changes, cross_fitted, with_random
+from experiments.q05_samples import BEYOND, RANDOM, TAKEN, slope
 
 READ, WRITE = "reading heads", "writing heads"
-SIDES = ("response", "profile", "all")
-TAKEN, RANDOM, BEYOND = "taken", "taken, random sets", "taken, more than random sets"
+SIDES: tuple[literals.Positions, ...] = ("response", "profile", "all")
 
 
 class Positions(Config):
@@ -80,17 +82,13 @@ def measure(config: Positions, lab: Lab) -> Findings:
     }
     last = f"turn {config.turns}"
     read = {
-        "reading heads act at the response": sided[READ, "response", TAKEN] - sided[READ, "profile", TAKEN],
-        "writing heads act at the profile": sided[WRITE, "profile", BEYOND],
-        "the gain grows with the length of the profile": None,
-        "the gain lasts to the last turn": talks["full model", last, "gain"],
-        "the heads take some of it there": talks[READ, last, BEYOND],
+        "reading heads act at the response": interval(sided[READ, "response", TAKEN] - sided[READ, "profile", TAKEN]),
+        "writing heads act at the profile": interval(sided[WRITE, "profile", BEYOND]),
+        "the gain grows with the length of the profile": slopes.iloc[0],
+        "the gain lasts to the last turn": interval(talks["full model", last, "gain"]),
+        "the heads take some of it there": interval(talks[READ, last, BEYOND]),
     }
-    claims = []
-    for hypothesis, values in read.items():
-        row = slopes.iloc[0][["mean", "low", "high"]].astype(float).to_dict() if values is None else interval(values)
-        claims.append(Claim(hypothesis, "the interval lies above 0", row, decide(row["low"], row["high"])))
-    return Findings(tables, claims)
+    return Findings(tables, [above_zero(*one) for one in read.items()])
 
 
 Found = dict[tuple[str, str, str], np.ndarray]
@@ -104,7 +102,8 @@ def table_of(found: Found) -> pd.DataFrame:
 
 def measures(own: Tensor, none: Tensor, condition: str, config: Positions) -> Found:
     """What both families take, from costs `[user row]` with and without the profile."""
-    found, width = {}, config.n_random + 1
+    found: Found = {}
+    width = config.n_random + 1
     for index, name in enumerate((READ, WRITE)):
         rows = (own - none)[:, index * width : (index + 1) * width]
         chosen, random = rows[:, 0], rows[:, 1:].mean(1)
@@ -119,18 +118,18 @@ def about(examples: list[Example], users: list[User], config: Positions) -> dict
 
 def sides(users: list[User], masks: Mapping[str, Tensor], config: Positions, lab: Lab) -> Found:
     """Gains taken by edits at the response, the profile, and everywhere."""
-    examples, runner, prompt = [user.examples[-1] for user in users], Runner.of(lab.model), config.prompt.config()
+    examples, runner, prompt = [user.examples[-1] for user in users], runner_of(lab.model), config.prompt.config()
 
-    def conditions(example: Example) -> Iterator[tuple[str, Branches]]:
+    def conditions(example: Example) -> Iterator[tuple[str, CleanRun]]:
         for profile in ("own", "none"):
             built = build_prompt(lab.model, example, profile, config=prompt)
             for side in SIDES:
-                yield f"{profile}, {side}", Branches(runner, built, positions=side)
+                yield f"{profile}, {side}", CleanRun(runner, built, positions=side)
 
     made = changes(
         lab.model, examples, conditions, lambda e: masks[e.user_id], about(examples, users, config), lab.out / "sides"
     )
-    found = {}
+    found: Found = {}
     for side in SIDES:
         found |= measures(made.effects[f"own, {side}"], made.effects[f"none, {side}"], side, config)
     return found
@@ -138,14 +137,14 @@ def sides(users: list[User], masks: Mapping[str, Tensor], config: Positions, lab
 
 def lengths(users: list[User], masks: Mapping[str, Tensor], config: Positions, lab: Lab) -> tuple[Found, pd.DataFrame]:
     """Gain and what is taken of it for profiles of growing length, and their slopes a doubling."""
-    examples, runner = [user.examples[-1] for user in users], Runner.of(lab.model)
+    examples, runner = [user.examples[-1] for user in users], runner_of(lab.model)
 
-    def conditions(example: Example) -> Iterator[tuple[str, Branches]]:
+    def conditions(example: Example) -> Iterator[tuple[str, CleanRun]]:
         for tokens in config.lengths:
             prompt = config.prompt.config(items=config.long_items, profile_tokens=tokens)
-            yield str(tokens), Branches(runner, build_prompt(lab.model, example, config=prompt))
+            yield str(tokens), CleanRun(runner, build_prompt(lab.model, example, config=prompt))
         prompt = config.prompt.config()
-        yield "none", Branches(runner, build_prompt(lab.model, example, "none", config=prompt))
+        yield "none", CleanRun(runner, build_prompt(lab.model, example, "none", config=prompt))
 
     made = changes(
         lab.model, examples, conditions, lambda e: masks[e.user_id], about(examples, users, config), lab.out / "lengths"
@@ -177,14 +176,14 @@ def talk_table(users: list[User], masks: Mapping[str, Tensor], config: Positions
         return found
 
     for user in users:
-        units.append(kept(folder, user.id, lambda user=user: unit(user)))
+        units.append(kept(folder, user.id, partial(unit, user)))
     own, none = (torch.stack([unit[name] for unit in units]) for name in ("own", "none"))
     found: Found = {}
     for turn in range(config.turns):
         name = f"turn {turn + 1}"
         found["full model", name, "gain"] = (none[:, turn, 0] - own[:, turn, 0]).numpy()
-        costs = [losses[:, turn, 1:] - losses[:, turn, :1] for losses in (own, none)]
-        found |= measures(*costs, name, config)
+        cost, without = (losses[:, turn, 1:] - losses[:, turn, :1] for losses in (own, none))
+        found |= measures(cost, without, name, config)
     return found
 
 

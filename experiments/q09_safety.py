@@ -1,6 +1,6 @@
 """Can an undesired trait of a profile be amplified, can that be held back, and what does an auditor see?
 
-    python -m experiments.exp_safety [--config FILE.yaml] [--out runs/safety]
+    python -m experiments.q09_safety [--config FILE.yaml] [--out runs/safety]
 
 Question. A harmless stand-in for an undesired trait: a user who SHOUTS, whose headlines are in capitals. Heads that
 carry it are found as Preference Heads are. Does steering with them amplify it, and does a KL cap, or masking them,
@@ -23,29 +23,26 @@ Decision rule. By 95% intervals over users of the paired differences: (1) trait 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 import dps_lens as dps
-from dps_lens.analysis.intervals import interval
 from dps_lens.data import Document, Example, User, build_prompt
-from dps_lens.families import draw_seed, random_heads
+from dps_lens.data.examples import data_digest
 from dps_lens.model import describe_model
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scores import HeadScores
-from dps_lens.scoring.sweep import data_digest
-from experiments.measured import cross_fitted
-from experiments.setup import Claim, Config, Findings, Lab, decide, main
+from dps_lens.selection import random_sets
+from dps_lens.stats.intervals import columns, interval
+from experiments.lib.harness import Config, Findings, Lab, above_zero, main
+from experiments.lib.measured import cross_fitted
 
-TRAIT, RANDOM, CAPPED, GREEDY, PLAIN = (
-    "trait's heads",
-    "random heads",
-    "trait's heads, capped",
-    "greedy",
-    "greedy, no trait",
-)
+TRAIT, RANDOM, CAPPED = "trait's heads", "random heads", "trait's heads, capped"
+GREEDY, PLAIN = "greedy", "greedy, no trait"
 
 
 class Safety(Config):
@@ -61,7 +58,7 @@ class Safety(Config):
 def measure(config: Safety, lab: Lab) -> Findings:
     users = lab.users()
     loud = [shouted(user, every=1) for user in users]
-    settings = {"method": "screened", "seed": config.seed}
+    settings: dict[str, Any] = {"method": "screened", "seed": config.seed}
     trait, plain = lab.scores(loud, "shouted", **settings), lab.scores(users, **settings)
     heads = cross_fitted(trait, users, config.k, config.seed)
     frame = written(users, heads, config, lab)
@@ -78,10 +75,7 @@ def measure(config: Safety, lab: Lab) -> Findings:
             for (name, gamma), of in frame.groupby(["heads", "gamma"], sort=False)
         ]
     )
-    claims = [
-        Claim(f"the trait is {row['the trait is']}", "the interval lies above 0", row, decide(row["low"], row["high"]))
-        for row in compared.to_dict("records")
-    ]
+    claims = [above_zero(f"the trait is {row['the trait is']}", row) for row in compared.to_dict("records")]
     tables = {"capitals": capitals, "differences": compared, **audit(users, loud, trait, plain, config, lab)}
     return Findings(tables, claims)
 
@@ -119,7 +113,7 @@ def written(users: Sequence[User], heads: Mapping[str, dps.HeadSet], config: Saf
         made = kept(
             folder,
             f"{example.user_id}|{example.id}",
-            lambda example=example: write(example, silent[example.id], heads[example.user_id], config, lab),
+            partial(write, example, silent[example.id], heads[example.user_id], config, lab),
         )
         for (name, gamma), value in zip(plan(config), made["values"].tolist(), strict=True):
             rows.append({"user": example.user_id, "heads": name, "gamma": gamma, "capitals": value[0], "kl": value[1]})
@@ -135,21 +129,18 @@ def plan(config: Safety) -> list[tuple[str, float]]:
 
 def write(example: Example, silent: Example, chosen: dps.HeadSet, config: Safety, lab: Lab) -> dict[str, torch.Tensor]:
     prompt, model = config.prompt.config(), lab.model
-    seeds = [draw_seed(config.seed, draw) for draw in range(config.n_random)]
-    drawn = [random_heads(model, chosen, match="nearest", seed=seed) for seed in seeds]
+    drawn = random_sets(model, chosen, config.n_random, config.seed)
     sets = [chosen, chosen, *drawn, *drawn]
     gammas = [gamma for _, gamma in plan(config)[3:]]
     own, plain = build_prompt(model, example, config=prompt), build_prompt(model, silent, config=prompt)
-    options = {"max_new_tokens": config.new_tokens}
+    options: dict[str, Any] = {"max_new_tokens": config.new_tokens}
     runs = [
         dps.generate(model, [plain, own], heads=chosen, gamma=0.0, **options),
-        dps.generate(model, own, heads=chosen, gamma=1.0, max_shift=config.cap, **options),
+        dps.generate(model, own, heads=chosen, gamma=1.0, decode_config=dps.DecodeConfig(max_kl=config.cap), **options),
         dps.generate(model, [own] * len(sets), heads=sets, gamma=gammas, **options),
     ]
     values = [
-        (capitals(text), float(kl.double().mean()))
-        for run in runs
-        for text, kl in zip(run.texts, run.kl, strict=True)  # type: ignore[union-attr]
+        (capitals(text), float(kl.double().mean())) for run in runs for text, kl in zip(run.texts, run.kl, strict=True)
     ]
     return {"values": torch.tensor(values, dtype=torch.float64)}
 
@@ -160,16 +151,15 @@ def audit(
     """What the maps show: overlap with the heads of users without the trait, tests, attention to the profile."""
     pair = dps.overlap({"with trait": trait, "without": plain}, k=config.k, seed=config.seed).to_frame()
     tests, top = dps.significant_heads(trait, seed=config.seed), trait.top(config.k)
-    seen = dps.profile_attention(lab.model, loud, top, max_examples=1, prompt=config.prompt.config(), progress=False)
+    options: dict[str, Any] = {"prompt_config": config.prompt.config(), "run_config": dps.RunConfig(progress=False)}
+    seen = dps.profile_attention(lab.model, loud, top, max_examples=1, **options)
     of_items = seen[seen["target"].str.startswith("item")].groupby(["head", "user"])["attention"].sum()
     rows = []
     for head in top:
-        values = trait.clusters()[:, head.layer, head.head].numpy()
+        values = trait.samples()[:, head.layer, head.head].numpy()
         row = {"head": str(head), **interval(values), "p": float(tests.p[head])}
-        without = interval(plain.clusters()[:, head.layer, head.head].numpy())
-        row |= {"without trait": without["mean"], "without trait_low": without["low"]}
-        row |= {"without trait_high": without["high"], "attention to the profile": float(of_items[str(head)].mean())}
-        rows.append(row)
+        row |= columns("without trait", interval(plain.samples()[:, head.layer, head.head].numpy()))
+        rows.append(row | {"attention to the profile": float(of_items[str(head)].mean())})
     return {"overlap": pair, "what an auditor sees": pd.DataFrame(rows)}
 
 
