@@ -33,9 +33,9 @@ def written(model, users, rule, **options):
         heads=SETS,
         gamma=[0.7, 1.5],
         vectors=[dps.SteeringVector(torch.linspace(-1, 1, model.cfg.d_model), layer) for layer in (0, 2)],
-        without=none,
         max_new_tokens=6,
-        stop_at_eos=False,
+        negative_prompts=none,
+        decode_config=dps.DecodeConfig(stop_at_eos=False),
         **options,
     )
 
@@ -59,6 +59,6 @@ def test_rules_run_in_bfloat16(models, probe, rule):
 @pytest.mark.parametrize("method", ["exact", "attribution"])
 @pytest.mark.parametrize("positions", ["response", "all"])
 def test_scores_are_the_same(models, probe, method, positions):
-    options = {"method": method, "positions": positions, "max_examples": 1, "progress": False}
+    options = {"method": method, "positions": positions, "max_examples": 1}
     one, other = (dps.score_heads(models[name], [probe[0]], **options) for name in ("cpu", "cuda"))
     assert torch.allclose(one.values, other.values.cpu(), atol=1e-4)

@@ -8,9 +8,9 @@ from scipy.stats import t
 
 import dps_lens as dps
 from dps_lens.errors import HeadError, ScoreError
-from dps_lens.families import random_heads
 from dps_lens.heads import Head, HeadSet
 from dps_lens.scores import HeadScores
+from dps_lens.selection import random_heads
 
 
 def planted_scores(mean=None):
@@ -23,7 +23,7 @@ def planted_scores(mean=None):
         user_ids=["a", "a", "a", "b", "c", "c"],
         components={"own": values * 2, "no_profile": values},
         nll={"own": torch.arange(6.0)},
-        manifest={"contrast": "no_profile"},
+        manifest={"against": "no_profile"},
     )
 
 
@@ -62,7 +62,7 @@ def test_top_sorts_signed_values_with_ties_by_position():
     assert len(scores.top(0)) == 0
     with pytest.raises(HeadError, match="7 of 6"):
         scores.top(7)
-    harmless = scores.top(4, max_cost=1.5)
+    harmless = scores.top(4, max_task_cost=1.5)
     assert Head(0, 1) not in harmless
 
 
@@ -75,7 +75,9 @@ def test_saved_scores_come_back(tmp_path):
     assert again.example_ids == scores.example_ids
     assert torch.equal(again.components["no_profile"], scores.components["no_profile"])
     assert torch.equal(again.nll["own"], scores.nll["own"])
-    assert again.manifest == {"contrast": "no_profile"}
+    made = again.manifest.pop("made")
+    assert again.manifest == {"against": "no_profile"}
+    assert made["dps_lens"] == dps.__version__
     frame = again.to_frame()
     assert list(frame["mean"]) == sorted(frame["mean"], reverse=True)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".pt", ".tmp")]
@@ -87,10 +89,10 @@ def test_half_written_scores_do_not_load(tmp_path):
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ScoreError, match="not a whole safetensors"):
         dps.HeadScores.load(tmp_path)
-    with pytest.raises(ScoreError, match="holds no scores"):
+    with pytest.raises(ScoreError, match="holds no HeadScores"):
         dps.HeadScores.load(tmp_path / "empty")
     (tmp_path / "scores.json").write_text("{")
-    with pytest.raises(ScoreError, match="manifest"):
+    with pytest.raises(ScoreError, match="not a whole HeadScores"):
         dps.HeadScores.load(tmp_path)
 
 

@@ -7,6 +7,7 @@ from oracles import ablated_nll, attention_modules, nll, output_projection, unif
 import dps_lens as dps
 from dps_lens.data import build_prompt
 from dps_lens.heads import HeadSet
+from dps_lens.model.runners import runner_of
 
 ARCHITECTURES = ["llama", "gpt_neox", "qwen2"]
 
@@ -27,7 +28,7 @@ def test_check_model(old):
 def test_scores(old, probe, short, ablation, positions):
     model, cfg = old.hooked, old.hooked.cfg
     scores = dps.score_heads(
-        model, probe[:2], ablation=ablation, positions=positions, max_examples=1, prompt=short, progress=False
+        model, probe[:2], ablation=ablation, positions=positions, max_examples=1, prompt_config=short
     )
     for row, user in enumerate(probe[:2]):
         prompt = build_prompt(model, user.discovery_examples()[-1], config=short)
@@ -42,10 +43,10 @@ def test_scores(old, probe, short, ablation, positions):
 
 
 def test_mean_patch_and_run_folder(old, probe, short, tmp_path):
-    options = {"max_examples": 1, "prompt": short, "progress": False}
+    options = {"max_examples": 1, "prompt_config": short}
     mean = dps.score_heads(old.hooked, probe[:2], ablation="mean", out=tmp_path, **options)
     assert torch.equal(dps.HeadScores.load(tmp_path).values, mean.values)
-    patch = dps.score_heads(old.hooked, probe[:2], ablation="patch", contrast=None, **options)
+    patch = dps.score_heads(old.hooked, probe[:2], ablation="patch", **options)
     assert float(patch.values.abs().max()) > 1e-3
 
 
@@ -69,7 +70,15 @@ def test_steering_vectors_and_the_benchmark_table(old, probe, short):
     model, layer = old.hooked, 1
     prompt = build_prompt(model, probe[0].examples[0], config=short)
     vector = dps.SteeringVector(torch.linspace(-1, 1, model.cfg.d_model), layer)
-    out = dps.generate(model, prompt, rule="vector", vectors=vector, gamma=0.5, max_new_tokens=3, stop_at_eos=False)
+    out = dps.generate(
+        model,
+        prompt,
+        rule="vector",
+        vectors=vector,
+        gamma=0.5,
+        max_new_tokens=3,
+        decode_config=dps.DecodeConfig(stop_at_eos=False),
+    )
     start = len(prompt.prompt_tokens) - 1
 
     def add(module, inputs, output):
@@ -86,19 +95,16 @@ def test_steering_vectors_and_the_benchmark_table(old, probe, short):
         assert float(out.logprobs[0][step]) == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-3)
     handle.remove()
     methods = {"plain": "plain", "rag": "rag", "dps": ("dps", HeadSet.parse("L0H1")), "steerx": "steerx"}
-    options = {"strengths": (0.5,), "ks": (1,), "layers": (1,), "choose_on": 0, "vector_examples": 1}
-    table = dps.evaluate(
-        model, probe[:2], methods, max_examples=1, max_new_tokens=3, prompt=short, progress=False, **options
-    )
+    config = dps.EvaluateConfig(layers=(1,), choose_on=0, vector_examples=1)
+    options = {"strengths": (0.5,), "ks": (1,), "evaluate_config": config}
+    table = dps.evaluate(model, probe[:2], methods, max_examples=1, max_new_tokens=3, prompt_config=short, **options)
     assert table.methods == (*methods, "reference")
     assert bool(table.to_frame()["mean"].notna().all())
 
 
 def test_ablation_cost_and_controls(old, probe, short):
-    cost = dps.ablation_cost(
-        old.hooked, probe[:3], HeadSet.parse("L0H1,L2H3"), n_random=2, prompt=short, progress=False
-    )
-    assert len(cost.to_frame()) == 11
+    cost = dps.ablation_cost(old.hooked, probe[:3], HeadSet.parse("L0H1,L2H3"), n_random=2, prompt_config=short)
+    assert len(cost.beside_random()) == 11
 
 
 def test_reference_families(old):
@@ -123,18 +129,18 @@ def test_reference_families(old):
 
 
 def test_curves_vectors_and_attention(old, probe, short):
-    options = {"ks": (2,), "n_random": 2, "max_examples": 1, "prompt": short, "progress": False}
+    options = {"ks": (2,), "n_random": 2, "max_examples": 1, "prompt_config": short}
     heads, users = HeadSet.parse("L0H1,L2H3"), probe[:3]
     for measure in (dps.ablation_curve, dps.patch_heads, dps.vector_recovery):
         frame = measure(old.hooked, users, {"chosen": heads}, **options).to_frame()
         assert frame[frame["family"] == "chosen"]["mean"].abs().max() > 1e-4
-    vector = dps.preference_vector(old.hooked, users[0], HeadSet.parse("L1H2"), max_examples=1, prompt=short)
+    vector = dps.preference_vector(old.hooked, users[0], HeadSet.parse("L1H2"), max_examples=1, prompt_config=short)
     prompt = build_prompt(old.hooked, users[0].discovery_examples()[-1], config=short)
     start, stop = prompt.spans["response"]
     z = z_of(old.plain, prompt, 1)[start - 1 : stop - 1, 16:24].mean(0)
     weight = output_projection(attention_modules(old.plain)[1]).weight[:, 16:24]
     assert torch.allclose(vector, (weight @ z).detach(), atol=1e-4)
-    attention = dps.profile_attention(old.hooked, users[:1], heads, max_examples=1, prompt=short, progress=False)
+    attention = dps.profile_attention(old.hooked, users[:1], heads, max_examples=1, prompt_config=short)
     assert attention.groupby("head")["attention"].sum().tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
@@ -149,10 +155,9 @@ def test_embedded_model_agrees_with_hugging_face(real, probe, short):
     ).eval()
     assert dps.check_model(real, reference=plain)["parity"] < 1e-2
     prompt = build_prompt(real, probe[0].examples[0], config=short)
-    from dps_lens.model import Runner
-    from dps_lens.scoring import Branches
+    from dps_lens.scoring import CleanRun
 
-    branches = Branches(Runner.of(real), prompt)
+    branches = CleanRun(runner_of(real), prompt)
     got = branches.ablated(torch.stack([HeadSet.parse(name).mask(real.cfg) for name in ("L1H5", "L14H3")]))
     for value, (layer, head) in zip(got, [(1, 5), (14, 3)], strict=True):
         assert float(value) == pytest.approx(ablated_nll(plain, prompt, layer, head, 64, "response", 0.0), abs=1e-3)

@@ -140,13 +140,13 @@ def test_mean_and_patch_take_values(llama, probe, short):
     found = {}
     hook = ("blocks.1.attn.hook_z", lambda z, hook: found.update(z=z.clone()))
     with (
-        dps.ablate(model, HeadSet.parse("L1H2"), ablation="mean", prompt=prompt, values=z.mean(1)),
+        dps.ablate(model, HeadSet.parse("L1H2"), ablation=dps.Mean(z=z.mean(1)), prompt=prompt),
         model.hooks(fwd_hooks=[hook]),
     ):
         model(prompt.tokens[None])
     assert torch.allclose(found["z"][0, start - 1 :, 2], z[1, :, 2].mean(0).expand(stop - start + 1, -1), atol=1e-5)
     clean = model(prompt.tokens[None])
-    with dps.ablate(model, HeadSet.parse("L1H2"), ablation="patch", prompt=prompt, values=z):
+    with dps.ablate(model, HeadSet.parse("L1H2"), ablation=dps.Patch(z=z), prompt=prompt):
         assert torch.allclose(model(prompt.tokens[None]), clean, atol=1e-4)
 
 
@@ -158,8 +158,7 @@ def test_bad_requests_are_named(llama, probe, short, unchecked):
         ({}, "positions='all'"),
         ({"positions": "everywhere"}, "unknown"),
         ({"positions": "all", "ablation": "noise"}, "unknown"),
-        ({"positions": "all", "ablation": "mean"}, "values="),
-        ({"positions": "all", "ablation": "zero", "values": torch.zeros(3, 4, 8)}, "takes no values"),
+        ({"positions": "all", "ablation": "mean"}, "needs the means"),
     ):
         with pytest.raises(InterventionError, match=message), dps.ablate(model, heads, **options):
             pass

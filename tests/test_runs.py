@@ -1,6 +1,5 @@
 """Runs on disk: resume, refuse, recover."""
 
-import hashlib
 import os
 import random
 import signal
@@ -11,6 +10,7 @@ import time
 
 import pytest
 import torch
+from folders import digest
 
 import dps_lens as dps
 from dps_lens.errors import RunError
@@ -20,25 +20,20 @@ from dps_lens.scoring.sweep import Sweep
 
 @pytest.fixture
 def options(short):
-    return {"max_examples": 2, "prompt": short, "progress": False}
-
-
-def digest(folder):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {"max_examples": 2, "prompt_config": short}
 
 
 def counting(monkeypatch, fail_after=None):
     calls = []
-    real = Sweep.unit
+    real = Sweep.make
 
-    def unit(self, example):
+    def unit(self, key, given=None):
         if fail_after is not None and len(calls) == fail_after:
             raise KeyboardInterrupt
-        calls.append(example.id)
-        return real(self, example)
+        calls.append(key)
+        return real(self, key, given)
 
-    monkeypatch.setattr(Sweep, "unit", unit)
+    monkeypatch.setattr(Sweep, "make", unit)
     return calls
 
 
@@ -55,7 +50,7 @@ def test_an_interrupted_run_resumes_and_equals_an_uninterrupted_one(llama, probe
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
     dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
     assert len(calls) == 2
-    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", force=True, **options)
+    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", run_config=dps.RunConfig(force=True), **options)
     assert len(calls) == 8
 
 
@@ -75,9 +70,9 @@ def test_a_torn_unit_is_computed_again(llama, probe, options, tmp_path, monkeypa
     ("change", "named"),
     [
         ({"ablation": "uniform"}, 'ablation was "zero", now "uniform"'),
-        ({"contrast": None}, "contrast was"),
+        ({"against": None}, "against was"),
         ({"max_examples": 1}, "examples"),
-        ({"prompt": dps.PromptConfig(items=1)}, "prompt was"),
+        ({"prompt_config": dps.PromptConfig(items=1)}, "prompt_config was"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(llama, probe, options, tmp_path, change, named):
@@ -106,22 +101,23 @@ from dps_lens.scoring.sweep import Sweep
 
 model = dps.load_model(sys.argv[1])
 users = dps.load_users("probe", max_users=6)
+quiet = dps.RunConfig(progress=False)
 config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
-real = Sweep.unit
+real = Sweep.make
 
-def unit(self, example):
+def unit(self, key, given=None):
     with open(log, "a") as file:
-        file.write(example.id + os.linesep)
-    return real(self, example)
+        file.write(key + os.linesep)
+    return real(self, key, given)
 
-Sweep.unit = unit
+Sweep.make = unit
 print("ready", flush=True)
 for line in sys.stdin:
     out = line.strip()
     log = out + ".log"
     child = os.fork()
     if child == 0:
-        dps.score_heads(model, users, max_examples=3, prompt=config, out=out, progress=False)
+        dps.score_heads(model, users, max_examples=3, prompt_config=config, out=out, run_config=quiet)
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -179,10 +175,12 @@ def test_settings_that_are_not_json_are_compared_as_json(tmp_path):
 
 
 def test_batch_size_may_change_and_force_drops_old_scores(llama, probe, options, tmp_path, monkeypatch):
-    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, batch_size=4, **options)
-    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, batch_size=2, **options)
+    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, run_config=dps.RunConfig(batch_size=4), **options)
+    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, run_config=dps.RunConfig(batch_size=2), **options)
     counting(monkeypatch, fail_after=1)
     with pytest.raises(KeyboardInterrupt):
-        dps.score_heads(llama.hooked, probe[:1], out=tmp_path, ablation="uniform", force=True, **options)
-    with pytest.raises(dps.DPSLensError, match="holds no scores"):
+        dps.score_heads(
+            llama.hooked, probe[:1], out=tmp_path, ablation="uniform", run_config=dps.RunConfig(force=True), **options
+        )
+    with pytest.raises(dps.DPSLensError, match="holds no HeadScores"):
         dps.HeadScores.load(tmp_path)

@@ -1,0 +1,480 @@
+"""The command line, as a user types it."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+import warnings
+
+import pytest
+from conftest import write_jsonl
+
+import dps_lens as dps
+from dps_lens.cli import main
+from dps_lens.evaluation import Evaluation
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+COMMAND = (sys.executable, "-m", "dps_lens.cli")
+ENVIRONMENT = {"COLUMNS": "120", "NO_COLOR": "1"}
+
+
+def spawn(*arguments, cwd=None, said=None):
+    """Run a command as a process of its own."""
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONWARNINGS": "ignore"}
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, input=said, check=False)
+
+
+def run(*arguments, cwd=None):
+    """Run a command in this process, which has loaded the libraries that a process of its own takes seconds to load."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["dps-lens", *map(str, arguments)])
+        if cwd:
+            patch.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folders):
+    return str(tiny_folders["llama"])
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, model):
+    out = tmp_path_factory.mktemp("run")
+    return out, run("score", "--out", out, "--model", model, "--max-users", 3, "--max-examples", 1, "--top", 4)
+
+
+def test_help_answers_at_once_and_names_every_command():
+    done = spawn("--help")
+    assert done.returncode == 0
+    for command in ("score", "steer", "demo", "compare", "ablate", "evaluate", "fetch", "report", "explore", "merge"):
+        assert command in done.stdout
+        assert run(command, "--help").returncode == 0
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, dps_lens, dps_lens.cli; print('torch' in sys.modules, 'plotly' in sys.modules)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert loaded.stdout.strip() == "False False"
+
+
+def test_score_writes_a_run_and_resumes(scored, model):
+    out, done = scored
+    assert done.returncode == 0, done.stderr
+    scores = dps.HeadScores.load(out)
+    assert scores.users == ("asker-bread", "asker-bicycles", "asker-birds")
+    for head in scores.top(4):
+        assert str(head) in done.stdout
+    assert (out / "heatmap.html").stat().st_size > 1_000_000
+    again = run("score", "--out", out, "--model", model, "--max-users", 3, "--max-examples", 1)
+    assert again.returncode == 0
+    other = run("score", "--out", out, "--model", model, "--max-users", 3, "--max-examples", 1, "--ablation", "mean")
+    assert other.returncode == 2
+    assert other.stderr.strip().endswith("use another folder, or --force to start anew")
+    assert "Traceback" not in other.stderr
+
+
+def test_score_on_workers_and_in_shards_is_the_same(scored, model, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    options = ("--model", model, "--max-users", 3, "--max-examples", 1)
+    done = spawn("score", "--out", tmp_path / "ray", *options, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "last step: 3 units on " in done.stderr
+    for shard in ("1/2", "2/2"):
+        done = run("score", "--out", tmp_path / shard[0], *options, "--shard", shard)
+        assert f"these are the users of shard {shard}; when all are done: dps-lens merge" in done.stdout
+    done = run("merge", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "merged")
+    assert "3 units are in" in done.stdout
+    expected = dps.HeadScores.load(scored[0])
+    for place in ("ray", "merged"):
+        found = dps.HeadScores.load(tmp_path / place)
+        assert found.example_ids == expected.example_ids
+        assert found.values == pytest.approx(expected.values, abs=1e-5)
+        assert {**found.manifest, "made": 0} == {**expected.manifest, "made": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workers", 2, "--shard", "1/2"), "--shard is for sites without Ray"),
+        (("--shard", "half"), "Shard: 'half' is none; write the second of eight as 2/8"),
+        (("--workers", 1, "--device", "cpu"), "workers take GPUs with --gpus"),
+    ],
+)
+def test_engines_that_do_not_fit(model, tmp_path, arguments, message):
+    done = run("score", "--out", tmp_path, "--model", model, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_steer_prints_json_lines(scored, model):
+    out, _ = scored
+    done = run(
+        "steer", "--run", out, "--k", 3, "--model", model, "--max-users", 2, "--max-new-tokens", 5, "--gamma", 1.5
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["user"] for line in lines] == ["asker-bread", "asker-bicycles"]
+    assert lines[0]["heads"] == str(dps.HeadScores.load(out).top(3))
+    assert lines[0]["gamma"] == 1.5
+    one = run("steer", "a loaf", "--heads", "L0H1,L2H3", "--model", model, "--max-new-tokens", 3)
+    assert json.loads(one.stdout)["prompt"] == "a loaf"
+
+
+def test_requests_from_a_file_resume(scored, model, tmp_path):
+    out, _ = scored
+    records = [
+        {"id": "a", "prompt": "a loaf", "heads": "L0H1", "gamma": 2},
+        {"user": "asker-bread", "gamma": -1.0},
+        {"prompt": "a bird", "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 3},
+    ]
+    file = write_jsonl(tmp_path / "requests.jsonl", records)
+    common = ("steer", "--requests", file, "--run", out, "--k", 3, "--model", model, "--max-new-tokens", 4)
+    printed = run(*common, "--batch-size", 2)
+    assert printed.returncode == 0, printed.stderr
+    lines = [json.loads(line) for line in printed.stdout.splitlines()]
+    top = str(dps.HeadScores.load(out).top(3))
+    assert [line["line"] for line in lines] == [1, 2, 3]
+    assert [line["heads"] for line in lines] == ["L0H1", top, top]
+    assert [line["gamma"] for line in lines] == [2, -1.0, 1.0]
+    assert (lines[0]["id"], lines[1]["user"], lines[2]["top_k"]) == ("a", "asker-bread", 20)
+    assert lines[1]["kl"] is None, "the full model did not run"
+    assert lines[1]["reference"]
+    assert lines[1]["model"] == model
+
+    # One at a time gives the same texts: neither the batch nor the sampling of others matters.
+    kept = tmp_path / "out" / "steered.jsonl"
+    assert run(*common, "--batch-size", 1, "--out", kept).returncode == 0
+    whole = kept.read_text()
+    again = [json.loads(line) for line in whole.splitlines()]
+    assert [(line["plain"], line["steered"]) for line in again] == [(line["plain"], line["steered"]) for line in lines]
+    kept.write_text(whole[: whole.index("\n") + 20])
+    assert run(*common, "--out", kept).returncode == 0
+    resumed = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [(line["line"], line["steered"]) for line in resumed] == [(line["line"], line["steered"]) for line in lines]
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text("not of this command\n")
+    assert "was not written by this command" in run(*common, "--out", foreign).stderr.replace("\n", " ")
+    other = run(*common, "--gamma", 3, "--out", kept)
+    assert other.returncode == 2
+    assert "line 2" not in other.stderr
+    assert "line 3: gamma was 1.0, now 3.0" in other.stderr.replace("\n", " ")
+    assert run(*common, "--gamma", 3, "--out", kept, "--force").returncode == 0
+    assert json.loads(kept.read_text().splitlines()[2])["gamma"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "x", "gama": 1}, "line 1: field 'gama' is unknown"),
+        ({"prompt": "x", "gamma": "2"}, "line 1: field 'gamma' is '2': Input should be a valid number"),
+        ({"prompt": "x", "seed": True}, "line 1: field 'seed' is True: Input should be a valid integer"),
+        ({"prompt": "x", "do_sample": 1}, "line 1: field 'do_sample' is 1: Input should be a valid boolean"),
+        ({"gamma": 1}, "line 1: give either 'prompt' or 'user'"),
+        ({"user": "nobody"}, "line 1: field 'user' is 'nobody', who is not among --users"),
+        ({"user": "asker-bread", "example": "none"}, "line 1: field 'example' is 'none'; the user has"),
+        ({"prompt": "x", "example": "e"}, "line 1: field 'example' needs 'user'"),
+        ({"prompt": "x", "heads": "L0X"}, "line 1: Head.parse: 'L0X' is not a head"),
+        ({"prompt": "x", "gamma": -2}, "line 1: gamma -2.0 is not a number from -1 up"),
+        ({"prompt": "x", "do_sample": True, "top_k": 0}, "line 1: top_k 0 keeps no token"),
+    ],
+)
+def test_a_malformed_request_names_its_field(record, message, tmp_path):
+    done = run("steer", "--requests", write_jsonl(tmp_path / "r.jsonl", [record]), "--heads", "L0H1")
+    assert done.returncode == 2
+    assert f"r.jsonl, {message}" in done.stderr
+
+
+def test_chat_answers_turn_by_turn(model, tmp_path):
+    said = "hello there\n/gamma 0\n/gamma x\nmore of it\n/plain\n/new\nhello there\n/what\n/quit\nnever read\n"
+    common = ("steer", "--chat", "--heads", "L0H1,L2H3", "--model", model, "--max-new-tokens", 5, "--gamma", 2)
+    out = tmp_path / "said.jsonl"
+    done = spawn(*common, "--out", out, said=said)
+    assert done.returncode == 0, done.stderr
+    noted = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["prompt"], line["gamma"]) for line in noted] == [
+        ("hello there", 2.0),
+        ("more of it", 0.0),
+        ("more of it", 0.0),
+        ("hello there", 0.0),
+    ]
+    assert "never read" not in done.stdout
+    assert "needs a number" in done.stderr
+    one = json.loads(run("steer", "hello there", *common[2:]).stdout)
+    answers = [" ".join(answer.split()) for answer in done.stdout.split("> ")]
+    assert answers[1] == " ".join(one["steered"].split())
+    assert answers[4] == answers[5], "after /gamma 0 the second answer is the model's own, as /plain is"
+    assert answers[7] == " ".join(one["plain"].split()), "after /new nothing is left of the turns before"
+
+
+def test_demo_writes_its_report(tmp_path, model):
+    done = run(
+        "demo",
+        "--model",
+        model,
+        "--out",
+        tmp_path / "demo",
+        "--max-users",
+        3,
+        "--max-examples",
+        1,
+        "--held-out",
+        1,
+        "--k",
+        3,
+        "--n-random",
+        2,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "minutes" in done.stderr
+    assert "Held-out examples: nats per token" in done.stdout
+    assert "Top 3 heads" in done.stdout
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    for user in ("asker-bread", "asker-bicycles", "asker-birds"):
+        assert user in page
+    found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert found["grid"]["gammas"] == [0.5, 1.0, 2.0]
+    assert found["grid"]["ks"] == [1, 3]
+    assert len(found["tops"]) == 3
+    assert found["cost"]
+
+
+def test_report_shows_a_run(scored, model, tmp_path):
+    """With an ablation run beside it; a second call reads what the first one wrote."""
+    out, _ = scored
+    common = ["--max-users", 2, "--ks", "1,2", "--n-random", 2, "--kinds", "induction", "--model", model]
+    assert run("ablate", "--run", out, "--out", tmp_path / "ablation", *common).returncode == 0
+    arguments = ["report", out, "--out", tmp_path / "report.html", "--ablation", tmp_path / "ablation"]
+    arguments += ["--k", 3, "--ks", "1,2", "--gammas", "0.5,2", "--max-new-tokens", 4, "--kinds", "induction"]
+    done = run(*arguments, "--model", model)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert {*found["figures"]["ablation"]} >= {"gain_removed", "task_cost"}
+    assert [*found["families"]] == ["induction"]
+    assert found["grid"]["gammas"] == [0.5, 2.0]
+    units = [unit for folder in out.glob("page-*") for unit in folder.rglob("*.safetensors")]
+    assert units
+    before = [unit.stat().st_mtime_ns for unit in units]
+    assert run(*arguments, "--model", model).returncode == 0
+    assert [unit.stat().st_mtime_ns for unit in units] == before
+    other = ["--gammas", 1, "--ks", 2, "--max-new-tokens", 2, "--k", 2, "--out", tmp_path / "other.html"]
+    assert run("report", out, *other, "--model", model).returncode == 0, "other settings lie beside these"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gammas", "x"], "write 0.5,1,2"),
+        (["--ks", "a"], "write 1,5,10"),
+        (["--users", "docs.jsonl"], "name their file"),
+        (["--ablation", "nowhere"], "nowhere"),
+    ],
+)
+def test_report_says_what_is_wrong(scored, model, arguments, message, tmp_path):
+    write_jsonl(tmp_path / "docs.jsonl", [{"user_id": "x", "title": "a", "text": f"b {n}"} for n in range(6)])
+    done = run("report", scored[0], *arguments, "--model", model, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.fixture
+def interruptible():
+    """Children end by Ctrl-C also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_explore_serves_the_page_here_only(scored, model, interruptible):
+    out, _ = scored
+    arguments = ["explore", out, "--port", 0, "--k", 3, "--ks", "1,2", "--gammas", 1, "--max-new-tokens", 4]
+    command = [*COMMAND, *map(str, arguments), "--model", model]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as server:
+        try:
+            url = server.stdout.readline().split()[0]
+            assert url.startswith("http://127.0.0.1:")
+            with urllib.request.urlopen(url) as reply:
+                assert b'"live": true' in reply.read()
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=900) == 0, "Ctrl-C is how it ends"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "--out", "x", "--users", "nowhere.json"], "there is no file 'nowhere.json'"),
+        (["steer", "hello"], "give either --run"),
+        (["steer", "hello", "--heads", "L9"], "write it like 'L12H3'"),
+        (["steer", "--run", "nowhere"], "nowhere holds no HeadScores"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, message, tmp_path):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_outside_the_model_and_too_many_heads(scored, model):
+    out, _ = scored
+    done = run("steer", "hello", "--heads", "L7H0", "--model", model)
+    assert done.returncode == 2
+    assert "layers are 0 to 2, heads 0 to 3" in done.stderr
+    done = run("steer", "--run", out, "--k", 99, "--model", model)
+    assert done.returncode == 2
+    assert "asked for 99 of 12 heads" in done.stderr
+
+
+def test_demo_on_few_heads_and_short_histories(tmp_path, model):
+    records = [
+        {
+            "user_id": user,
+            "id": str(i),
+            "date": f"2024-01-0{i + 1}",
+            "title": f"{user} no {i}",
+            "text": f"words of {user} {i} " * 9,
+        }
+        for user, n in (("short", 4), ("long", 8), ("longer", 9))
+        for i in range(n)
+    ]
+    users = write_jsonl(tmp_path / "docs.jsonl", records)
+    demo = ("demo", "--model", model, "--users", users, "--max-examples", 1, "--held-out", 1, "--n-random", 2)
+    done = run(*demo, "--out", tmp_path / "run", "--k", 5)
+    assert done.returncode == 0, done.stderr
+    assert "left out: user short" in done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+    done = run(*demo, "--out", tmp_path / "many", "--k", 7)
+    assert done.returncode == 2
+    assert "use a smaller --k" in done.stderr
+    assert not (tmp_path / "many").exists()
+
+
+def test_heads_of_another_model_are_refused(scored, tiny_folders):
+    out, _ = scored
+    done = run("steer", "hello", "--run", out, "--model", tiny_folders["qwen2"])
+    assert done.returncode == 2
+    assert "give its --model" in done.stderr
+
+
+def test_steer_takes_other_rules(scored, model):
+    out, _ = scored
+    common = ("--model", model, "--max-users", 2, "--max-new-tokens", 4)
+    done = run("steer", "--run", out, "--k", 3, "--rule", "dps+cad", "--alpha", 1, "--max-kl", 0.01, *common)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["rule"] for line in lines] == ["dps+cad"] * 2
+    assert all(0 <= line["kl"] < 0.011 for line in lines)
+    done = run("steer", "hello", "--rule", "cad", "--model", model)
+    assert done.returncode == 2
+    assert "needs prompts with a profile" in done.stderr
+
+
+KINDS = ("--kinds", "induction,previous_token")
+
+
+def test_compare_prints_overlaps_and_writes_figures(scored, model):
+    out, _ = scored
+    done = run("compare", "--run", out, "--model", model, "--k", 3, *KINDS)
+    assert done.returncode == 0, done.stderr
+    assert "preference, induction" in done.stdout
+    assert "Between users: too few examples" in done.stdout
+    for name in ("families.html", "families.csv", "users.html", "users.csv"):
+        assert (out / "compare" / name).is_file()
+    wrong = run("compare", "--run", out, "--model", model, "--kinds", "telepathy")
+    assert wrong.returncode == 2
+    assert "kind 'telepathy' is unknown" in wrong.stderr
+
+
+@pytest.mark.parametrize("patch", [False, True])
+def test_ablate_measures_families_and_resumes(scored, model, tmp_path, patch):
+    out, _ = scored
+    command = ["ablate", "--run", out, "--out", tmp_path / "a", "--model", model, "--max-users", 3, *KINDS]
+    command += ["--max-examples", 1, "--ks", "1,2", "--n-random", 3, *(["--patch"] if patch else [])]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert ("necessity" if patch else "gain_removed") in done.stdout
+    assert "random sets" in done.stdout
+    effects = dps.SetEffects.load(tmp_path / "a")
+    assert effects.families == ("preference", "induction", "previous_token")
+    assert effects.ks == (1, 2)
+    assert (tmp_path / "a" / "effects.csv").is_file()
+    first = (tmp_path / "a" / "effects.safetensors").read_bytes()
+    assert run(*command).returncode == 0
+    assert (tmp_path / "a" / "effects.safetensors").read_bytes() == first
+    other = run(*command, "--seed", 7)
+    assert other.returncode == 2
+    assert "made with other settings" in other.stderr
+
+
+def test_ablate_refuses_what_is_no_list(scored, model, tmp_path):
+    done = run("ablate", "--run", scored[0], "--out", tmp_path, "--model", model, "--ks", "1;2", *KINDS)
+    assert done.returncode == 2
+    assert "write 1,5,10" in done.stderr
+
+
+def test_evaluate_prints_the_table_and_keeps_its_settings(scored, model, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {model}\nrun: {scored[0]}\nmax_users: 3\nmax_examples: 1\nmax_new_tokens: 9\nlayers: [1]\nks: [2]\n"
+        "methods: [plain, rag, dps, 'dps:induction', 'dps:random', stylevector]\nstrengths: [0.5, 1.0]\n"
+    )
+    command = ["evaluate", "--config", config, "--out", tmp_path / "table", "--max-new-tokens", 4]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    for shown in ("dps:induction", "to rag", "ROUGE-L", "chosen from 2"):
+        assert shown in done.stdout
+    found = Evaluation.load(tmp_path / "table")
+    assert found.methods == ("plain", "rag", "dps", "dps:induction", "dps:random", "stylevector", "reference")
+    assert found.rows["tokens"].groupby(found.rows["method"]).max()["rag"] <= 4, "the command line wins"
+    assert len((tmp_path / "table" / "answers.csv").read_text().splitlines()) > len(found.rows)
+    kept = tmp_path / "table" / "config.yaml"
+    again = run("evaluate", "--config", kept, "--out", tmp_path / "table")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+
+
+def test_evaluate_names_the_field_that_is_wrong(model, tmp_path):
+    config = tmp_path / "bad.yaml"
+    config.write_text("method: [rag]\n")
+    done = run("evaluate", "--config", config, "--out", tmp_path / "out", "--model", model)
+    assert done.returncode == 2
+    assert "bad.yaml: method: Extra inputs are not permitted; fields are model, device" in done.stderr
+    config.write_text("methods: [rag\n")
+    assert "not valid YAML" in run("evaluate", "--config", config, "--out", tmp_path / "out").stderr
+    done = run("evaluate", "--out", tmp_path / "out", "--model", model, "--methods", "dps")
+    assert "method 'dps' needs the scores of 'dps-lens score'; give --run" in done.stderr
+    done = run("evaluate", "--out", tmp_path / "out", "--model", model, "--methods", "cad:induction")
+    assert "method 'cad:induction': cad takes no heads" in done.stderr
+    done = run("evaluate", "--out", tmp_path / "out", "--model", model, "--strengths", "much")
+    assert "evaluate: strengths.0: Input should be a valid number" in done.stderr
+    assert "Traceback" not in done.stderr
