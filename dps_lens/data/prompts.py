@@ -87,6 +87,10 @@ class Prompt:
     shown: tuple[str, ...]
     items: tuple[tuple[int, int], ...] = ()
 
+    def __repr__(self) -> str:
+        about = f"{self.example_id!r}, profile: {self.condition}, {len(self.shown)} documents"
+        return f"Prompt({about}, {len(self.prompt_tokens)} tokens and {len(self.response_tokens)} of the response)"
+
     @property
     def prompt_tokens(self) -> Int[Tensor, " pos"]:
         """What the model sees before it answers."""

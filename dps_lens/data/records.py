@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from textwrap import shorten
 from typing import Any
 
 from dps_lens.data.tasks import Task
@@ -26,6 +27,9 @@ class Document:
     fields: Mapping[str, Any]
     date: str | None = None
 
+    def __repr__(self) -> str:
+        return f"Document({self.id!r}, {self.date or 'undated'}: {_start(' '.join(map(str, self.fields.values())))})"
+
 
 @dataclass(frozen=True)
 class Example:
@@ -41,6 +45,10 @@ class Example:
     input: str
     reference: str
     profile: tuple[Document, ...]
+
+    def __repr__(self) -> str:
+        about = f"{self.id!r} of {self.user_id!r}, {self.task.name}, {len(self.profile)} documents"
+        return f"Example({about}: {_start(self.input)} → {_start(self.reference)})"
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,9 @@ class User:
     history: tuple[Document, ...]
     examples: tuple[Example, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"User({self.id!r}, {self.task.name}, {len(self.history)} documents, {len(self.examples)} examples)"
 
     @property
     def dated(self) -> bool:
@@ -106,3 +117,7 @@ class User:
         if self.dated:
             return tuple(other for other in pool if other.date < document.date)  # type: ignore[operator]
         return tuple(other for other in pool if other is not document)
+
+
+def _start(text: str) -> str:
+    return shorten(text, 60, placeholder=" …")

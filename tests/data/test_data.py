@@ -484,3 +484,10 @@ def test_a_note_stands_where_the_profile_would(llama, probe):
     assert 15 <= stop - start <= 22
     with pytest.raises(PromptError, match="the note is empty"):
         build_prompt(llama.hooked, example, Note("  "))
+
+
+def test_what_is_printed_fits_a_line(probe, llama):
+    user = probe[0]
+    for one in (user, user.examples[0], user.history[0], dps.build_prompt(llama.hooked, user.examples[0])):
+        assert len(repr(one)) < 240, repr(one)
+        assert getattr(one, "id", "asker") in repr(one)
