@@ -310,6 +310,22 @@ def test_the_adapter_is_the_masked_model(tiny, tmp_path, prompts_of):
     assert float((merged(prompts[0]).logits - expected[0]).abs().max()) < 1e-4
 
 
+@torch.no_grad()
+def test_an_adapter_puts_a_mean_in_the_place_of_z(tiny, tmp_path, prompts_of):
+    peft = pytest.importorskip("peft", reason="the dev extra installs peft")
+    cfg = tiny.hooked.cfg
+    z = torch.randn(cfg.n_layers, cfg.n_heads, cfg.d_head, generator=torch.Generator().manual_seed(5))
+    path = export_lora(tiny.hooked, HEADS, tmp_path / "adapter", ablation=dps.Mean(z=z))
+    masked = peft.PeftModel.from_pretrained(deepcopy(tiny.plain), path).eval()
+    for prompt in prompts_of(tiny.hooked):
+        ids = prompt.prompt_tokens[None]
+        with dps.ablate(tiny.hooked, HEADS, ablation=dps.Mean(z=z), positions="all"):
+            expected = tiny.hooked(ids)
+        assert float((masked(ids).logits - expected).abs().max()) < 1e-4
+        with dps.ablate(tiny.hooked, HEADS, positions="all"):
+            assert float((tiny.hooked(ids) - expected).abs().max()) > 0.01, "a mean is not zero"
+
+
 def test_adapter_files(tiny, tmp_path):
     path = export_lora(tiny.hooked, HEADS, tmp_path)
     assert sorted(file.name for file in path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -343,6 +359,10 @@ def test_bad_exports_are_named(tiny_folders, tmp_path, monkeypatch):
     model, path = dps.load_model(str(tiny_folders["llama"])), tmp_path / "adapter"
     with pytest.raises(SteeringError, match="empty"):
         export_lora(model, HeadSet(), path)
+    with pytest.raises(SteeringError, match="puts a constant in the place of z, which 'uniform' is not"):
+        export_lora(model, HEADS, path, ablation="uniform")
+    with pytest.raises(InterventionError, match="needs the means"):
+        export_lora(model, HEADS, path, ablation="mean")
     with pytest.raises(SteeringError, match="rank 16 = d_head 8 × 2 heads in layer 0 .* at most 1 heads"):
         export_lora(model, HEADS, path, max_rank=12)
     with pytest.raises(HeadError, match="not in this model"):
