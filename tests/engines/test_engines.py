@@ -464,10 +464,10 @@ def test_a_lost_node_without_spare_capacity(home, llama, tiny_folders, users, wh
 
     engine = dps.RayEngine(workers=2, load=load)
     engine.start(model)
-    while len(engine._crew.at_work) < 2:
-        for seat, _ in engine._crew.wait():
-            if seat.ready is not None:
-                engine._crew.welcome(seat)
+    while len(engine._pool.busy) < 2:
+        for slot, _ in engine._pool.wait():
+            if slot.ready is not None:
+                engine._pool.admit(slot)
 
     def lose():
         while len(list(out.glob("units/*.safetensors"))) < 3:
