@@ -1,0 +1,194 @@
+"""Ablations at work: edits of chosen heads, one mask a row, as context managers."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dps_lens.data import Prompt
+from dps_lens.errors import InterventionError
+from dps_lens.heads import HeadSet, HeadsLike
+from dps_lens.intervene.ablations import Ablation, AblationLike, Zero, find_ablation
+from dps_lens.intervene.positions import Where, everywhere, window
+from dps_lens.literals import Positions
+from dps_lens.model import HookedModel, ModelConfig, native_attention, runs_native
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An ablation of chosen heads, one mask a row.
+
+    Attributes:
+        masks: `Bool[Tensor, "row layer head"]`; a single row serves every row of a batch.
+        ablation: what is put there.
+        where: which positions are edited.
+        values: of the ablation: `[layer head d_head]`, `[layer pos head d_head]` over the edited positions, or None.
+        rows_join: rows may join from layer to layer (`Runner.resume`); a layer then uses the first masks.
+    """
+
+    masks: Bool[Tensor, "row layer head"]
+    ablation: Ablation = field(default_factory=Zero)
+    where: Where = everywhere
+    values: Tensor | None = None
+    rows_join: bool = False
+
+    def __post_init__(self) -> None:
+        if self.values is not None and self.values.ndim not in (3, 4):
+            raise InterventionError(
+                f"ablation {self.ablation.name!r}: values are [layer head d_head] or [layer pos head d_head], found "
+                f"{list(self.values.shape)}"
+            )
+
+    @contextmanager
+    def on(self, model: HookedModel) -> Iterator[None]:
+        """Apply the edit to every pass inside; hooks sit on the masked layers only."""
+        if self.ablation.site != "hook_z" and runs_native(model):
+            raise InterventionError(
+                f"ablation {self.ablation.name!r} edits attention scores, which native_attention does not compute"
+            )
+        layers = self.masks.any(dim=0).any(dim=-1).nonzero().flatten().tolist()
+        hooks = [(f"blocks.{layer}.attn.{self.ablation.site}", partial(self._hook, layer)) for layer in layers]
+        with model.hooks(fwd_hooks=hooks):
+            yield
+
+    def replaced(self, layer: int, activation: Tensor) -> Tensor:
+        """What an activation becomes under this edit: z `[row pos head d_head]`, or scores `[row head query key]`."""
+        of_z = self.ablation.site == "hook_z"
+        n_pos = activation.shape[1 if of_z else 2]
+        where = self.where(n_pos)
+        if where is None:
+            return activation
+        values = None
+        if self.values is not None:
+            values = self.values[layer].to(device=activation.device, dtype=activation.dtype)
+            values = _spread(values, where, n_pos) if values.ndim == 3 else values
+        rows, positions = self._rows(layer, activation), _as_mask(where, n_pos, activation.device)
+        chosen = rows[:, None, :] & positions[:, :, None] if of_z else rows[:, :, None] & positions[:, None, :]
+        return torch.where(chosen[..., None], self.ablation.replace(activation, values), activation)
+
+    def _hook(self, layer: int, activation: Tensor, hook: object) -> Tensor | None:
+        edited = self.replaced(layer, activation)
+        return None if edited is activation else edited
+
+    def _rows(self, layer: int, activation: Tensor) -> Tensor:
+        mask, rows = self.masks[:, layer].to(activation.device), activation.shape[0]
+        if len(mask) == 1 or len(mask) == rows:
+            return mask
+        if self.rows_join:
+            return mask[:rows]
+        raise InterventionError(f"the ablation holds {len(mask)} rows of heads, the batch has {rows} rows")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiplies z of every head by a factor, one map a row: 0 ablates, above 1 amplifies, 1 changes nothing.
+
+    Attributes:
+        factors: `Float[Tensor, "row layer head"]`.
+        where: which positions are edited.
+    """
+
+    factors: Float[Tensor, "row layer head"]
+    where: Where = everywhere
+
+    @contextmanager
+    def on(self, model: HookedModel) -> Iterator[None]:
+        """Apply to every pass inside; hooks sit only on layers with a factor other than 1."""
+        layers = (self.factors != 1).any(dim=0).any(dim=-1).nonzero().flatten().tolist()
+        hooks = []
+        for layer in layers:
+            factors = self.factors[:, layer, None, :, None]
+            hooks.append((f"blocks.{layer}.attn.hook_z", partial(self._z, factors)))
+        with model.hooks(fwd_hooks=hooks):
+            yield
+
+    def _z(self, factors: Tensor, z: Tensor, hook: object) -> Tensor:
+        where = self.where(z.shape[1])
+        factors = factors.to(z)
+        if isinstance(where, slice) and where == slice(None):
+            return z * factors
+        if where is None:
+            return z
+        chosen = _as_mask(where, z.shape[1], z.device)[:, :, None, None]
+        return torch.where(chosen, z * factors, z)
+
+
+def _as_mask(where: slice | Tensor, n_pos: int, device: torch.device) -> Bool[Tensor, "row pos"]:
+    if isinstance(where, slice):
+        mask = torch.zeros(1, n_pos, dtype=torch.bool, device=device)
+        mask[:, where] = True
+        return mask
+    return where.to(device)
+
+
+def _spread(values: Tensor, where: slice | Tensor, n_pos: int) -> Float[Tensor, "1 pos head d_head"]:
+    """Lay values of the edited positions out over all positions."""
+    chosen = _as_mask(where, n_pos, values.device)[0]
+    if int(chosen.sum()) != values.shape[0]:
+        raise InterventionError(
+            f"patch: {values.shape[0]} positions of values for {int(chosen.sum())} edited positions"
+        )
+    full = values.new_zeros(1, n_pos, *values.shape[1:])
+    full[0, chosen] = values
+    return full
+
+
+def attention_for(model: HookedModel, ablation: Ablation) -> AbstractContextManager[None]:
+    """`native_attention`, except for ablations of attention scores, which only the hooked attention computes."""
+    return native_attention(model) if ablation.site == "hook_z" else nullcontext()
+
+
+def row_masks(heads: "HeadsLike | Tensor", cfg: ModelConfig) -> Bool[Tensor, "row layer head"]:
+    """Head sets, or a ready mask, as one mask a row.
+
+    Raises:
+        HeadError: a head lies outside the model.
+    """
+    if isinstance(heads, Tensor):
+        if heads.dtype != torch.bool or heads.shape[-2:] != (cfg.n_layers, cfg.n_heads) or heads.ndim not in (2, 3):
+            raise InterventionError(
+                f"a head mask is Bool [row {cfg.n_layers} {cfg.n_heads}], found {heads.dtype} {list(heads.shape)}"
+            )
+        return heads if heads.ndim == 3 else heads[None]
+    sets = [heads] if isinstance(heads, HeadSet) else list(heads)
+    if not sets:
+        raise InterventionError("no head sets were given; an empty HeadSet() ablates nothing")
+    return torch.stack([head_set.mask(cfg) for head_set in sets])
+
+
+@contextmanager
+def ablate(
+    model: HookedModel,
+    heads: "HeadsLike | Tensor",
+    *,
+    ablation: AblationLike = "zero",
+    positions: Positions = "response",
+    prompt: Prompt | None = None,
+) -> Iterator[None]:
+    """Ablate heads in every pass of the model inside the block.
+
+    Contexts nest, and leave nothing behind, also after an exception.
+
+    Args:
+        model: a hooked model.
+        heads: one set for all rows of a batch, one set a row, or `Bool[Tensor, "row layer head"]`.
+        ablation: `"zero"`, `"uniform"`, `Mean(z=…)`, `Patch(z=…)` or one of your own; `record_z` makes z.
+        positions: `"all"`, `"response"` (from the last prompt token on) or `"profile"`.
+        prompt: the prompt that is run; needed for `"response"` and `"profile"`. Every pass is then the
+            whole prompt, with or without response, or one decoding step after it; rows are not padded.
+
+    Raises:
+        HeadError: a head is outside the model.
+        InterventionError: the ablation is not defined for these arguments.
+
+    >>> with ablate(model, HeadSet.parse("L3H1"), positions="all"):
+    ...     model("Dear diary,")
+    """
+    chosen = find_ablation(ablation)
+    values = chosen.standalone("ablate", decoding=False)
+    with Edit(row_masks(heads, model.cfg), chosen, window(prompt, positions), values).on(model):
+        yield
