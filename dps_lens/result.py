@@ -3,6 +3,7 @@
 import html
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timezone
@@ -38,7 +39,7 @@ def provenance() -> dict[str, str]:
     }
 
 
-class Result:
+class Result(ABC):
     """Base of all results, which are dataclasses with a `manifest`: settings, seeds, digests and provenance.
 
     Attributes:
@@ -54,9 +55,9 @@ class Result:
     parts: ClassVar[tuple[type, ...]] = ()
     manifest: dict[str, Any]
 
+    @abstractmethod
     def to_frame(self) -> "pandas.DataFrame":
         """The numbers as a tidy table."""
-        raise NotImplementedError
 
     def summary(self) -> str:
         """What it holds, in a line."""

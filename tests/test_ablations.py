@@ -1,11 +1,13 @@
 """Every ablation, by name and as an object: what heads are scored with, they are tested, steered and exported with."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles import edited_positions, z_of
 
 import dps_lens as dps
-from dps_lens.errors import InterventionError
+from dps_lens.errors import InterventionError, RunError, ScoreError
 from dps_lens.heads import HeadSet
 
 HEADS = HeadSet.parse("L1H2,L0H1")
@@ -64,6 +66,17 @@ def test_heads_scored_by_their_mean_are_tested_with_it(tinies, probe, short):
     cost = dps.ablation_cost(tiny.hooked, users, scores, k=2, n_random=0, max_examples=1)
     assert cost.manifest["ablation"] == "mean"
     assert cost.manifest["prompt_config"] == short.to_dict(), "settings of the scores"
+
+
+def test_means_that_differ_are_not_mixed(llama, probe, short, tmp_path):
+    users, options = probe[:6], {"ablation": "mean", "prompt_config": short}
+    few, many = (dps.score_heads(llama.hooked, users, max_examples=n, **options) for n in (1, 2))
+    with pytest.raises(ScoreError, match="'many' holds other means"):
+        dps.ablation_curve(llama.hooked, users, {"few": few, "many": many}, **TEST)
+    dps.ablation_curve(llama.hooked, users, {"p": few}, out=tmp_path, **TEST)
+    moved = replace(few, tensors={name: 2 * mean for name, mean in few.tensors.items()})
+    with pytest.raises(RunError, match="means was"):
+        dps.ablation_curve(llama.hooked, users, {"p": moved}, out=tmp_path, **TEST)
 
 
 def test_heads_are_steered_with_their_mean(tinies, probe, short):

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dps_lens.data import PromptConfig
@@ -59,7 +60,7 @@ def inherited(
         uses: settings that the call looks at; the others may differ.
 
     Raises:
-        ScoreError: scores were made with other settings than asked for, or than each other.
+        ScoreError: scores were made with other settings than asked for, or than each other, or with other means.
     """
     asked = find_ablation(ablation) if ablation is not None else None
     agreed: dict[str, Any] = {
@@ -83,7 +84,14 @@ def inherited(
                     f"it anew, or pass its heads, scores.top(k), to test them with other {key}"
                 )
             agreed[key] = scored
-        means |= {key.removeprefix("mean."): mean for key, mean in family.tensors.items() if key.startswith("mean.")}
+        own = {key.removeprefix("mean."): mean for key, mean in family.tensors.items() if key.startswith("mean.")}
+        if asked is None and "ablation" in uses:
+            for condition in own.keys() & means.keys():
+                if not torch.equal(own[condition], means[condition]):
+                    raise ScoreError(
+                        f"{call}: family {name!r} holds other means than a family before it; give ablation=Mean(z=…)"
+                    )
+        means |= own
     named = agreed["ablation"] or "zero"
     if asked is None and not isinstance(named, str):
         raise ScoreError(f"{call}: heads were scored with the ablation {named}; give that object as ablation=")

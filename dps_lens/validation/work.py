@@ -12,6 +12,7 @@ from torch import Tensor
 from dps_lens.data import Example, Prompt, PromptConfig, Shown, User, build_prompt
 from dps_lens.data.examples import by_key, data_digest, held_out_examples
 from dps_lens.errors import ScoreError
+from dps_lens.files import tensor_digest
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Context, Mean, Where
 from dps_lens.literals import Positions, Select
@@ -227,9 +228,11 @@ class HeldOutWork(Work):
             family: {user: [str(heads) for heads in of_k] for user, of_k in by_user.items()}
             for family, by_user in sets.items()
         }
+        means = {name: tensor_digest(mean) for name, mean in self.settings.means.items()}
         return {
             "call": self.call,
             "ablation": self.settings.ablation.settings(),
+            **({"means": means} if means else {}),
             "positions": self.settings.positions,
             "objective": self.settings.objective.settings(),
             "ks": self.ks,
