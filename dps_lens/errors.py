@@ -13,6 +13,10 @@ class ModelCheckError(DPSLensError):
     """A loaded model fails one of the checks that scoring relies on."""
 
 
+class ModelBusyError(DPSLensError, RuntimeError):
+    """Another thread is using the model."""
+
+
 class HeadError(DPSLensError, ValueError):
     """A head, or a number of heads, that the model or the scores do not have."""
 

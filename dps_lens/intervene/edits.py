@@ -1,9 +1,10 @@
 """Ablations at work: edits of chosen heads, one mask a row, as context managers."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,10 +16,11 @@ from dps_lens.heads import HeadSet, HeadsLike
 from dps_lens.intervene.ablations import Ablation, AblationLike, Zero, find_ablation
 from dps_lens.intervene.positions import Where, everywhere, window
 from dps_lens.literals import Positions
-from dps_lens.model import HookedModel, ModelConfig, native_attention, runs_native
+from dps_lens.model import HookedModel, Hooks, ModelConfig, in_use, native_attention, runs_native
 
 
-@dataclass(frozen=True)
+# A hook point asks each hook for its repr; that of a dataclass would print its tensors.
+@dataclass(frozen=True, repr=False)
 class Edit:
     """An ablation of chosen heads, one mask a row.
 
@@ -43,17 +45,22 @@ class Edit:
                 f"{list(self.values.shape)}"
             )
 
-    @contextmanager
-    def on(self, model: HookedModel) -> Iterator[None]:
-        """Apply the edit to every pass inside; hooks sit on the masked layers only."""
+    def on(self, model: HookedModel) -> Hooks:
+        """A context that applies the edit to every pass inside; hooks sit on the masked layers only."""
+        return Hooks(model, self.hooks(model))
+
+    def hooks(self, model: HookedModel) -> list[tuple[str, Any]]:
+        """Hooks that apply the edit, by name.
+
+        Raises:
+            InterventionError: it needs attention scores, which are not computed right now.
+        """
         if self.ablation.site != "hook_z" and runs_native(model):
             raise InterventionError(
                 f"ablation {self.ablation.name!r} edits attention scores, which native_attention does not compute"
             )
         layers = self.masks.any(dim=0).any(dim=-1).nonzero().flatten().tolist()
-        hooks = [(f"blocks.{layer}.attn.{self.ablation.site}", partial(self._hook, layer)) for layer in layers]
-        with model.hooks(fwd_hooks=hooks):
-            yield
+        return [(f"blocks.{layer}.attn.{self.ablation.site}", partial(self._hook, layer)) for layer in layers]
 
     def replaced(self, layer: int, activation: Tensor) -> Tensor:
         """What an activation becomes under this edit: z `[row pos head d_head]`, or scores `[row head query key]`."""
@@ -83,7 +90,7 @@ class Edit:
         raise InterventionError(f"the ablation holds {len(mask)} rows of heads, the batch has {rows} rows")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scale:
     """Multiplies z of every head by a factor, one map a row: 0 ablates, above 1 amplifies, 1 changes nothing.
 
@@ -95,16 +102,15 @@ class Scale:
     factors: Float[Tensor, "row layer head"]
     where: Where = everywhere
 
-    @contextmanager
-    def on(self, model: HookedModel) -> Iterator[None]:
-        """Apply to every pass inside; hooks sit only on layers with a factor other than 1."""
+    def on(self, model: HookedModel) -> Hooks:
+        """A context that applies this to every pass inside; hooks sit only on layers with a factor other than 1."""
+        return Hooks(model, self.hooks(model))
+
+    def hooks(self, model: HookedModel) -> list[tuple[str, Any]]:
+        """Hooks that apply this, by name."""
         layers = (self.factors != 1).any(dim=0).any(dim=-1).nonzero().flatten().tolist()
-        hooks = []
-        for layer in layers:
-            factors = self.factors[:, layer, None, :, None]
-            hooks.append((f"blocks.{layer}.attn.hook_z", partial(self._z, factors)))
-        with model.hooks(fwd_hooks=hooks):
-            yield
+        every = {layer: self.factors[:, layer, None, :, None] for layer in layers}
+        return [(f"blocks.{layer}.attn.hook_z", partial(self._z, factors)) for layer, factors in every.items()]
 
     def _z(self, factors: Tensor, z: Tensor, hook: object) -> Tensor:
         where = self.where(z.shape[1])
@@ -139,7 +145,7 @@ def _spread(values: Tensor, where: slice | Tensor, n_pos: int) -> Float[Tensor, 
 
 def attention_for(model: HookedModel, ablation: Ablation) -> AbstractContextManager[None]:
     """`native_attention`, except for ablations of attention scores, which only the hooked attention computes."""
-    return native_attention(model) if ablation.site == "hook_z" else nullcontext()
+    return native_attention(model) if ablation.site == "hook_z" else in_use(model)
 
 
 def row_masks(heads: "HeadsLike | Tensor", cfg: ModelConfig) -> Bool[Tensor, "row layer head"]:
@@ -171,7 +177,8 @@ def ablate(
 ) -> Iterator[None]:
     """Ablate heads in every pass of the model inside the block.
 
-    Contexts nest, and leave nothing behind, also after an exception.
+    Contexts nest, and leave nothing behind, also after an exception. What runs inside is ablated whoever runs it in
+    this thread: also streams of `generate` and tasks of asyncio that go on inside. Other threads are refused.
 
     Args:
         model: a hooked model.
@@ -184,6 +191,7 @@ def ablate(
     Raises:
         HeadError: a head is outside the model.
         InterventionError: the ablation is not defined for these arguments.
+        ModelBusyError: another thread is using the model.
 
     >>> with ablate(model, HeadSet.parse("L3H1"), positions="all"):
     ...     model("Dear diary,")

@@ -4,14 +4,17 @@ from dps_lens.model.attention import native_attention, runs_native
 from dps_lens.model.check import check_model
 from dps_lens.model.describe import describe_model, described_as, has_weights
 from dps_lens.model.fast.bypass import BypassedHooks, reused_logits
+from dps_lens.model.hooking import Hooks
 from dps_lens.model.load import load_model, loader_of, wrap_model
 from dps_lens.model.protocol import HookedModel, ModelConfig, hf_model_of, is_bridge
 from dps_lens.model.runner import PromptCache, Residuals, Runner
 from dps_lens.model.runners import runner_of
+from dps_lens.model.use import in_use
 
 __all__ = [
     "BypassedHooks",
     "HookedModel",
+    "Hooks",
     "ModelConfig",
     "PromptCache",
     "Residuals",
@@ -21,6 +24,7 @@ __all__ = [
     "described_as",
     "has_weights",
     "hf_model_of",
+    "in_use",
     "is_bridge",
     "load_model",
     "loader_of",

@@ -12,6 +12,7 @@ from typing import Any
 
 from dps_lens.model.fast.switch import is_fast
 from dps_lens.model.protocol import HookedModel, hf_model_of, is_bridge
+from dps_lens.model.use import in_use
 
 
 def runs_native(model: HookedModel) -> bool:
@@ -29,11 +30,15 @@ def native_attention(model: HookedModel) -> Iterator[None]:
 
     Right because the wrapped module computes what the bridge recomputes, and its own `forward` calls the bridged
     output projection, which is where `hook_z` hangs.
+
+    Raises:
+        ModelBusyError: another thread is using the model.
     """
-    if not is_bridge(model) or runs_native(model) or not is_fast():
-        yield
-        return
     with ExitStack() as undo:
+        undo.enter_context(in_use(model))
+        if not is_bridge(model) or runs_native(model) or not is_fast():
+            yield
+            return
         for block in model.blocks:
             attn = block.attn
             inner = attn.original_component

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dps_lens.intervene import Ablation, Edit, Scale, Selection, Where, Zero, attention_for, everywhere
 from dps_lens.literals import Positions
-from dps_lens.model import BypassedHooks, HookedModel, Residuals, runner_of
+from dps_lens.model import BypassedHooks, HookedModel, Hooks, Residuals, runner_of
 from dps_lens.model.runner import recorders
 from dps_lens.steering.terms import Branch
 
@@ -41,13 +41,16 @@ class Row:
 
 
 class Decoder:
-    """Decodes branches step by step; a context manager, inside which the heads are edited.
+    """Decodes branches step by step; a context, inside which the heads are edited.
 
-    With `positions="response"` equal prompts are run once, whatever their branches. Rows are left-padded.
-    Hooks of others act if they are on the model when the context is entered.
+    Outside the context the model is bare. It can be entered again and again, also inside itself: once around all
+    steps, or, where others use the model in between, around each. With `positions="response"` equal prompts are run
+    once, whatever their branches. Rows are left-padded. Hooks of others act if they are on the model when the context
+    is entered.
 
     Attributes:
         rows: those that still run.
+        device: where ids of tokens go in.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class Decoder:
         self._values = ablation.standalone("generate")
         self._early: Residuals = dict.fromkeys(early)
         self.rows = list(rows)
-        device = self.runner.device
+        self.device = device = self.runner.device
         longest = max(len(row.tokens) for row in rows)
         pad = model.tokenizer.pad_token_id or 0
         self._gaps = gaps = [longest - len(row.tokens) for row in rows]
@@ -87,34 +90,44 @@ class Decoder:
         self._profile = torch.zeros(len(rows), longest - 1, dtype=torch.bool)
         for index, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
             self._profile[index, gap + row.profile[0] : gap + row.profile[1]] = True
-        self._stack, self._hooks = ExitStack(), ExitStack()
+        self._cache: Any = None
+        self._entered, self._attention, self._on = 0, ExitStack(), ExitStack()
 
-    @torch.inference_mode()
     def __enter__(self) -> "Decoder":
-        self._stack.enter_context(attention_for(self.model, self.ablation))
-        try:
-            self.cache = self._prefill()
-            self._install()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+        self._entered += 1
+        if self._entered == 1:
+            try:
+                self._attach()
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hooks.close()
-        self._stack.close()
+        self._entered -= 1
+        if not self._entered:
+            self._on.close()
+            self._attention.close()
+
+    @torch.inference_mode()
+    def _attach(self) -> None:
+        self._attention.enter_context(attention_for(self.model, self.ablation))
+        if self._cache is None:
+            self._cache = self._prefill()
+            self._install()
+            return
+        self._on.enter_context(self._hooks)
+        if not self._lean.is_current():
+            self._lean = BypassedHooks(self.model)
 
     def _install(self) -> None:
         """Hooks for the rows that run; on the layers only where a head of some row is edited."""
-        self._hooks.close()
-        if self.positions != "profile":
-            self._hooks.enter_context(self._edit(everywhere).on(self.model))
-        if self._vectors:
-            self._hooks.enter_context(self.model.hooks(fwd_hooks=adding(self._vectors)))
-        if self._early:
-            self._hooks.enter_context(self.model.hooks(fwd_hooks=recorders(self._early)))
+        self._on.close()
+        hooks = [] if self.positions == "profile" else self._edit(everywhere).hooks(self.model)
+        self._hooks = Hooks(self.model, [*hooks, *adding(self._vectors), *recorders(self._early)])
+        self._on.enter_context(self._hooks)
         self._lean = BypassedHooks(self.model)
 
     def _edit(self, where: Where) -> Scale | Edit:
@@ -147,7 +160,7 @@ class Decoder:
     def step(
         self, tokens: Int[Tensor, " row"] | None = None
     ) -> tuple[Float[Tensor, "row d_vocab"], Float[Tensor, "layer row d_vocab"]]:
-        """Logits after one more token a row, and those read off early layers.
+        """Logits after one more token a row, and those read off early layers; inside the context.
 
         Args:
             tokens: the tokens; None runs the last token of the prompts.
@@ -156,7 +169,7 @@ class Decoder:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         column = self.tokens[:, -1:] if tokens is None else tokens[:, None]
         with self._lean:
-            logits = self.runner.step(column, self.cache, self.mask if any(self._gaps) else None).float()
+            logits = self.runner.step(column, self._cache, self.mask if any(self._gaps) else None).float()
         if not self._early:
             return logits, logits.new_empty(0, *logits.shape)
         stacked = torch.cat(list(self._early.values()))
@@ -165,14 +178,14 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: Bool[Tensor, " row"]) -> None:
-        """Let the other rows leave the batch."""
+        """Let the other rows leave the batch; inside the context."""
         index = rows.nonzero().flatten().to(self.mask.device)
         self.rows = [row for row, stays in zip(self.rows, rows.tolist(), strict=True) if stays]
         self._gaps = [gap for gap, stays in zip(self._gaps, rows.tolist(), strict=True) if stays]
         self.mask, self.factors = self.mask[index], self.factors[index]
         left = {layer: vectors[index] for layer, vectors in self._vectors.items()}
         self._vectors = {layer: vectors for layer, vectors in left.items() if vectors.any()}
-        self.runner.select(self.cache, index)
+        self.runner.select(self._cache, index)
         self._install()
 
 

@@ -13,7 +13,9 @@ from dps_lens.errors import PromptError, SteeringError
 from dps_lens.intervene import Ablation, AblationLike, Zero, find_ablation
 from dps_lens.literals import Positions
 from dps_lens.model import HookedModel
+from dps_lens.model.positions import check_switch
 from dps_lens.steering.decoder import Decoder, Row
+from dps_lens.steering.decoders import Decoders, decoder_of
 from dps_lens.steering.generation import Generation, Steps, TextStream
 from dps_lens.steering.layout import (
     Heads,
@@ -158,12 +160,14 @@ def generate(
         sampling: sample instead of greedy decoding, in one way for all prompts or one a prompt.
         decode_config: rare settings: the ablation, caps, what is kept.
         stream: return an iterator of `(row, new text)` as it is written; its `.generation` is the whole.
-            The edits stay on the model until the iterator ends or is closed.
+            Between its pieces the model is bare, and free for other calls of the same thread.
 
     Raises:
         SteeringError: arguments do not fit together.
         InterventionError: the ablation cannot act while text is written.
-        PromptError: a prompt and its new tokens do not fit the context.
+        PromptError: a prompt and its new tokens do not fit the context, or cross a length at which the model's
+            rotary factors change.
+        ModelBusyError: another thread is using the model.
     """
     chosen, config = find_rule(rule), decode_config or DecodeConfig()
     batch = prompt_list(prompts)
@@ -187,17 +191,18 @@ def generate(
         settings["vectors"] = [{"label": one.label, "layer": one.layer} for one in added if one is not None]
     steps = Steps(model.tokenizer, len(batch), config.keep_delta_logits, config.keep_alternatives, settings)
     mixer = Mixer(chosen, gammas, alphas, config.max_gamma, config.min_p, config.max_kl)
-    decoder = Decoder(model, rows, ablation=ablation, positions=positions, early=early, room=max_new_tokens)
+    decoder = decoder_of(model, rows, ablation=ablation, positions=positions, early=early, room=max_new_tokens)
     written = _decode(decoder, mixer, Chooser(samplings), steps, max_new_tokens, ends, config.progress)
     if stream:
         return TextStream(written, steps)
-    for _ in written:
-        pass
+    with decoder:
+        for _ in written:
+            pass
     return steps.generation()
 
 
 def _decode(
-    decoder: Decoder,
+    decoder: Decoder | Decoders,
     mixer: Mixer,
     choose: Chooser,
     steps: Steps,
@@ -207,31 +212,31 @@ def _decode(
 ) -> Iterator[list[int]]:
     """Step by step; yields the requests that got a token, which is in `steps`."""
     running, token = list(range(steps.rows)), None
-    bar = tqdm(total=max_new_tokens, desc="generating", disable=None if progress else True)
-    with bar, decoder:
-        order = _lay_out(decoder, mixer, running)
+    order = _lay_out(decoder, mixer, running)
+    with tqdm(total=max_new_tokens, desc="generating", disable=None if progress else True) as bar:
         for _ in range(max_new_tokens):
-            full, steered = mixer(*decoder.step(token))
-            chosen = choose(steered, running)
-            going = [value not in ends for value in steps.add(running, chosen, full, steered)]
+            ran = running
+            with decoder:
+                full, steered = mixer(*decoder.step(token))
+                chosen = choose(steered, running)
+                going = [value not in ends for value in steps.add(running, chosen, full, steered)]
+                if any(going) and not all(going):
+                    left = {row for row, goes in zip(running, going, strict=True) if goes}
+                    decoder.keep(torch.tensor([row.request in left for row in decoder.rows]))
+                    chosen = chosen[torch.tensor(going, device=chosen.device)]
+                    running = [row for row in running if row in left]
+                    order = _lay_out(decoder, mixer, running)
             bar.update()
-            yield running
+            yield ran
             if not any(going):
                 break
-            if not all(going):
-                left = {row for row, goes in zip(running, going, strict=True) if goes}
-                decoder.keep(torch.tensor([row.request in left for row in decoder.rows]))
-                chosen = chosen[torch.tensor(going, device=chosen.device)]
-                running = [row for row in running if row in left]
-                order = _lay_out(decoder, mixer, running)
             token = chosen[order]
 
 
-def _lay_out(decoder: Decoder, mixer: Mixer, running: Sequence[int]) -> Int[Tensor, " row"]:
+def _lay_out(decoder: Decoder | Decoders, mixer: Mixer, running: Sequence[int]) -> Int[Tensor, " row"]:
     """Tell the mixer where the branches stand; for each row, where its request stands among those that run."""
-    device = decoder.mask.device
-    mixer.lay_out(decoder.rows, running, device)
-    return torch.tensor([running.index(row.request) for row in decoder.rows], device=device)
+    mixer.lay_out(decoder.rows, running, decoder.device)
+    return torch.tensor([running.index(row.request) for row in decoder.rows], device=decoder.device)
 
 
 def _ablation(rule: Rule, config: DecodeConfig) -> Ablation:
@@ -264,6 +269,8 @@ def _check(
 
 
 def _check_length(model: HookedModel, rows: Sequence[Row], max_new_tokens: int) -> None:
+    for row in rows:
+        check_switch(model, "generate", len(row.tokens) - 1, len(row.tokens) + max_new_tokens - 1)
     longest = max(len(row.tokens) for row in rows)
     if longest + max_new_tokens > model.cfg.n_ctx:
         raise PromptError(

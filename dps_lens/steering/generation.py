@@ -89,6 +89,7 @@ class Steps:
     keep_alternatives: int
     settings: dict[str, Any]
     columns: dict[str, list[list[Tensor]]] = field(default_factory=dict)
+    ended: bool = False
 
     def add(
         self,
@@ -147,27 +148,12 @@ class Steps:
 class TextStream:
     """Iterates over `(row, new text)` while the text is written; an end of the loop ends the generation.
 
-    A character that is still incomplete waits for its next token.
+    A character that is still incomplete waits for its next token. Between two pieces nothing of the stream is on the
+    model, so that other calls, and other streams, may run in between; a stream that is left needs no clean-up.
     """
 
     def __init__(self, written: Iterator[list[int]], steps: Steps) -> None:
-        self._steps, self._done = steps, False
-        self._pieces = self._run(written)
-
-    def _run(self, written: Iterator[list[int]]) -> Iterator[tuple[int, str]]:
-        shown = [""] * self._steps.rows
-        for running in written:
-            for row in running:
-                text = self._steps.text(row)
-                if text.endswith("\ufffd"):
-                    continue
-                if len(text) > len(shown[row]):
-                    yield row, text[len(shown[row]) :]
-                    shown[row] = text
-        for row in range(self._steps.rows):
-            if rest := self._steps.text(row)[len(shown[row]) :]:
-                yield row, rest
-        self._done = True
+        self._steps, self._pieces = steps, _pieces(written, steps)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return self._pieces
@@ -179,9 +165,26 @@ class TextStream:
         Raises:
             SteeringError: the stream has not ended.
         """
-        if not self._done:
+        if not self._steps.ended:
             raise SteeringError("the stream has not ended; iterate over it first")
         return self._steps.generation()
+
+
+def _pieces(written: Iterator[list[int]], steps: Steps) -> Iterator[tuple[int, str]]:
+    """New text as rows get tokens; it knows nothing of its stream, so that no cycle keeps a left one alive."""
+    shown = [""] * steps.rows
+    for running in written:
+        for row in running:
+            text = steps.text(row)
+            if text.endswith("\ufffd"):
+                continue
+            if len(text) > len(shown[row]):
+                yield row, text[len(shown[row]) :]
+                shown[row] = text
+    for row in range(steps.rows):
+        if rest := steps.text(row)[len(shown[row]) :]:
+            yield row, rest
+    steps.ended = True
 
 
 def _logprob(logits: Float[Tensor, "row d_vocab"], token: Int[Tensor, " row"]) -> Float[Tensor, " row"]:

@@ -14,7 +14,7 @@ from dps_lens.data import Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.examples import held_out_examples
 from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
-from dps_lens.model import HookedModel, runner_of
+from dps_lens.model import HookedModel, Hooks, runner_of
 from dps_lens.result import Result
 from dps_lens.work import RunConfig
 
@@ -156,7 +156,7 @@ def _from_response(model: HookedModel, prompt: Prompt, heads: HeadSet) -> dict[H
     layers = sorted({head.layer for head in heads})
     hooks = [(f"blocks.{layer}.attn.hook_pattern", partial(keep, layer=layer)) for layer in layers]
     runner = runner_of(model)
-    with model.hooks(fwd_hooks=hooks):
+    with Hooks(model, hooks):
         runner.logits(prompt.tokens[None].to(runner.device), keep=1)
     return {head: patterns[head] for head in heads}
 

@@ -23,9 +23,9 @@ _CAPTURING = ("use_hook_mlp_in", "use_attn_in", "use_split_qkv_input")
 class BypassedHooks:
     """A context in which components without hooks stand aside, so that the plain modules inside them run.
 
-    What has a hook when this is made fires; hooks that are added later may not. In float32 on a CPU,
-    products with 2 to 4 rows take the form that is fast there. Inside, run the Hugging Face model, not the bridge
-    around it; outside, the model is as it was. The context can be entered again and again. A
+    What has a hook when this is made fires; hooks that are added later may not, which `is_current` tells. In
+    float32 on a CPU, products with 2 to 4 rows take the form that is fast there. Inside, run the Hugging Face model,
+    not the bridge around it; outside, the model is as it was. The context can be entered again and again. A
     `HookedTransformer`, or a bridge in compatibility mode, runs as it is.
 
     Right because a component without hooks only calls the module inside it; which have hooks is asked once, here.
@@ -34,6 +34,7 @@ class BypassedHooks:
     def __init__(self, model: HookedModel) -> None:
         self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         self._linears: list[nn.Linear] = []
+        self._silent: list[nn.Module] = []
         if not is_bridge(model) or getattr(model, "compatibility_mode", False) or not is_fast():
             return
         # Blocks hang these on their norms at the first pass, for hook points that are off unless asked for.
@@ -42,12 +43,22 @@ class BypassedHooks:
         self._ignored = set() if used else {handle.id for handle in handles}
         self._walk(hf_model_of(model))
 
+    def is_current(self) -> bool:
+        """Whether there are still no hooks on what stands aside."""
+        return not any(map(self._is_hooked, self._silent))
+
     def _walk(self, parent: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is None:
                 continue
             plain: Any = child
-            while _is_component(plain) and not self._is_used(plain):
+            while _is_component(plain):
+                # What hangs on a component, or on parts of it that are not in the Hugging Face model.
+                inside = {*plain.original_component.modules()}
+                own = [module for module in plain.modules() if module not in inside]
+                if any(map(self._is_hooked, own)):
+                    break
+                self._silent += own
                 plain = plain.original_component
             if plain is not child:
                 self._places.append((parent, name, child, plain))
@@ -55,11 +66,9 @@ class BypassedHooks:
                 self._linears.append(plain)
             self._walk(plain.original_component if _is_component(plain) else plain)
 
-    def _is_used(self, component: Any) -> bool:
-        """Whether something hangs on a component, or on parts of it that are not in the Hugging Face model."""
-        inside = {*component.original_component.modules()}
-        own = (module for module in component.modules() if module not in inside)
-        return any({*module._forward_hooks, *module._forward_pre_hooks} - self._ignored for module in own)
+    def _is_hooked(self, module: nn.Module) -> bool:
+        hooks, before = module._forward_hooks, module._forward_pre_hooks
+        return bool(hooks or before) and bool({*hooks, *before} - self._ignored)
 
     def __enter__(self) -> None:
         for parent, name, _, plain in self._places:
