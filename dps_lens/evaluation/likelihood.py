@@ -323,6 +323,11 @@ class SweepWork(HeldOutWork):
                         loss = token_losses(steered, forced.targets).double().mean().cpu()
                         measured.append(torch.stack([loss - nll, kl_divergence(steered, full).double().mean().cpu()]))
                 change, kl = torch.stack(measured).reshape(len(chosen), len(self.strengths), 2).mean(0).unbind(-1)
+                if not bool(torch.isfinite(change + kl).all()):
+                    raise SteeringError(
+                        f"steering_sweep: example {example.id!r}: logits of {name!r} are NaN or infinite; lower the "
+                        "strengths, load the model in float32 or bfloat16, or let check_model(model) look at its weights"
+                    )
                 unit |= {f"change.{label}": change, f"kl.{label}": kl}
         return unit
 

@@ -1,5 +1,6 @@
 """Generate with Differential Preference Steering, or a rule to compare it with, for many users at once."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, overload
@@ -9,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dps_lens.checks import check_flag, check_number, check_whole
 from dps_lens.errors import PromptError, SteeringError
 from dps_lens.intervene import Ablation, AblationLike, Zero, find_ablation
 from dps_lens.literals import Positions
@@ -28,6 +30,7 @@ from dps_lens.steering.layout import (
     per_row,
     prompt_list,
     rows_of,
+    samplings_of,
     vectors_of,
 )
 from dps_lens.steering.mixing import Mixer
@@ -65,12 +68,16 @@ class DecodeConfig:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_gamma is not None and not self.max_gamma > 0:
-            raise SteeringError(f"generate: max_gamma {self.max_gamma} leaves no contrast; it is a cap above 0")
-        if self.min_p is not None and not 0 < self.min_p <= 1:
-            raise SteeringError(f"generate: min_p {self.min_p} is a share above 0, at most 1")
-        if self.max_kl is not None and not self.max_kl > 0:
-            raise SteeringError(f"generate: max_kl {self.max_kl} leaves nothing to steer; it is a KL above 0, in nats")
+        for name, most, why in (
+            ("max_gamma", math.inf, "a cap of the strength"),
+            ("min_p", 1, "a share of the largest probability"),
+            ("max_kl", math.inf, "nats, of which none leaves nothing to steer"),
+        ):
+            if (value := getattr(self, name)) is not None:
+                check_number(SteeringError, f"generate: {name}", value, above=0, most=most, why=why)
+        check_whole(SteeringError, "generate: keep_alternatives", self.keep_alternatives, least=0)
+        for name in ("stop_at_eos", "keep_delta_logits", "progress"):
+            check_flag(SteeringError, f"generate: {name}", getattr(self, name))
 
 
 @overload
@@ -163,7 +170,7 @@ def generate(
             Between its pieces the model is bare, and free for other calls of the same thread.
 
     Raises:
-        SteeringError: arguments do not fit together.
+        SteeringError: arguments do not fit together, or logits become NaN or infinite; names the prompt and the step.
         InterventionError: the ablation cannot act while text is written.
         PromptError: a prompt and its new tokens do not fit the context, or cross a length at which the model's
             rotary factors change.
@@ -175,7 +182,11 @@ def generate(
     alphas = per_row("alpha", alpha, len(batch)) if chosen.has("negative") else [0.0] * len(batch)
     ablation = _ablation(chosen, config)
     _check(chosen, config, max_new_tokens, gammas, alphas)
-    samplings = per_row("sampling", sampling, len(batch))
+    most = model.cfg.d_vocab // 2
+    check_whole(
+        SteeringError, "generate: keep_alternatives", config.keep_alternatives, least=0, most=most, why="half of all"
+    )
+    samplings = samplings_of(sampling, len(batch))
     sets = head_sets(heads, len(batch), chosen)
     added = vectors_of(model, vectors, len(batch), chosen, positions)
     others = negatives_of(negative_prompts, batch, chosen)
@@ -254,8 +265,7 @@ def _ablation(rule: Rule, config: DecodeConfig) -> Ablation:
 def _check(
     rule: Rule, config: DecodeConfig, max_new_tokens: int, gammas: Sequence[float], alphas: Sequence[float]
 ) -> None:
-    if max_new_tokens < 1:
-        raise SteeringError(f"generate: max_new_tokens {max_new_tokens} asks for no token")
+    check_whole(SteeringError, "generate: max_new_tokens", max_new_tokens, least=1)
     for gamma in gammas:
         check_strength("gamma", gamma)
     for alpha in alphas:

@@ -1,5 +1,6 @@
 """What `generate` returns."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -98,12 +99,23 @@ class Steps:
         full: Float[Tensor, "row d_vocab"],
         steered: Float[Tensor, "row d_vocab"],
     ) -> list[int]:
-        """One step of the rows that run; returns the tokens."""
+        """One step of the rows that run; returns the tokens.
+
+        Raises:
+            SteeringError: steered logits are NaN or infinite; names the prompt and the step.
+        """
         logprob = _logprob(steered, chosen)
         numbers = torch.stack([logprob, logprob - _logprob(full, chosen), kl_divergence(steered, full)])
         # One transfer: token ids, far below 2²⁴, are exact in float32.
         ids, *measured = torch.cat([chosen[None].float(), numbers]).cpu()
         tokens = ids.long()
+        # NaN, +inf, and -inf everywhere all make log-probabilities that are no numbers.
+        for row, value in zip(running, measured[0].tolist(), strict=True):
+            if not math.isfinite(value):
+                raise SteeringError(
+                    f"generate: the logits of prompt {row} at step {self.steps_of(row)} are NaN or infinite; lower the "
+                    "strength, load the model in float32 or bfloat16, or let check_model(model) look at its weights"
+                )
         step = {"tokens": tokens, **dict(zip(("logprobs", "shifts", "kl"), measured, strict=True))}
         if self.keep_delta_logits:
             step["deltas"] = (steered - full).cpu()
@@ -117,6 +129,10 @@ class Steps:
             for row, value in zip(running, values, strict=True):
                 column[row].append(value)
         return [int(token) for token in tokens]
+
+    def steps_of(self, row: int) -> int:
+        """Tokens that a row has written so far."""
+        return len(self.columns["tokens"][row]) if self.columns else 0
 
     def text(self, row: int) -> str:
         """What a row has written so far."""

@@ -1,10 +1,12 @@
 """What `generate` was asked for, one prompt after the other, and the rows of the batch that answer it."""
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
+from jinja2 import TemplateError
 from torch import Tensor
 
 from dps_lens.data import Prompt
@@ -15,6 +17,7 @@ from dps_lens.literals import Positions
 from dps_lens.model import HookedModel
 from dps_lens.steering.decoder import Row
 from dps_lens.steering.rules import Rule
+from dps_lens.steering.sampling import Sampling
 from dps_lens.steering.terms import Branch
 from dps_lens.steering.vector import SteeringVector
 
@@ -135,7 +138,7 @@ def layers_to_contrast(model: HookedModel, layers: Sequence[int] | None = None) 
     n_layers = model.cfg.n_layers
     if layers is None:
         return list(range(2, n_layers // 2 + 1, 2)) or [max(1, n_layers // 2)]
-    if not layers or not all(0 < layer < n_layers for layer in layers):
+    if not layers or not all(isinstance(layer, int) and 0 < layer < n_layers for layer in layers):
         raise SteeringError(f"generate: early_layers {list(layers)} are not layers between 1 and {n_layers - 1}")
     return list(layers)
 
@@ -176,8 +179,34 @@ def per_row(name: str, value: object, rows: int) -> list[Any]:
     return values
 
 
+def samplings_of(sampling: Sampling | Sequence[Sampling | None] | None, rows: int) -> list[Sampling | None]:
+    samplings = per_row("sampling", sampling, rows)
+    for one in samplings:
+        if not (one is None or isinstance(one, Sampling)):
+            raise SteeringError(f"generate: sampling {one!r} is no Sampling(…), nor None for greedy decoding")
+    return samplings
+
+
 def end_tokens(model: HookedModel) -> set[int]:
+    """Ids that end a text: the tokenizer's, those of the generation config, and the chat template's end of a turn."""
     config = getattr(getattr(model, "original_model", None), "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     every = (*(ends if isinstance(ends, (list, tuple)) else [ends]), model.tokenizer.eos_token_id)
-    return {int(token) for token in every if token is not None}
+    return {int(token) for token in (*every, *_end_of_turn_ids(model)) if token is not None}
+
+
+def _end_of_turn_ids(model: HookedModel) -> tuple[int, ...]:
+    """The added tokens that a chat template puts right behind an answer."""
+    tokenizer, answer = model.tokenizer, "gladly"
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError:  # of a template that takes no such conversation
+        return ()
+    _, found, tail = text.rpartition(answer)
+    if not found:
+        return ()
+    ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
+    return tuple(takewhile(set(tokenizer.added_tokens_decoder).__contains__, ids))

@@ -1,10 +1,10 @@
 """Rules of decoding by name, and what a rule needs."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from dps_lens.checks import check_number
 from dps_lens.errors import SteeringError
 from dps_lens.extensions import settings_of
 from dps_lens.steering.terms import Branch, EarlyTerm, EntropyTerm, InPlaceTerm, Term
@@ -121,5 +121,4 @@ def check_strength(name: str, value: float) -> None:
         SteeringError: names the value.
     """
     least = {"gamma": -1, "alpha": 0}[name]
-    if not least <= value < math.inf:
-        raise SteeringError(f"{name} {value} is not a number from {least} up")
+    check_number(SteeringError, name, value, least=least)

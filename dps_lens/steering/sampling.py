@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from dps_lens.checks import check_number, check_seed, check_whole
 from dps_lens.errors import SteeringError
 
 
@@ -32,14 +33,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise SteeringError(
-                f"temperature {self.temperature} is not positive; leave sampling out for greedy decoding"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise SteeringError(f"top_k {self.top_k} keeps no token")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise SteeringError(f"top_p {self.top_p} is not in (0, 1]")
+        greedy = "leave sampling out for greedy decoding"
+        check_number(SteeringError, "Sampling: temperature", self.temperature, above=0, why=greedy)
+        if self.top_k is not None:
+            check_whole(SteeringError, "Sampling: top_k", self.top_k, least=1)
+        if self.top_p is not None:
+            check_number(SteeringError, "Sampling: top_p", self.top_p, above=0, most=1)
+        check_seed(SteeringError, "Sampling: seed", self.seed)
 
     @cached_property
     def _warpers(self) -> Any:
@@ -50,7 +50,9 @@ class Sampling:
 
     def probabilities(self, logits: Float[Tensor, "row d_vocab"]) -> Float64[Tensor, "row d_vocab"]:
         """The distribution that is sampled: temperature, then top_k, then top_p."""
-        probabilities = self._warpers(None, logits.double()).softmax(-1)
+        # A small temperature would make infinities, whose difference is none, of logits that are not shifted to 0.
+        shifted = logits.double() - logits.double().amax(-1, keepdim=True)
+        probabilities = self._warpers(None, shifted).softmax(-1)
         if self.top_p is None:
             return probabilities
         # Not the warper of transformers: it sorts without keeping the order of equal tokens.
@@ -74,7 +76,7 @@ class Chooser:
     def __init__(self, samplings: Sequence[Sampling | None]) -> None:
         self._samplings = list(samplings)
         seeds = [sampling.seed if sampling else 0 for sampling in samplings]
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def __call__(self, logits: Float[Tensor, "row d_vocab"], running: Sequence[int]) -> Int[Tensor, " row"]:
         """The next token of the rows that run; rows of one setting are drawn together."""

@@ -140,7 +140,7 @@ def js_divergence(
 def kl_divergence(steered: Float[Tensor, "row d_vocab"], full: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
     """KL(steered ‖ full) of each row, nats."""
     p, q = steered.log_softmax(-1), full.log_softmax(-1)
-    return torch.where(p > -torch.inf, p.exp() * (p - q), 0).sum(-1)
+    return torch.where(p == -torch.inf, 0, p.exp() * (p - q)).sum(-1)
 
 
 def farthest_early(

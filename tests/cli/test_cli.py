@@ -199,7 +199,7 @@ def test_requests_from_a_file_resume(scored, model, tmp_path):
         ({"prompt": "x", "example": "e"}, "line 1: field 'example' needs 'user'"),
         ({"prompt": "x", "heads": "L0X"}, "line 1: Head.parse: 'L0X' is not a head"),
         ({"prompt": "x", "gamma": -2}, "line 1: gamma -2.0 is not a number from -1 up"),
-        ({"prompt": "x", "do_sample": True, "top_k": 0}, "line 1: top_k 0 keeps no token"),
+        ({"prompt": "x", "do_sample": True, "top_k": 0}, "line 1: Sampling: top_k 0 is not a whole number from 1 up"),
     ],
 )
 def test_a_malformed_request_names_its_field(record, message, tmp_path):

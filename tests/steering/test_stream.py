@@ -10,6 +10,7 @@ import dps_lens as dps
 from dps_lens.data import build_prompt
 from dps_lens.errors import SteeringError
 from dps_lens.heads import HeadSet
+from dps_lens.model import runs_native
 from dps_lens.plots import token_shift
 
 HEADS = HeadSet.parse("L0H1,L2H3")
@@ -37,13 +38,14 @@ def test_a_stream_adds_up_to_the_generation(llama, prompts):
     assert no_hooks_left(llama.hooked)
 
 
-def test_a_stream_that_is_left_leaves_no_hooks(llama, prompts):
+def test_between_the_pieces_of_a_stream_the_model_is_bare(llama, prompts):
     stream = iter(generate(llama.hooked, prompts, stream=True, **OPTIONS))
     next(stream)
-    assert not no_hooks_left(llama.hooked)
+    assert no_hooks_left(llama.hooked)
+    assert not runs_native(llama.hooked)
+    assert not torch.is_inference_mode_enabled()
     stream.close()
     assert no_hooks_left(llama.hooked)
-    assert not torch.is_inference_mode_enabled()
 
 
 def test_alternatives_are_the_tokens_that_were_moved_most(llama, prompts):
