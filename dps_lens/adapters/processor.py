@@ -7,10 +7,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
+from dps_lens.adapters.passes import Passes, masked_pass
 from dps_lens.errors import SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Edit, attention_for, find_ablation, row_masks
-from dps_lens.model import HookedModel, is_bridge, runner_of
+from dps_lens.model import HookedModel, hf_model_of, is_bridge, runner_of
+from dps_lens.model.positions import check_switch
 from dps_lens.steering.rules import Rule, RuleLike, check_strength, find_rule
 from dps_lens.steering.terms import combine
 
@@ -28,7 +30,9 @@ def logits_processor(
     """DPS for `model.original_model.generate(ids, logits_processor=[…])`.
 
     `log p = (1 + γ) · log p_full − γ · log p_masked`, normalised: the distribution of `dps.generate`, before
-    temperature, top_k and top_p.
+    temperature, top_k and top_p. `log p_full` is what the model itself gave in the pass before. Tokens that processors
+    before this one rule out stay ruled out; where they change other scores (`repetition_penalty`, `sequence_bias`, …),
+    this raises, as no distribution is documented for that. Processors after this one work on the steered scores.
 
     Args:
         model: a `TransformerBridge`; `generate` is called on its `original_model`.
@@ -41,7 +45,9 @@ def logits_processor(
             then serves this batch only.
 
     Raises:
-        SteeringError: arguments do not fit together.
+        SteeringError: arguments do not fit together; while text is written: scores come from a processor that changed
+            them, or logits are NaN or infinite.
+        PromptError: while text is written: the text crosses a length at which the model's rotary factors change.
         HeadError: a head is outside the model.
 
     >>> steering = logits_processor(model, HeadSet.parse("L12H3"), gamma=1.0)
@@ -95,12 +101,14 @@ class DPSLogitsProcessor(LogitsProcessor):
         values = ablation.standalone("logits_processor")
         self._edit = Edit(row_masks(heads, model.cfg).to(self._runner.device), ablation, values=values)
         self._padded_prompt: Tensor | None = None
+        self._passes = Passes(hf_model_of(model))
         self.reset()
 
     def reset(self) -> None:
         """Take the next ids for a new prompt."""
         self._ids: Tensor | None = None
         self._cache: Any = None
+        self._passes.forget()
 
     @torch.no_grad()
     def __call__(
@@ -109,18 +117,26 @@ class DPSLogitsProcessor(LogitsProcessor):
         """Steered log-probabilities of the next token; tokens that `scores` rule out stay ruled out."""
         if self.gamma == 0 or not len(self.heads):
             return scores
-        masked = self._masked_logits(input_ids.to(self._runner.device)).to(scores).log_softmax(-1)
-        full = scores.log_softmax(-1)
+        full = self._passes.logits(input_ids, scores).log_softmax(-1)
+        with masked_pass():
+            masked = self._masked_logits(input_ids.to(self._runner.device)).to(full).log_softmax(-1)
         # What a rule finds for itself is not capped by gamma.
         given = torch.inf if self.rule.adaptive else self.gamma
         steered = combine(self.rule.terms, full, {"ablated": masked}, {"ablated": given})
         # Beam search adds these up over steps, so they have to be normalised.
-        return steered.masked_fill(scores.isneginf(), -torch.inf).log_softmax(-1)
+        found = steered.masked_fill(scores.isneginf(), -torch.inf).log_softmax(-1)
+        if bool(found.isnan().any()):
+            raise SteeringError(
+                f"logits_processor: logits after {input_ids.shape[1]} tokens are NaN or infinite; lower gamma, load "
+                "the model in float32 or bfloat16, or let check_model(model) look at its weights"
+            )
+        return found.to(scores.dtype)
 
     def _masked_logits(self, ids: Int[Tensor, "row pos"]) -> Float[Tensor, "row d_vocab"]:
         if not ids.shape[1]:
             raise SteeringError("logits_processor: generate was given inputs_embeds; give it token ids")
         kept = self._keep(ids) or self._begin(ids)
+        self._check_lengths(ids)
         # A pass that fails half-way leaves layers of different lengths; the next ids then start afresh.
         self._ids = None
         mask = torch.nn.functional.pad(self._prompt_mask, (0, ids.shape[1] - self._prompt_mask.shape[1]), value=1)
@@ -132,6 +148,11 @@ class DPSLogitsProcessor(LogitsProcessor):
                 logits = self._runner.step(ids[:, kept:], self._cache, mask)
         self._ids = ids.clone()
         return logits
+
+    def _check_lengths(self, ids: Int[Tensor, "row pos"]) -> None:
+        new, first = ids.shape[1] - self._prompt_mask.shape[1], self._prompt_mask.sum(-1)
+        start = int(first.min()) - (self.positions == "response")
+        check_switch(self.model, "logits_processor", start, int(first.max()) + new)
 
     def _begin(self, ids: Int[Tensor, "row pos"]) -> int:
         self._prompt_mask = self._mask_of(ids)

@@ -1,7 +1,7 @@
 """`dps-lens steer --chat`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,6 @@ def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = No
         options: of `dps_lens.generate`.
         out: gets a JSON line for every answer, with its settings.
     """
-    import dps_lens as dps
-    from dps_lens.errors import DPSLensError
     from dps_lens.steering.rules import check_strength
 
     options, message = dict(options), ""
@@ -53,22 +51,33 @@ def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = No
                 typer.echo("there is no message yet", err=True)
                 continue
             unsteered = options | _UNSTEERED
-            stream = dps.generate(model, dps.chat_prompt(model, message, turns[:-1]), **unsteered, stream=True)
-            _note(out, message, _say(stream), unsteered)
+            answer = _answer(model, message, turns[:-1], unsteered)
+            if answer is not None:
+                _note(out, message, answer, unsteered)
         elif command.startswith("/"):
             typer.echo(HELP, err=True)
         elif line:
-            try:
-                stream = dps.generate(model, dps.chat_prompt(model, line, turns), **options, stream=True)
-            except DPSLensError as error:
-                typer.secho(f"error: {error}", fg="red", err=True)
-                continue
-            message = line
-            turns = [*turns, (line, _say(stream))]
-            _note(out, line, turns[-1][1], options)
+            answer = _answer(model, line, turns, options)
+            if answer is not None:
+                message, turns = line, [*turns, (line, answer)]
+                _note(out, line, answer, options)
 
 
 _UNSTEERED = {"rule": "greedy", "decode_config": None}
+
+
+def _answer(
+    model: "HookedModel", message: str, turns: Sequence[tuple[str, str]], options: Mapping[str, Any]
+) -> str | None:
+    """What is answered to a message after earlier turns, shown as it is written; None where that fails."""
+    import dps_lens as dps
+    from dps_lens.errors import DPSLensError
+
+    try:
+        return _say(dps.generate(model, dps.chat_prompt(model, message, turns), **options, stream=True))
+    except DPSLensError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        return None
 
 
 def _note(out: Path | None, message: str, answer: str, options: Mapping[str, Any]) -> None:

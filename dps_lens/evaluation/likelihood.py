@@ -325,8 +325,8 @@ class SweepWork(HeldOutWork):
                 change, kl = torch.stack(measured).reshape(len(chosen), len(self.strengths), 2).mean(0).unbind(-1)
                 if not bool(torch.isfinite(change + kl).all()):
                     raise SteeringError(
-                        f"steering_sweep: example {example.id!r}: logits of {name!r} are NaN or infinite; lower the "
-                        "strengths, load the model in float32 or bfloat16, or let check_model(model) look at its weights"
+                        f"steering_sweep: example {example.id!r}: logits of {name!r} are NaN or infinite; lower "
+                        "the strengths, load the model in float32 or bfloat16, or see check_model(model)"
                     )
                 unit |= {f"change.{label}": change, f"kl.{label}": kl}
         return unit

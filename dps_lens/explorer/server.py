@@ -105,32 +105,31 @@ class Writer:
         return self._examples[example], heads[:k], float(gamma)
 
     def write(self, example: Example, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:
-        """`{"text": …}` piece by piece, then `{"done": …}`; closing the iterator stops the model."""
+        """`{"text": …}` piece by piece, then `{"done": …}`, or `{"error": …}`; closing the iterator ends the text.
+
+        Texts are written one after the other. Between pieces the model is free for other calls of this thread; where
+        another thread is using it, the text ends with an error.
+        """
         assert self.grid is not None
         with self._lock:
-            prompt = build_prompt(self.model, example, config=self._config)
-            stream = generate(
-                self.model,
-                prompt,
-                heads=heads,
-                gamma=gamma,
-                rule=self.grid.manifest["rule"],
-                max_new_tokens=self.grid.manifest["max_new_tokens"],
-                decode_config=DecodeConfig(keep_alternatives=_ALTERNATIVES),
-                stream=True,
-            )
-            pieces = iter(stream)
             try:
-                for _, text in pieces:
+                prompt = build_prompt(self.model, example, config=self._config)
+                stream = generate(
+                    self.model,
+                    prompt,
+                    heads=heads,
+                    gamma=gamma,
+                    rule=self.grid.manifest["rule"],
+                    max_new_tokens=self.grid.manifest["max_new_tokens"],
+                    decode_config=DecodeConfig(keep_alternatives=_ALTERNATIVES),
+                    stream=True,
+                )
+                for _, text in stream:
                     yield {"text": text}
+                written = stream.generation
             except DPSLensError as error:
                 yield {"error": str(error)}
                 return
-            finally:
-                close = getattr(pieces, "close", None)
-                if close is not None:
-                    close()
-            written = stream.generation
             yield {
                 "done": {
                     "gamma": gamma,

@@ -6,9 +6,12 @@ the longest.
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from dps_lens.errors import PromptError
 from dps_lens.model.protocol import HookedModel, hf_model_of, is_bridge
+
+_FOUND: "WeakKeyDictionary[Any, RotarySwitch | None]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,12 @@ def rotary_switch(model: HookedModel) -> RotarySwitch | None:
     """The switch of a model whose rotary factors depend on length; None for others."""
     if not is_bridge(model):
         return None
+    if model not in _FOUND:
+        _FOUND[model] = _find(model)
+    return _FOUND[model]
+
+
+def _find(model: HookedModel) -> RotarySwitch | None:
     found = [_switch(module, kind) for module in hf_model_of(model).modules() for kind in _kinds(module)]
     switches = [one for one in found if one is not None]
     return min(switches, key=lambda one: (one.settles, one.limit), default=None)
@@ -70,7 +79,7 @@ def _fits(switch: RotarySwitch, start: int) -> str:
 
 def _kinds(module: Any) -> list[tuple[str, str | None]]:
     """Kinds of rotary factors of a module, each with the kind of layer that has it where there are several."""
-    found = getattr(module, "rope_type", None)
+    found = vars(module).get("rope_type")
     if isinstance(found, dict):
         return [(kind, layer) for layer, kind in found.items()]
     return [(found, None)] if isinstance(found, str) else []

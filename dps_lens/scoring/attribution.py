@@ -74,8 +74,8 @@ def attribute(clean: CleanRun) -> Float[Tensor, "layer head"]:
                 estimate[layer] = (change.float() * z_gradient.float()).sum((0, 1, 3)).cpu()
     if not bool(torch.isfinite(estimate).all()):
         raise ScoreError(
-            f"example {clean.prompt.example_id!r}: gradients are NaN or infinite; load the model in float32 or bfloat16, "
-            "or use method='exact'"
+            f"example {clean.prompt.example_id!r}: gradients are NaN or infinite; load the model in float32 "
+            "or bfloat16, or use method='exact'"
         )
     return estimate
 

@@ -159,8 +159,8 @@ class CleanRun:
                 order = order[len(rows) :]
         if not bool(torch.isfinite(losses).all()):
             raise ScoreError(
-                f"example {self.prompt.example_id!r}: with heads ablated, the objective is NaN or infinite; load the model "
-                "in float32 or bfloat16, or let check_model(model) look for NaN in the weights"
+                f"example {self.prompt.example_id!r}: with heads ablated, the objective is NaN or infinite; load the "
+                "model in float32 or bfloat16, or let check_model(model) look for NaN in the weights"
             )
         return losses
 

@@ -51,7 +51,8 @@ class DecodeConfig:
             where the full model does not run).
         max_kl: cap on KL(steered ‖ full) at every step, nats; steering is drawn back as far as needed.
         early_layers: for `dola`, the layers to choose from; every second one of the lower half by default.
-        stop_at_eos: end a row at the model's end-of-text or end-of-turn token.
+        stop_at_eos: end a row at the tokenizer's end-of-text token, one of the generation config, or the one that the
+            chat template puts behind an answer.
         keep_delta_logits: keep steered minus full logits of every step.
         keep_alternatives: keep so many tokens that gained, and that lost, most probability at every step.
         progress: show a progress bar.

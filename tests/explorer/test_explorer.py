@@ -394,14 +394,15 @@ def test_the_live_page_writes_anew(explored, llama, probe, open_page):
 
 
 def test_cancelling_stops_the_model(explored, llama, probe):
-    """A reader that goes away ends the generation: hooks are gone, and the next text is written."""
+    """A reader that goes away ends the generation, and the next text is written; the model is bare in between."""
     writer = Writer(llama.hooked, probe[:6], explored)
     example, heads, gamma = writer.asked({"example": explored.views[0].example, "gamma": 2, "k": 3})
     lines = writer.write(example, heads, gamma)
     assert "text" in next(lines)
-    assert not no_hooks_left(llama.hooked)
-    lines.close()
     assert no_hooks_left(llama.hooked)
+    assert writer._lock.locked()
+    lines.close()
+    assert not writer._lock.locked()
     assert [*writer.write(example, heads, gamma)][-1]["done"]["k"] == 3
 
 
