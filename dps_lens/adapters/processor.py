@@ -11,7 +11,7 @@ from dps_lens.adapters.passes import Passes, masked_pass
 from dps_lens.errors import SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Edit, attention_for, find_ablation, row_masks
-from dps_lens.model import HookedModel, hf_model_of, is_bridge, runner_of
+from dps_lens.model import HookedModel, check_attention_reads, hf_model_of, is_bridge, runner_of
 from dps_lens.model.positions import check_switch
 from dps_lens.steering.rules import Rule, RuleLike, check_strength, find_rule
 from dps_lens.steering.terms import combine
@@ -58,6 +58,7 @@ def logits_processor(
             "logits_processor: a HookedTransformer has no generate of transformers; use dps.generate, or load the "
             "model with transformer-lens>=4"
         )
+    check_attention_reads("logits_processor", model)  # which is the attention that generate of transformers runs
     chosen = find_rule(rule)
     if [term.branch for term in chosen.terms] != ["ablated"]:
         raise SteeringError(

@@ -16,7 +16,15 @@ from dps_lens.heads import HeadSet, HeadsLike
 from dps_lens.intervene.ablations import Ablation, AblationLike, Zero, find_ablation
 from dps_lens.intervene.positions import Where, everywhere, window
 from dps_lens.literals import Positions
-from dps_lens.model import HookedModel, Hooks, ModelConfig, in_use, native_attention, runs_native
+from dps_lens.model import (
+    HookedModel,
+    Hooks,
+    ModelConfig,
+    check_attention_writes,
+    in_use,
+    native_attention,
+    runs_native,
+)
 
 
 # A hook point asks each hook for its repr; that of a dataclass would print its tensors.
@@ -59,6 +67,8 @@ class Edit:
             raise InterventionError(
                 f"ablation {self.ablation.name!r} edits attention scores, which native_attention does not compute"
             )
+        if self.ablation.site != "hook_z":
+            check_attention_writes(f"ablation {self.ablation.name!r}", model)
         layers = self.masks.any(dim=0).any(dim=-1).nonzero().flatten().tolist()
         return [(f"blocks.{layer}.attn.{self.ablation.site}", partial(self._hook, layer)) for layer in layers]
 
@@ -144,8 +154,16 @@ def _spread(values: Tensor, where: slice | Tensor, n_pos: int) -> Float[Tensor, 
 
 
 def attention_for(model: HookedModel, ablation: Ablation) -> AbstractContextManager[None]:
-    """`native_attention`, except for ablations of attention scores, which only the hooked attention computes."""
-    return native_attention(model) if ablation.site == "hook_z" else in_use(model)
+    """`native_attention`, except for ablations of attention scores, which only the hooked attention computes.
+
+    Raises:
+        ModelBusyError: another thread is using the model.
+        ModelCheckError: this architecture does not obey what is written into its attention scores.
+    """
+    if ablation.site == "hook_z":
+        return native_attention(model)
+    check_attention_writes(f"ablation {ablation.name!r}", model)
+    return in_use(model)
 
 
 def row_masks(heads: "HeadsLike | Tensor", cfg: ModelConfig) -> Bool[Tensor, "row layer head"]:
