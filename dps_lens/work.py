@@ -10,6 +10,7 @@ from warnings import warn
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dps_lens.checks import check_flag, check_whole
 from dps_lens.errors import RunError
 from dps_lens.model import HookedModel
 from dps_lens.result import Result, provenance
@@ -32,6 +33,12 @@ class RunConfig:
     force: bool = False
     batch_size: BatchSize = "auto"
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("force", "progress"):
+            check_flag(RunError, f"RunConfig: {name}", getattr(self, name))
+        if self.batch_size != "auto":
+            check_whole(RunError, "RunConfig: batch_size", self.batch_size, least=1, why="or 'auto'")
 
 
 class Work(ABC):

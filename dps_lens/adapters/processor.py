@@ -12,7 +12,7 @@ from dps_lens.errors import SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Edit, attention_for, find_ablation, row_masks
 from dps_lens.model import HookedModel, check_attention_reads, hf_model_of, is_bridge, runner_of
-from dps_lens.model.positions import check_switch
+from dps_lens.model.positions import check_switch, rotary_switch
 from dps_lens.steering.rules import Rule, RuleLike, check_strength, find_rule
 from dps_lens.steering.terms import combine
 
@@ -151,6 +151,8 @@ class DPSLogitsProcessor(LogitsProcessor):
         return logits
 
     def _check_lengths(self, ids: Int[Tensor, "row pos"]) -> None:
+        if rotary_switch(self.model) is None:
+            return
         new, first = ids.shape[1] - self._prompt_mask.shape[1], self._prompt_mask.sum(-1)
         start = int(first.min()) - (self.positions == "response")
         check_switch(self.model, "logits_processor", start, int(first.max()) + new)

@@ -14,6 +14,7 @@ from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Ablation, Edit, Scale, Zero, attention_for, everywhere, window
 from dps_lens.literals import Positions
 from dps_lens.model import Residuals, Runner
+from dps_lens.model.positions import check_switch
 from dps_lens.steering.decoder import adding
 from dps_lens.steering.terms import farthest_early
 from dps_lens.steering.vector import SteeringVector
@@ -34,6 +35,7 @@ class Forced:
         self.targets = tokens[0, start:stop]
         # Edits that begin at the last prompt token share what is before it.
         shared = start - 1 if positions == "response" else 0
+        check_switch(runner.model, f"example {prompt.example_id!r}", shared or stop - 1, stop - 1)
         self.tokens = tokens[:, shared : stop - 1]
         self.where = everywhere if positions == "response" else window(prompt, positions)
         with attention_for(runner.model, Zero()):

@@ -20,6 +20,7 @@ from dps_lens.intervene import AblationLike, Context, Edit, Where, attention_for
 from dps_lens.literals import Positions
 from dps_lens.model import PromptCache, Residuals, Runner, reused_logits
 from dps_lens.model.losses import token_losses
+from dps_lens.model.positions import check_switch
 from dps_lens.scoring.objectives import NLL, Objective, losses_of_rows
 from dps_lens.work import BatchSize
 
@@ -68,6 +69,7 @@ class CleanRun:
         self.targets = tokens[0, start:stop]
         # The last response token is never an input of what is read.
         self.begin = start - 1 if positions == "response" else 0
+        check_switch(runner.model, f"example {prompt.example_id!r}", self.begin or stop - 1, stop - 1)
         self.tokens = tokens[:, self.begin : stop - 1]
         self.where: Where = where or (everywhere if positions in ("response", "all") else window(prompt, positions))
         self.prompt_cache: PromptCache | None = None

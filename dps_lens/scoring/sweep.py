@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import prompts_in
 from dps_lens.data.examples import by_key, data_digest, newest
@@ -43,8 +44,9 @@ class ScoreConfig:
     confirm: float = 0.15
 
     def __post_init__(self) -> None:
-        if self.exact_layers < 0 or not 0 <= self.confirm <= 1:
-            raise ScoreError("ScoreConfig: exact_layers is a number of layers, confirm a share between 0 and 1")
+        check_whole(ScoreError, "ScoreConfig: n_donors", self.n_donors, least=1)
+        check_whole(ScoreError, "ScoreConfig: exact_layers", self.exact_layers, least=0)
+        check_number(ScoreError, "ScoreConfig: confirm", self.confirm, least=0, most=1, why="a share of all heads")
 
 
 @dataclass(frozen=True)

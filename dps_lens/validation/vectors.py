@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.data.conditions import donors_of
-from dps_lens.errors import HeadError
+from dps_lens.errors import HeadError, ScoreError
 from dps_lens.intervene import Zero
 from dps_lens.literals import Select
 from dps_lens.model import HookedModel, native_attention
@@ -40,6 +41,11 @@ class VectorConfig:
     layer: int | None = None
     scale: float = 1.0
     examples: int | None = 4
+
+    def __post_init__(self) -> None:
+        check_number(ScoreError, "VectorConfig: scale", self.scale)
+        if self.examples is not None:
+            check_whole(ScoreError, "VectorConfig: examples", self.examples, least=1)
 
 
 def vector_recovery(

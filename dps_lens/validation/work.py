@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from dps_lens.checks import check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, Shown, User, build_prompt
 from dps_lens.data.examples import by_key, data_digest, held_out_examples
 from dps_lens.errors import ScoreError
@@ -61,8 +62,7 @@ class HeldOutConfig:
     weighted: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.ngram < 1:
-            raise ScoreError(f"HeldOutConfig: ngram is {self.ngram}; it is at least 1")
+        check_whole(ScoreError, "HeldOutConfig: ngram", self.ngram, least=1)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from oracles import ablated_nll, edited_positions, nll, uniform_z, z_of
 
 import dps_lens as dps
 from dps_lens.data import build_prompt
-from dps_lens.errors import InterventionError, PromptError, ScoreError
+from dps_lens.errors import InterventionError, PromptError, RunError, ScoreError
 from dps_lens.model.runners import runner_of
 from dps_lens.scoring import CleanRun, clean_run, single_heads
 from dps_lens.scoring.attribution import attribute
@@ -198,7 +198,6 @@ def test_unknown_settings_are_refused(llama, users, unchecked):
         {"against": "noise"},
         {"method": "guess"},
         {"ablation": "patch", "against": None},
-        {"run_config": dps.RunConfig(batch_size=0)},
     ):
         with pytest.raises(ScoreError):
             dps.score_heads(llama.hooked, users[:1], max_examples=1, **options)
@@ -206,6 +205,12 @@ def test_unknown_settings_are_refused(llama, users, unchecked):
         dps.score_heads(llama.hooked, users[:1], ablation="nothing")
     with pytest.raises(ScoreError, match="at least two users"):
         dps.score_heads(llama.hooked, users[:1], against="other_user")
+    for batch_size in (0, 2.0, True, "all"):
+        with pytest.raises(RunError, match="batch_size .* is not a whole number from 1 up; or 'auto'"):
+            dps.RunConfig(batch_size=batch_size)
+    for settings in ({"n_donors": 0}, {"exact_layers": True}, {"confirm": float("nan")}, {"confirm": 1.5}):
+        with pytest.raises(ScoreError, match=f"ScoreConfig: {next(iter(settings))}"):
+            dps.ScoreConfig(**settings)
 
 
 def test_nan_in_weights_is_an_error(tiny_folders, users, short):

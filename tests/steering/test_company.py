@@ -13,7 +13,9 @@ import dps_lens as dps
 from dps_lens.data import Prompt
 from dps_lens.errors import PromptError
 from dps_lens.heads import HeadSet
+from dps_lens.model import runner_of
 from dps_lens.model.positions import RotarySwitch, is_long, rotary_switch
+from dps_lens.scoring import CleanRun
 
 GQA = {"num_key_value_heads": 2}
 SWITCH = 40
@@ -148,6 +150,12 @@ def test_texts_that_cross_the_switch_are_refused(pair_of):
         generate(model, prompt, heads=HEADS, max_new_tokens=fits + 1)
     out = generate(model, prompt, heads=HEADS, gamma=GAMMA, max_new_tokens=fits, stop_at_eos=False)
     assert out.tokens[0].tolist() == naive(plain, prompt, GAMMA, "response")[0][:fits]
+    long = Prompt(prompt_of((3, 20), 45).tokens, prompt.spans | {"response": (38, 45)}, "", "own", "one", "", ())
+    with pytest.raises(PromptError, match="'one': 37 cached tokens grow to 44 across 40"):
+        CleanRun(runner_of(model), long)
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(plain(long.tokens[None]).logits[0, 37:44], long.tokens[38:])
+    assert abs(CleanRun(runner_of(model), long, positions="all").nll - float(losses)) < 1e-4
     with pytest.raises(PromptError, match="shorten the prompt to less than 40 tokens"):
         generate(model, prompt_of((3, 20), 41), heads=HEADS, max_new_tokens=1)
 
