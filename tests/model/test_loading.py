@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import peft
 import pytest
 import torch
 import transformers
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import dps_lens as dps
 from dps_lens.errors import ModelLoadError
-from dps_lens.model import loader_of, wrap_model
+from dps_lens.model import describe_model, loader_of, wrap_model
 
 TOKENS = torch.arange(5, 35)[None]
 PLACED = pytest.mark.parametrize("placed", [{}, {"device_map": "cpu"}], ids=["one device", "device_map"])
@@ -119,6 +120,34 @@ def test_a_revision_reaches_config_weights_and_tokenizer(hub, placed, revision, 
 
 def make_added(folder):
     return transformers.AutoTokenizer.from_pretrained(folder).get_added_vocab()
+
+
+def test_an_adapter_on_the_hub_says_the_revision_of_its_base(hub, tmp_path):
+    base = hub / "models--somebody--two" / "snapshots" / ("b" * 40)
+    adapted = peft.get_peft_model(
+        plain(base), peft.LoraConfig(r=4, target_modules=["o_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    repository = shutil.copytree(hub, tmp_path / "hub") / "models--me--mine"
+    folder = repository / "snapshots" / ("c" * 40)
+    adapted.save_pretrained(folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "best").write_text("c" * 40)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    written |= {"base_model_name_or_path": "somebody/two", "revision": "second"}
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    model = dps.load_model("me/mine", revision="best", cache_dir=str(tmp_path / "hub"))
+    assert torch.allclose(logits(model), logits(adapted), atol=1e-4)
+    assert model.tokenizer.get_added_vocab() == make_added(base)
+    assert describe_model(model)["name"] == "two+mine"
+    exported = dps.export_lora(model, dps.HeadSet([(0, 1)]), tmp_path / "mask")
+    written = json.loads((exported / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("me/mine", "best")
+
+
+def test_workers_place_weights_as_the_options_say(tiny_folders, llama):
+    empty = dps.load_model(str(tiny_folders["llama"]), device="meta", device_map={"": "cpu"})
+    on_worker = dps.RayEngine(gpus=1)._loader(empty)()
+    assert torch.allclose(logits(on_worker), logits(llama.plain), atol=1e-4)
 
 
 OWN_CODE = """
