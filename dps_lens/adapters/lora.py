@@ -13,7 +13,7 @@ from dps_lens.errors import SteeringError
 from dps_lens.files import write_json, write_tensors
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import AblationLike, Mean, Zero, find_ablation
-from dps_lens.model import HookedModel, hf_model_of, is_bridge
+from dps_lens.model import HookedModel, hf_model_of, is_bridge, loader_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,7 +27,8 @@ def export_lora(
     read the heads. A (rank × in) picks these columns, B (out × rank) = −W_O[:, columns]; the bias stays. A mean
     ablation adds a bias to B, `W_O[:, columns]` times the mean (`lora_bias`, which not every server knows).
     The rank is d_head × the most heads in one layer; layers with fewer are filled with zeros, because
-    not every server knows a rank for each layer. Scaling is 1.
+    not every server knows a rank for each layer. Scaling is 1. It is an adapter of the weights that the model has: of
+    a model that was itself loaded from an adapter, the base is that adapter, which `load_model` merges first.
 
     Args:
         model: a `TransformerBridge` with the weights of its Hugging Face model.
@@ -106,7 +107,7 @@ def _config(model: HookedModel, rank: int, targets: list[str], *, fan_in_fan_out
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": hf_model_of(model).name_or_path,
-        "revision": None,
+        "revision": _revision(model),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -123,18 +124,26 @@ def _config(model: HookedModel, rank: int, targets: list[str], *, fan_in_fan_out
     }
 
 
+def _revision(model: HookedModel) -> str | None:
+    """The one that the model was loaded with."""
+    loader = loader_of(model)
+    return None if loader is None else loader.keywords["revision"]
+
+
 def _weight(model: HookedModel, projection: Any, layer: int) -> Float[Tensor, "d_model d_z"]:
     """W_O of a layer as `[out, in]`, of a linear layer or of GPT-2's transposed Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
-    if (
-        not isinstance(projection, (torch.nn.Linear, Conv1D))
-        or projection.weight.dtype not in _FLOATS
-        or getattr(hf_model_of(model), "hf_quantizer", None) is not None
-    ):
+    if getattr(hf_model_of(model), "hf_quantizer", None) is not None or projection.weight.dtype not in _FLOATS:
         raise SteeringError(
             f"export_lora: the output projection of layer {layer} is a {type(projection).__name__} of quantised "
             "weights; export from the unquantised model"
+        )
+    if not isinstance(projection, (torch.nn.Linear, Conv1D)) or hasattr(projection, "base_layer"):
+        raise SteeringError(
+            f"export_lora: the output projection of layer {layer} is a {type(projection).__name__} of "
+            f"{type(projection).__module__}, no plain linear layer; merge what was put around it into the weights "
+            "(load_model does, given the folder of a PEFT adapter)"
         )
     weight = projection.weight.detach()
     if weight.device.type == "meta":

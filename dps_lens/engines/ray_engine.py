@@ -95,8 +95,9 @@ class RayEngine(Engine):
             raise RunError(
                 "RayEngine: workers cannot load a model that load_model did not load; give load=, a function that does"
             )
-        if self.gpus > 1:
-            return partial(load, **({"device_map": "auto"} | load.keywords))
+        placed = {"device_map", "n_devices"} & load.keywords.keys()
+        if self.gpus > 1 or placed:
+            return partial(load, **(({} if placed else {"device_map": "auto"}) | load.keywords))
         return partial(load, device="cuda" if self.gpus else "cpu")
 
     def _connect(self) -> None:
