@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dps_lens.errors import DPSLensError, ScoreError
-from dps_lens.files import read_tensors, write_json, write_tensors
+from dps_lens.files import read_tensors, replacing, write_json, write_tensors
 from dps_lens.heads import HeadSet
 
 if TYPE_CHECKING:
@@ -84,19 +84,24 @@ class Result(ABC):
         return f"<p><b>{type(self).__name__}</b>: {html.escape(self.summary())}</p>{table}{rest}"
 
     def save(self, folder: str | Path) -> None:
-        """Write `STEM.json` and, for tensors, `STEM.safetensors`; a failed write leaves nothing that loads."""
+        """Write `STEM.json` and, for tensors, `STEM.safetensors`; a failed write leaves what was there, or nothing."""
         tensors: dict[str, torch.Tensor] = {}
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "manifest"}  # type: ignore[arg-type]
         packed = {name: _packed(value, name, tensors) for name, value in own.items()}
-        self.remove(folder)  # never new values under an old manifest
-        if tensors:
-            write_tensors(Path(folder) / f"{self.stem}.safetensors", tensors)
         manifest = {"made": provenance(), **self.manifest}
-        write_json(
-            Path(folder) / f"{self.stem}.json",
-            {"kind": type(self).__name__, "format": _FORMAT, "fields": packed, "manifest": manifest},
-            sort_keys=False,  # methods and families have an order
-        )
+        meta = {"kind": type(self).__name__, "format": _FORMAT, "fields": packed, "manifest": manifest}
+        with replacing(Path(folder) / f"{self.stem}.json") as new:
+            write_json(new, meta, sort_keys=False)  # methods and families have an order
+            self._save_tensors(Path(folder), tensors)
+
+    def _save_tensors(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put new tensors in the place of old ones; what was saved before goes when all that is new is written."""
+        if not tensors:
+            self.remove(folder)
+            return
+        with replacing(folder / f"{self.stem}.safetensors") as values:
+            write_tensors(values, tensors)
+            self.remove(folder)  # never new values under an old manifest
 
     @classmethod
     def remove(cls, folder: str | Path) -> None:

@@ -68,6 +68,26 @@ def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = No
             _note(out, line, turns[-1][1], options)
 
 
+def check_answers(out: Path) -> None:
+    """Refuse to add answers to a file that holds anything else.
+
+    Raises:
+        RunError: names the line.
+    """
+    from dps_lens.errors import RunError
+
+    lines = out.read_bytes().split(b"\n")[:-1] if out.exists() else []
+    if out.exists() and out.stat().st_size != sum(len(line) + 1 for line in lines):
+        raise RunError(f"{out} ends in the middle of a line; use another file")
+    for number, line in enumerate(lines, start=1):
+        try:
+            known = {"prompt", "text"} <= {*json.loads(line)}
+        except (ValueError, TypeError):
+            known = False
+        if not known:
+            raise RunError(f"{out}, line {number} is no answer of --chat; use another file")
+
+
 _UNSTEERED = {"rule": "greedy", "decode_config": None}
 
 

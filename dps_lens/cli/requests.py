@@ -167,25 +167,79 @@ def _example(where: str, line: _Line, users: "Mapping[str, User]") -> "Example":
 class Lines:
     """JSON lines that are printed, or kept in a file that an interrupted command goes on with.
 
+    Beside the file lies `NAME.run.json`, which says what decides its lines: weights, prompts, decoding.
+
+    Args:
+        out: the file; None prints.
+        requests: a line each.
+        settings: of all lines.
+        force: drop what the file holds.
+
+    Attributes:
+        done: lines that are there.
+
     Raises:
         RunError: the file holds lines of other requests.
     """
 
-    def __init__(self, out: Path | None, requests: Sequence[Request], settings: Mapping[str, Any]) -> None:
-        self._out, self._settings = out, settings
-        self.done = self._kept(out, requests) if out is not None and out.exists() else 0
+    def __init__(
+        self, out: Path | None, requests: Sequence[Request], settings: Mapping[str, Any], *, force: bool = False
+    ) -> None:
+        self._out, self._settings, self._force = out, settings, force
+        self._size = 0
+        self.done = self._kept(out, requests) if out is not None and out.exists() and not force else 0
+
+    def begin(self, fingerprint: Mapping[str, Any]) -> None:
+        """Be ready to write; up to here, nothing is changed.
+
+        Args:
+            fingerprint: everything that decides the lines beside what they say.
+
+        Raises:
+            RunError: the lines that are there were made otherwise.
+        """
+        if self._out is None:
+            return
+        from dps_lens.errors import RunError
+        from dps_lens.runs import claim
+
+        beside = self._out.with_name(f"{self._out.name}.run.json")
+        if self._force:
+            self._out.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
+        if self.done and not beside.is_file():
+            raise RunError(
+                f"{self._out}: there is no {beside.name} beside it that says what its lines were made with; use "
+                "another file, or --force to start anew"
+            )
+        claim(beside, fingerprint, self._out)
+        self._cut()
+
+    def _cut(self) -> None:
+        """Drop a line that has no end: it was being written when the command was stopped."""
+        from dps_lens.files import replacing
+
+        if self._out is None or not self._out.exists():
+            return
+        whole = self._out.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        self._size = len(kept)
+        if kept != whole:
+            with replacing(self._out) as temporary:
+                temporary.write_bytes(kept)
 
     def row(self, request: Request) -> dict[str, Any]:
-        """What a line says of its request."""
+        """What a line says of its request; `data` is a digest of an example's texts."""
         row = {**request.about, **self._settings, **request.settings}
-        return row | {"heads": str(row["heads"])}
+        row |= {"heads": str(row["heads"])}
+        return row | ({"data": _digest(request.example)} if request.example is not None else {})
 
     def _kept(self, out: Path, requests: Sequence[Request]) -> int:
         from dps_lens.errors import RunError
-        from dps_lens.files import write_text
 
-        # A line without its end was being written when the command was stopped, perhaps inside a character.
         *whole, torn = out.read_bytes().split(b"\n")
+        if torn and not whole and not torn.startswith(b"{"):
+            raise RunError(f"{out}, line 1 was not written by this command; use another file")
         for number, (line, request) in enumerate(zip(whole, requests, strict=False), start=1):
             row = json.loads(json.dumps(self.row(request)))
             try:
@@ -200,19 +254,32 @@ class Lines:
                 )
         if len(whole) > len(requests):
             raise RunError(f"{out} holds {len(whole)} lines for {len(requests)} requests; use another file")
-        if torn:
-            write_text(out, "".join(f"{line.decode()}\n" for line in whole))
         return len(whole)
 
     def write(self, request: Request, written: Mapping[str, Any]) -> None:
-        """One finished request."""
+        """One finished request.
+
+        Raises:
+            RunError: somebody else writes to the file.
+        """
         import typer
+
+        from dps_lens.errors import RunError
 
         line = json.dumps(self.row(request) | dict(written), ensure_ascii=False)
         if self._out is None:
             typer.echo(line)
             return
+        if (self._out.stat().st_size if self._out.exists() else 0) != self._size:
+            raise RunError(f"{self._out}: another command writes to this file; let it end, or use another file")
         append_line(self._out, line)
+        self._size = self._out.stat().st_size
+
+
+def _digest(example: "Example") -> str:
+    from dps_lens.data.examples import data_digest
+
+    return data_digest([], [example])
 
 
 def append_line(path: Path, line: str) -> None:

@@ -2,7 +2,7 @@
 
 from dps_lens.model.attention import native_attention, runs_native
 from dps_lens.model.check import check_model
-from dps_lens.model.describe import describe_model, described_as, has_weights
+from dps_lens.model.describe import describe_model, described_as, has_hooks, has_weights
 from dps_lens.model.fast.bypass import BypassedHooks, reused_logits
 from dps_lens.model.load import load_model, loader_of, wrap_model
 from dps_lens.model.protocol import HookedModel, ModelConfig, hf_model_of, is_bridge
@@ -19,6 +19,7 @@ __all__ = [
     "check_model",
     "describe_model",
     "described_as",
+    "has_hooks",
     "has_weights",
     "hf_model_of",
     "is_bridge",
