@@ -109,7 +109,8 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
         values = tensors[name].detach()
         digest.update(f"{name}|{values.dtype}|{tuple(values.shape)}|".encode())
         # As bytes, for numpy knows neither bfloat16 nor float8; in pieces, for a copy of a large matrix is large.
-        for piece in values.contiguous().reshape(-1).view(torch.uint8).split(_PIECE):
+        flat = values.contiguous().as_strided((values.numel(),), (1,))
+        for piece in flat.view(torch.uint8).split(_PIECE):
             digest.update(memoryview(piece.cpu().numpy()))
     return digest.hexdigest()
 
