@@ -51,3 +51,9 @@ class PlotError(DPSLensError, ValueError):
 
 class ExtensionError(DPSLensError, ValueError):
     """An object of somebody's own cannot be loaded from its import path."""
+
+
+def reason(error: BaseException) -> str:
+    """The whole message of an error in one line, with its type where the message alone would say little."""
+    message = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {message}" if not message or isinstance(error, LookupError) else message

@@ -10,7 +10,7 @@ from transformers import DynamicCache, LogitsProcessor
 from dps_lens.errors import SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Edit, attention_for, find_ablation, row_masks
-from dps_lens.model import HookedModel, is_bridge, runner_of
+from dps_lens.model import HookedModel, check_attention_reads, is_bridge, runner_of
 from dps_lens.steering.rules import Rule, RuleLike, check_strength, find_rule
 from dps_lens.steering.terms import combine
 
@@ -52,6 +52,7 @@ def logits_processor(
             "logits_processor: a HookedTransformer has no generate of transformers; use dps.generate, or load the "
             "model with transformer-lens>=4"
         )
+    check_attention_reads("logits_processor", model)  # which is the attention that generate of transformers runs
     chosen = find_rule(rule)
     if [term.branch for term in chosen.terms] != ["ablated"]:
         raise SteeringError(

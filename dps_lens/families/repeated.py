@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dps_lens.errors import ScoreError
 from dps_lens.families.work import FamilyWork
-from dps_lens.model import HookedModel
+from dps_lens.model import HookedModel, check_attention_reads
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.work import Engine
@@ -106,6 +106,7 @@ def attention_to(
     Raises:
         ScoreError: no query has a marked key.
     """
+    check_attention_reads("attention_to", model)
     queries = int(target.any(-1).sum())
     if not queries:
         raise ScoreError("attention_to: the target marks no key")

@@ -14,7 +14,7 @@ from torch import Tensor
 from dps_lens.data.tokenizer import Offsets, PromptTokenizer
 from dps_lens.errors import ScoreError
 from dps_lens.families.work import FamilyWork
-from dps_lens.model import HookedModel, native_attention, runner_of
+from dps_lens.model import HookedModel, check_attention_reads, native_attention, runner_of
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.work import Engine
@@ -132,6 +132,7 @@ def _run(
     model: HookedModel, haystack: Sequence[str], needle: Needle, length: int, depth: float
 ) -> Float[Tensor, "layer head"] | None:
     """One needle: copy score of every head, or None where the needle was not recalled."""
+    check_attention_reads("reference_heads", model)
     cfg, runner = model.cfg, runner_of(model)
     steps = len(PromptTokenizer(model).answer(needle.answer, None)) + _EXTRA_STEPS
     ids, (start, stop) = needle_prompt(model, haystack, needle, min(length, cfg.n_ctx - steps), depth)

@@ -15,7 +15,7 @@ from dps_lens.heads import HeadSet, HeadsLike
 from dps_lens.intervene.ablations import Ablation, AblationLike, Zero, find_ablation
 from dps_lens.intervene.positions import Where, everywhere, window
 from dps_lens.literals import Positions
-from dps_lens.model import HookedModel, ModelConfig, native_attention, runs_native
+from dps_lens.model import HookedModel, ModelConfig, check_attention_writes, native_attention, runs_native
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Edit:
             raise InterventionError(
                 f"ablation {self.ablation.name!r} edits attention scores, which native_attention does not compute"
             )
+        if self.ablation.site != "hook_z":
+            check_attention_writes(f"ablation {self.ablation.name!r}", model)
         layers = self.masks.any(dim=0).any(dim=-1).nonzero().flatten().tolist()
         hooks = [(f"blocks.{layer}.attn.{self.ablation.site}", partial(self._hook, layer)) for layer in layers]
         with model.hooks(fwd_hooks=hooks):
@@ -138,8 +140,15 @@ def _spread(values: Tensor, where: slice | Tensor, n_pos: int) -> Float[Tensor, 
 
 
 def attention_for(model: HookedModel, ablation: Ablation) -> AbstractContextManager[None]:
-    """`native_attention`, except for ablations of attention scores, which only the hooked attention computes."""
-    return native_attention(model) if ablation.site == "hook_z" else nullcontext()
+    """`native_attention`, except for ablations of attention scores, which only the hooked attention computes.
+
+    Raises:
+        ModelCheckError: this architecture does not obey what is written into its attention scores.
+    """
+    if ablation.site == "hook_z":
+        return native_attention(model)
+    check_attention_writes(f"ablation {ablation.name!r}", model)
+    return nullcontext()
 
 
 def row_masks(heads: "HeadsLike | Tensor", cfg: ModelConfig) -> Bool[Tensor, "row layer head"]:

@@ -10,10 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dps_lens.errors import ModelCheckError
 from dps_lens.model.fast.cache import preallocated_cache
 from dps_lens.model.fast.shared import NotShareableError, may_share, shared_attention, shared_cache
+from dps_lens.model.kernels import runs_native
 from dps_lens.model.protocol import HookedModel, hf_model_of
 from dps_lens.model.runner import PromptCache, Residuals, Runner, recorders
+from dps_lens.model.trials import tried
 
 _SHARED_TOKENS = 40
 
@@ -48,16 +51,8 @@ class BridgeRunner(Runner):
 
     def _shares(self) -> bool:
         """Whether attending to a shared prompt in place gives this model's own logits; tried once a model."""
-        known = vars(self.model).get("_dps_lens_shares")
-        if known is not None:
-            return bool(known)
-        if any(point.fwd_hooks for point in self.model.hook_dict.values()):
-            return False  # what hooks do to the trial says nothing of the model
-        found = self._try_sharing()
-        object.__setattr__(self.model, "_dps_lens_shares", found)
-        return found
+        return tried(self.model, "shares", self._try_sharing)
 
-    @torch.no_grad()
     def _try_sharing(self) -> bool:
         tokens = torch.arange(2, 9, device=self.device)[None] % self.cfg.d_vocab
         prompt, logits = self.prefill(tokens[:, :4]), []
@@ -77,6 +72,11 @@ class BridgeRunner(Runner):
 
         cache: Any = DynamicCache()
         self._direct(tokens, cache, mask)
+        if len(cache.layers) != self.cfg.n_layers:
+            raise ModelCheckError(
+                f"{type(self._hf_model).__name__} keeps keys and values of {len(cache.layers)} of its "
+                f"{self.cfg.n_layers} layers, so a prompt cannot be continued; use another model"
+            )
         return PromptCache([(layer.keys, layer.values) for layer in cache.layers], tokens.shape[1])
 
     def logits(
@@ -98,8 +98,26 @@ class BridgeRunner(Runner):
         prompt: PromptCache | None = None,
         keep: int | None = None,
     ) -> Float[Tensor, "row kept d_vocab"]:
-        with self._after(prompt, tokens.shape[1]) as past, _entering(self.model.blocks, starts):
-            return self._forward(tokens, keep=keep, **past)
+        rows = None if self._grows() else sum(len(start) for start in starts.values())
+        with self._after(prompt, tokens.shape[1]) as past, _entering(self.model.blocks, starts, rows=rows):
+            return self._forward(tokens if rows is None else tokens.expand(rows, -1), keep=keep, **past)
+
+    def _grows(self) -> bool:
+        """Whether rows may join from layer to layer; some blocks keep the number of rows that the pass began with."""
+        return tried(self.model, f"grows, native {runs_native(self.model)}", self._try_growing)
+
+    def _try_growing(self) -> bool:
+        tokens = torch.arange(2, 9, device=self.device)[None] % self.cfg.d_vocab
+        prompt, new, middle = self.prefill(tokens[:, :4]), tokens[:, 4:], self.cfg.n_layers // 2
+        residuals: Residuals = dict.fromkeys({0, middle})
+        whole = self.logits(new, prompt=prompt, record=residuals)
+        starts = {layer: residual.expand(2, -1, -1) for layer, residual in sorted(residuals.items())}
+        try:
+            with self._after(prompt, new.shape[1]) as past, _entering(self.model.blocks, starts):
+                joined = self._forward(new, keep=None, **past)
+        except Exception:  # whatever a block raises that meets more rows than it was told of
+            return False
+        return bool((joined - whole).float().norm(dim=(-1, -2)).max() <= 0.05 * whole.float().norm())
 
     def block(
         self,
@@ -143,6 +161,16 @@ class BridgeRunner(Runner):
         return found.logits[:, -1]
 
 
+def _in_place(residual: Tensor | None, layer: int, starts: Mapping[int, Tensor], rows: int) -> Tensor:
+    """The residual stream of all rows, with the values of those that join at this layer."""
+    arriving, place = starts[layer], sum(len(start) for one, start in starts.items() if one < layer)
+    if residual is None:
+        return torch.cat([arriving, arriving[:1].expand(rows - len(arriving), -1, -1)])
+    residual = residual.clone()
+    residual[place : place + len(arriving)] = arriving.to(residual.device)
+    return residual
+
+
 class _StoppedError(Exception):
     """Carries the residual stream out of a forward pass that ends early."""
 
@@ -152,11 +180,14 @@ class _StoppedError(Exception):
 
 
 @contextmanager
-def _entering(blocks: Any, starts: Mapping[int, Tensor], stop: int | None = None) -> Iterator[None]:
+def _entering(
+    blocks: Any, starts: Mapping[int, Tensor], *, stop: int | None = None, rows: int | None = None
+) -> Iterator[None]:
     """Let blocks below the first start pass their input on, and let rows join at the starts.
 
     The model around the blocks (masks, position embeddings, final norm, unembedding) stays its own.
-    With `stop`, the pass ends after that block by raising `_StoppedError`.
+    With `stop`, the pass ends after that block by raising `_StoppedError`. With `rows`, the batch has so many from the
+    first start on: those that join later are there before, as copies whose values do not count.
     """
     first, last = min(starts), len(blocks) - 1
     changed = [block for layer, block in enumerate(blocks) if layer < first or layer in starts]
@@ -166,7 +197,9 @@ def _entering(blocks: Any, starts: Mapping[int, Tensor], stop: int | None = None
         if layer < first:
             return starts[first] if layer == last else residual
         arriving = starts[layer]
-        if layer > first:
+        if rows is not None:
+            arriving = _in_place(residual if layer > first else None, layer, starts, rows)
+        elif layer > first:
             arriving = torch.cat([residual, arriving.to(residual.device)])
         leaving = type(block).forward(block, arriving, *args[1:], **kwargs)
         if layer == stop:

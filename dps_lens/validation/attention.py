@@ -14,7 +14,7 @@ from dps_lens.data import Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.examples import held_out_examples
 from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
-from dps_lens.model import HookedModel, runner_of
+from dps_lens.model import HookedModel, check_attention_reads, runner_of
 from dps_lens.result import Result
 from dps_lens.work import RunConfig
 
@@ -145,6 +145,7 @@ def profile_attention(
 @torch.inference_mode()
 def _from_response(model: HookedModel, prompt: Prompt, heads: HeadSet) -> dict[Head, Float[Tensor, "query pos"]]:
     """Attention to every position, from the queries whose logits give the response."""
+    check_attention_reads("attention", model)
     start, stop = prompt.spans["response"]
     patterns: dict[Head, Tensor] = {}
 

@@ -28,7 +28,7 @@ def guarded(monkeypatch):
         (bypass, "_Overwriting"),
         (cache, "_layer_class"),
         (shared, "_register"),
-        (dps.model.attention, "_call"),
+        (dps.model.kernels, "_call"),
     ):
         monkeypatch.setattr(owner, name, refuse)
 

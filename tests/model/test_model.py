@@ -17,7 +17,7 @@ TOKENS = torch.arange(5, 35)[None]
 
 def test_check_model_passes_and_reports(tiny):
     found = dps.check_model(tiny.hooked, reference=tiny.plain)
-    assert set(found) == {"ablation", "restart", "native attention", "parity"}
+    assert set(found) == {"ablation", "prompt", "restart", "padding", "native attention", "parity"}
     assert all(error < 1e-3 for error in found.values())
     assert set(dps.check_model(tiny.hooked)) == set(found)
     assert no_hooks_left(tiny.hooked)
@@ -128,7 +128,7 @@ def test_models_that_cannot_share_a_prompt_in_place_are_found_out(tiny_folders, 
     with native_attention(model):
         prompt = runner.prefill(TOKENS[:, :20])
         assert torch.allclose(runner.logits(TOKENS[:, 20:], prompt=prompt), whole[:, 20:], atol=1e-4)
-    assert not model._dps_lens_shares
+    assert not model._dps_lens_trials["shares"]
 
 
 @torch.inference_mode()
@@ -139,7 +139,7 @@ def test_a_shared_prompt_in_bfloat16_is_as_exact_as_the_kernels(tiny_folders):
     with native_attention(model):
         shared = runner.logits(TOKENS[:, 20:], prompt=runner.prefill(TOKENS[:, :20]))
         whole = runner.logits(TOKENS)[:, 20:]
-    assert model._dps_lens_shares
+    assert model._dps_lens_trials["shares"]
     assert (shared.float() - exact).norm() < 1.2 * (whole.float() - exact).norm()
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dps_lens.model.attention import attention_configs, runs_native
 from dps_lens.model.fast.switch import is_fast
+from dps_lens.model.kernels import attention_configs, runs_native
 from dps_lens.model.protocol import HookedModel, hf_model_of
 
 _NAME = "dps_lens_shared"

@@ -1,0 +1,68 @@
+"""GGUF files, converted once to safetensors."""
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+
+from dps_lens.errors import DPSLensError, ModelLoadError, reason
+from dps_lens.model.checkpoint import check_complete
+
+_SAMPLED_BYTES = 2**24
+
+
+def converted(gguf: Path, dtype: torch.dtype) -> Path:
+    """The safetensors form of a GGUF file in the user's cache, made when it is not there yet.
+
+    Raises:
+        ModelLoadError: there is no such file, it cannot be read, or weights are missing in it.
+    """
+    if not gguf.is_file():
+        raise ModelLoadError(f"load_model: there is no file {gguf}")
+    folder = user_cache_path("dps_lens") / "models" / _content_key(gguf, dtype) / gguf.stem
+    if not folder.is_dir():
+        try:
+            _convert(gguf, dtype, folder)
+        except DPSLensError:
+            raise
+        except Exception as error:
+            raise ModelLoadError(f"load_model: {gguf} cannot be read as GGUF: {reason(error)}") from error
+    return folder
+
+
+def _content_key(gguf: Path, dtype: torch.dtype) -> str:
+    """A digest of a file's size, its two ends, and the dtype it is converted to."""
+    size = gguf.stat().st_size
+    digest = hashlib.sha256(f"{size}|{dtype}".encode())
+    with gguf.open("rb") as file:
+        digest.update(file.read(_SAMPLED_BYTES))
+        file.seek(max(0, size - _SAMPLED_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()[:12]
+
+
+def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, found = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True
+    )
+    check_complete(str(gguf), found)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # What is saved is plain weights; the marks of the quantised origin would stop a plain load.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    setattr(model, "hf_quantizer", None)  # noqa: B010
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if not folder.is_dir():
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
