@@ -11,7 +11,7 @@ from warnings import warn
 from torch import Tensor
 
 from dps_lens.errors import RunError, ScoreError
-from dps_lens.files import read_tensors, replacing, write_json, write_tensors, write_text
+from dps_lens.files import read_object, read_tensors, replacing, write_json, write_tensors, write_text, writing
 from dps_lens.result import provenance
 
 _MANIFEST, _MADE = "run.json", "made.json"
@@ -34,10 +34,11 @@ class RunFolder:
         manifest = self.path / _MANIFEST
         wanted = json.loads(json.dumps(dict(fingerprint)))
         if force and self.path.is_dir():
-            for unit in (*self._units(), *(self.path / "quarantine").glob("*.txt")):
-                unit.unlink()
-            for file in (manifest, self.path / _MADE):
-                file.unlink(missing_ok=True)
+            with writing(self.path):
+                for unit in (*self._units(), *(self.path / "quarantine").glob("*.txt")):
+                    unit.unlink()
+                for file in (manifest, self.path / _MADE):
+                    file.unlink(missing_ok=True)
         if manifest.is_file():
             self._compare(manifest, wanted)
         else:
@@ -48,8 +49,8 @@ class RunFolder:
     def made(self) -> dict[str, str]:
         """Who began the run, and when; the same after every restart."""
         try:
-            return dict(json.loads((self.path / _MADE).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            return read_object(self.path / _MADE, RunError)
+        except RunError:
             return provenance()
 
     def _units(self) -> list[Path]:
@@ -57,9 +58,9 @@ class RunFolder:
 
     def _compare(self, manifest: Path, wanted: dict[str, Any]) -> None:
         try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise RunError(f"{manifest} is not valid JSON ({error}); use another folder or --force") from error
+            found = read_object(manifest, RunError)
+        except RunError as error:
+            raise RunError(f"{error}; use another folder, or --force to start anew") from error
         changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
         if changed:
             first = changed[0]

@@ -1,12 +1,12 @@
 """A run in shards: jobs that know nothing of each other, and their folders put together."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dps_lens.errors import RunError
+from dps_lens.files import read_object
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.work import Engine, Unit, Work
@@ -91,14 +91,14 @@ def merge_runs(parts: Sequence[str | Path], out: str | Path) -> int:
     for part in parts:
         folder.adopt(Path(part))
     if manifests[0].get("call") == "score_heads":
-        _merged([HeadScores.load(part) for part in parts], manifests[0]["examples"]).save(folder.path)
+        _merged([HeadScores.load(part) for part in parts], manifests[0].get("examples") or ()).save(folder.path)
     return folder.n_units
 
 
 def _manifest(part: Path) -> dict[str, Any]:
     try:
-        return json.loads((part / "run.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return read_object(part / "run.json", RunError)
+    except RunError as error:
         raise RunError(f"merge_runs: {part} is no run folder ({error})") from error
 
 
@@ -108,6 +108,8 @@ def _merged(parts: Sequence[HeadScores], examples: Sequence[str]) -> HeadScores:
     quarantined = {key: reason for part in parts for key, reason in part.manifest.get("quarantined", {}).items()}
     whole = HeadScores.join(parts)
     place = {example: index for index, example in enumerate(examples)}
+    if foreign := [example for example in whole.example_ids if example not in place]:
+        raise RunError(f"merge_runs: example {foreign[0]!r} is not of this run")
     merged = whole.take(sorted(range(len(whole.example_ids)), key=lambda row: place[whole.example_ids[row]]))
     if missing := len(examples) - len(merged.example_ids) - len(quarantined):
         shards = ", ".join(str(part.manifest.get("shard", "all")) for part in parts)
