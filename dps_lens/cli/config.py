@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dps_lens.cli.checks import numbers, words
 from dps_lens.cli.options import METHODS
@@ -47,13 +47,15 @@ class EvaluateConfig(BaseModel):
         """Comma-separated, as on the command line."""
         return words(value) if isinstance(value, str) else value
 
-    @field_validator("strengths", "ks", "layers", mode="before")
+    @field_validator("strengths", mode="before")
     @classmethod
-    def _split_numbers(cls, value: object, info: ValidationInfo) -> Any:
-        if not isinstance(value, str):
-            return value
-        name = str(info.field_name)
-        return numbers(name, value, float) if name == "strengths" else numbers(name, value, int)
+    def _split_numbers(cls, value: object) -> Any:
+        return numbers("strengths", value, float) if isinstance(value, str) else value
+
+    @field_validator("ks", "layers", mode="before")
+    @classmethod
+    def _split_whole_numbers(cls, value: object) -> Any:
+        return numbers("ks and --layers", value, int) if isinstance(value, str) else value
 
     def as_yaml(self) -> str:
         """As a file that `read_config` reads."""
