@@ -10,7 +10,7 @@ from warnings import warn
 from torch import Tensor
 
 from dps_lens.errors import RunError, ScoreError
-from dps_lens.files import create_json, json_digest, read_unit, tensors_digest, write_text, write_unit
+from dps_lens.files import create_json, json_digest, read_object, read_unit, write_text, write_unit, writing
 from dps_lens.result import provenance
 
 _MANIFEST, _MADE = "run.json", "made.json"
@@ -51,17 +51,18 @@ class RunFolder:
         create_json(self.path / _MADE, provenance())
 
     def _clear(self) -> None:
-        for file in (*self._units(), *(self.path / "quarantine").glob("*.txt")):
-            file.unlink(missing_ok=True)
-        for name in (_MANIFEST, _MADE):
-            (self.path / name).unlink(missing_ok=True)
+        with writing(self.path):
+            for file in (*self._units(), *(self.path / "quarantine").glob("*.txt")):
+                file.unlink(missing_ok=True)
+            for name in (_MANIFEST, _MADE):
+                (self.path / name).unlink(missing_ok=True)
 
     @property
     def made(self) -> dict[str, str]:
         """Who began the run, and when; the same after every restart."""
         try:
-            return dict(json.loads((self.path / _MADE).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            return read_object(self.path / _MADE, RunError)
+        except RunError:
             return provenance()
 
     def check(self) -> None:
@@ -88,42 +89,45 @@ class RunFolder:
         if not file.is_file():
             return None
         try:
-            unit, about = read_unit(file)
-            fault = self._fault(unit, about, file)
-        except ScoreError:
-            fault = "is not whole"
-        if fault:
-            warn(f"{file} {fault}; the unit is computed again", stacklevel=2)
+            unit, _ = self._own(file)
+        except ScoreError as error:
+            warn(f"{error}; the unit is computed again", stacklevel=2)
             return None
         kept = KeptUnit(unit)
         kept.file = file
         return kept
 
-    def _fault(self, unit: Mapping[str, Tensor], about: Mapping[str, Any], file: Path) -> str:
-        """What keeps a unit from being used, if anything."""
+    def _own(self, file: Path) -> tuple[dict[str, Tensor], str]:
+        """A unit of this run with its key.
+
+        Raises:
+            ScoreError: it is torn, altered, of another run, or not the unit that the file is named after.
+        """
+        try:
+            unit, about = read_unit(file)
+        except ScoreError as error:
+            raise ScoreError(str(error).removesuffix("; delete it and run again")) from error
         if about.get("run") != self.identity:
-            return "is not of this run"
-        if _name(str(about.get("unit"))) != file.stem:
-            return f"is another unit, {about.get('unit')!r}"
-        return "" if about.get("tensors") == tensors_digest(unit) else "holds other bytes than were written"
+            raise ScoreError(f"{file} is not of this run")
+        key = str(about.get("unit"))
+        if _name(key) != file.stem:
+            raise ScoreError(f"{file} is another unit, {key!r}")
+        return unit, key
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a finished unit."""
-        write_unit(self._file(key), tensors, {"run": self.identity, "unit": key, "tensors": tensors_digest(tensors)})
+        write_unit(self._file(key), tensors, {"run": self.identity, "unit": key})
         self._quarantine(key).unlink(missing_ok=True)
 
     def adopt(self, other: Path) -> None:
         """Copy the units of another folder of the same run; any that are not whole, or not its own, are left out."""
         for file in sorted((other / "units").glob("*.safetensors")):
             try:
-                unit, about = read_unit(file)
-                fault = self._fault(unit, about, file)
-            except ScoreError:
-                fault = "is not whole"
-            if fault:
-                warn(f"{file} {fault} and is left out", stacklevel=3)
-            else:
-                self.put(about["unit"], unit)
+                unit, key = self._own(file)
+            except ScoreError as error:
+                warn(f"{error}; it is left out", stacklevel=3)
+                continue
+            self.put(key, unit)
 
     @property
     def n_units(self) -> int:
@@ -157,14 +161,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 def _read(manifest: Path) -> dict[str, Any]:
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"{manifest} cannot be read ({error}); use another folder") from error
-    except ValueError as error:
-        raise RunError(f"{manifest} is not valid JSON ({error}); use another folder or --force") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{manifest} is not of a run; use another folder")
-    return found
+        return read_object(manifest, RunError)
+    except RunError as error:
+        raise RunError(f"{error}; use another folder, or --force to start anew") from error
 
 
 def claim(manifest: Path, fingerprint: Mapping[str, Any], place: Path) -> dict[str, Any]:

@@ -333,10 +333,10 @@ def torn(out, other):
     [
         (swapped, "is another unit"),
         (of_another_model, "is not of this run"),
-        (flipped_byte, "holds other bytes than were written"),
+        (flipped_byte, "is damaged"),
         (other_tensors, "is not of this run"),
         (without_a_note, "is not of this run"),
-        (torn, "is not whole"),
+        (torn, "is not a whole safetensors file"),
     ],
 )
 def test_units_that_are_not_the_runs_own_are_made_again(start, folder, probe, out, tmp_path, monkeypatch, damage, said):

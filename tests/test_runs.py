@@ -62,7 +62,7 @@ def test_a_torn_unit_is_computed_again(llama, probe, options, tmp_path, monkeypa
     torn = sorted((tmp_path / "units").iterdir())[1]
     torn.write_bytes(torn.read_bytes()[:40])
     calls = counting(monkeypatch)
-    with pytest.warns(UserWarning, match="is not whole"):
+    with pytest.warns(UserWarning, match="is not a whole safetensors file"):
         dps.score_heads(llama.hooked, probe[:2], out=tmp_path, **options)
     assert len(calls) == 1
     assert digest(tmp_path) == before
@@ -258,7 +258,7 @@ def test_a_run_that_was_begun_anew_meanwhile_does_not_save(llama, probe, options
 
 def test_foreign_manifests_are_not_touched(tmp_path):
     (tmp_path / "run.json").write_text("[1]")
-    with pytest.raises(RunError, match="is not of a run"):
+    with pytest.raises(RunError, match="expected an object, found list"):
         RunFolder(tmp_path, {})
     assert (tmp_path / "run.json").read_text() == "[1]"
 
@@ -273,7 +273,7 @@ def test_a_save_that_fails_leaves_what_was_there(llama, probe, options, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr("dps_lens.files.save_file", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(dps.DPSLensError, match="no space"):
             scores.save(tmp_path)
     assert digest(tmp_path) == before
     assert torch.equal(dps.HeadScores.load(tmp_path).values, scores.values)
@@ -286,7 +286,7 @@ def test_merging_takes_only_units_and_scores_of_the_run(llama, tiny_folders, pro
     content = mine[0].read_bytes()
     for bad, said in ((foreign[0], "is not of this run"), (mine[1], "is another unit")):
         mine[0].write_bytes(bad.read_bytes())
-        with pytest.warns(UserWarning, match=f"{said}.* and is left out"):
+        with pytest.warns(UserWarning, match=f"{said}.*it is left out"):
             assert dps.merge_runs([tmp_path / "run"], tmp_path / said) == 1
     mine[0].write_bytes(content)
     assert dps.merge_runs([tmp_path / "run"], tmp_path / "merged") == 2

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dps_lens.cli.requests import STRENGTHS, append_line
+from dps_lens.cli.requests import STRENGTHS
 
 if TYPE_CHECKING:
     from dps_lens.model import HookedModel
@@ -92,6 +92,8 @@ _UNSTEERED = {"rule": "greedy", "decode_config": None}
 
 
 def _note(out: Path | None, message: str, answer: str, options: Mapping[str, Any]) -> None:
+    from dps_lens.files import append_line
+
     if out is not None:
         line = {"prompt": message, "text": answer, **options}
         append_line(out, json.dumps(line, ensure_ascii=False, default=str))

@@ -90,7 +90,8 @@ def merge_runs(parts: Sequence[str | Path], out: str | Path) -> int:
     for part in parts:
         folder.adopt(Path(part))
     if manifests[0].get("call") == "score_heads":
-        _merged([_scores(Path(part), manifests[0]) for part in parts], manifests[0]["examples"]).save(folder.path)
+        scores = [_scores(Path(part), manifests[0]) for part in parts]
+        _merged(scores, manifests[0].get("examples") or ()).save(folder.path)
     return folder.n_units
 
 
@@ -116,6 +117,8 @@ def _merged(parts: Sequence[HeadScores], examples: Sequence[str]) -> HeadScores:
     quarantined = {key: reason for part in parts for key, reason in part.manifest.get("quarantined", {}).items()}
     whole = HeadScores.join(parts)
     place = {example: index for index, example in enumerate(examples)}
+    if foreign := [example for example in whole.example_ids if example not in place]:
+        raise RunError(f"merge_runs: example {foreign[0]!r} is not of this run")
     merged = whole.take(sorted(range(len(whole.example_ids)), key=lambda row: place[whole.example_ids[row]]))
     if missing := len(examples) - len(merged.example_ids) - len(quarantined):
         shards = ", ".join(str(part.manifest.get("shard", "all")) for part in parts)
