@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dps_lens.errors import SteeringError
@@ -34,14 +35,15 @@ def export_lora(
         model: a `TransformerBridge` with the weights of its Hugging Face model.
         heads: the heads to mask.
         ablation: `"zero"` or `Mean(z=…)`.
-        path: a folder; `adapter_config.json` and `adapter_model.safetensors` are written into it.
+        path: a folder; `adapter_config.json` and `adapter_model.safetensors` are written into it, over those of an
+            earlier call.
         max_rank: the largest rank that the server takes.
 
     Returns:
         the folder.
 
     Raises:
-        SteeringError: the mask cannot be written as a LoRA adapter of this model.
+        SteeringError: the mask cannot be written as a LoRA adapter of this model, or the folder holds another adapter.
         HeadError: a head is outside the model.
     """
     if not is_bridge(model):
@@ -93,6 +95,7 @@ def export_lora(
         targets.append(name)
         transposed = not isinstance(projection, torch.nn.Linear)
     path = Path(path)
+    _check_folder(path)
     # Without its config an adapter is not read, so old and new halves never meet.
     (path / "adapter_config.json").unlink(missing_ok=True)
     write_tensors(path / "adapter_model.safetensors", tensors, {"format": "pt", "heads": str(heads)})
@@ -100,6 +103,20 @@ def export_lora(
         path / "adapter_config.json", _config(model, rank, targets, fan_in_fan_out=transposed, bias=mean is not None)
     )
     return path
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse to write over an adapter that this call did not write."""
+    weights = path / "adapter_model.safetensors"
+    if not weights.exists() and not (path / "adapter_config.json").exists():
+        return
+    try:
+        with safe_open(weights, framework="pt") as file:
+            own = "heads" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        own = False
+    if not own:
+        raise SteeringError(f"export_lora: {path} holds an adapter of another origin; use another folder")
 
 
 def _config(model: HookedModel, rank: int, targets: list[str], *, fan_in_fan_out: bool, bias: bool) -> dict[str, Any]:
