@@ -8,7 +8,7 @@ import torch
 
 from dps_lens.errors import ModelLoadError, reason
 from dps_lens.model.adapted import Adapter, find_adapter, merged
-from dps_lens.model.architectures import check_config, has_bridge, is_multimodal, name_of
+from dps_lens.model.architectures import causal_class, check_config, has_bridge, is_multimodal
 from dps_lens.model.options import Options
 
 # Causal masks and rotary frequencies that older versions of transformers wrote beside the weights.
@@ -77,10 +77,10 @@ def _read_adapted(adapter: Adapter, *, device: str, dtype: torch.dtype, options:
 def _empty_model(source: str, config: Any, dtype: torch.dtype, options: Options) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config.name_or_path = source
     if is_multimodal(config):
         config = config.get_text_config(decoder=True)
-        config.name_or_path = source
+        config.architectures = [causal_class(config).__name__]
+    config.name_or_path = source
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trusts)
 
@@ -114,8 +114,9 @@ def _class_of(config: Any) -> Any:
     """A multimodal checkpoint is read whole, by the class that it names, so that every weight finds its place."""
     import transformers
 
-    whole = getattr(transformers, name_of(config), None)
-    return whole if is_multimodal(config) and whole is not None else transformers.AutoModelForCausalLM
+    declared = (getattr(config, "architectures", None) or [""])[0]
+    whole = getattr(transformers, declared, None) if is_multimodal(config) else None
+    return whole or transformers.AutoModelForCausalLM
 
 
 def _placement(placement: dict[str, Any]) -> dict[str, Any]:

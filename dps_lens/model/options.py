@@ -43,10 +43,6 @@ class Options:
     n_ctx: int | None
 
     @property
-    def revision(self) -> str | None:
-        return self.hub.get("revision")
-
-    @property
     def trusts(self) -> bool:
         """Whether a checkpoint may bring its own code."""
         return bool(self.hub.get("trust_remote_code"))

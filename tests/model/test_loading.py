@@ -194,7 +194,10 @@ def test_code_of_a_checkpoint_is_run_when_it_is_trusted(tmp_path, monkeypatch, p
         ({"device_map": "auto", "n_devices": 2}, "give one"),
         ({"device_map": "auto", "device": "cpu"}, "device='cpu' and device_map= both"),
         ({"revision": "second"}, "revision='second' names a version on the Hub"),
-        ({"hf_config_overrides": {"rms_norm_epsilon": 1.0}}, "no.*'rms_norm_epsilon'.*did you mean 'rms_norm_eps'|"),
+        (
+            {"hf_config_overrides": {"rms_norm_epsilon": 1.0}},
+            r"'rms_norm_epsilon', which LlamaConfig does not have; did you mean 'rms_norm_eps'\?",
+        ),
     ],
 )
 def test_options_that_cannot_be_honoured_are_named(tiny_folders, options, said):
