@@ -164,10 +164,14 @@ def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors, whole or not at all, with a digest that `read_tensors` checks."""
+    _save(path, tensors, {**(metadata or {}), _DIGEST: tensors_digest(tensors)})
+
+
+def _save(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
     # Copies: tensors that share memory, as a score and its only component do, would be refused.
     contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(contiguous, temporary, {**(metadata or {}), _DIGEST: tensors_digest(contiguous)})
+        save_file(contiguous, temporary, metadata)
 
 
 def tensor_digest(values: torch.Tensor) -> str:
@@ -212,8 +216,10 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def write_unit(path: str | Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> None:
-    """Write tensors with a note of what they are; `read_unit` gives both back."""
-    write_tensors(path, tensors, {_ABOUT: json.dumps(dict(about), sort_keys=True)})
+    """Write tensors with a note of what they are; `read_unit` gives both back. Equal units are equal files."""
+    # One entry, for safetensors writes several in any order.
+    noted = {**about, _DIGEST: tensors_digest(tensors)}
+    _save(path, tensors, {_ABOUT: json.dumps(noted, sort_keys=True)})
 
 
 def read_unit(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -225,14 +231,14 @@ def read_unit(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     try:
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads(metadata.get(_ABOUT, "{}"))
+            about = dict(json.loads(metadata.get(_ABOUT, "{}")))
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ScoreError(
             f"{path} is not a whole safetensors file ({reason(error)}); delete it and run again"
         ) from error
-    if _DIGEST in metadata and metadata[_DIGEST] != tensors_digest(tensors):
+    if metadata.get(_DIGEST, about.get(_DIGEST)) not in (None, tensors_digest(tensors)):
         raise ScoreError(f"{path} is damaged: its numbers are not those that were written; delete it and run again")
-    return tensors, about if isinstance(about, dict) else {}
+    return tensors, about
 
 
 def read_text(path: str | Path, kind: type[DPSLensError]) -> str:

@@ -409,6 +409,15 @@ def test_digests_know_every_byte_of_every_dtype(dtype):
     assert tensor_digest(values.T.contiguous().T) == tensor_digest(values)
 
 
+def test_equal_units_are_equal_files(tmp_path):
+    folder = dps.runs.RunFolder(tmp_path, {})
+    found = set()
+    for _ in range(20):
+        folder.put("a", {"x": torch.ones(3), "y": torch.zeros(2)})
+        found.add(units(tmp_path)[0].read_bytes())
+    assert len(found) == 1
+
+
 def grid(start, out):
     return dps.steering_grid(
         start.model, start.users, HEADS, gammas=(1.0,), ks=(2,), max_new_tokens=3, out=out, **start.more
