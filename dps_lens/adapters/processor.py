@@ -141,6 +141,7 @@ class DPSLogitsProcessor(LogitsProcessor):
         # A pass that fails half-way leaves layers of different lengths; the next ids then start afresh.
         self._ids = None
         mask = torch.nn.functional.pad(self._prompt_mask, (0, ids.shape[1] - self._prompt_mask.shape[1]), value=1)
+        self._passes.check_mask(ids, mask)
         with attention_for(self.model, self.ablation):
             if not kept and self.positions == "response" and ids.shape[1] > 1:
                 kept = ids.shape[1] - 1
