@@ -88,8 +88,8 @@ class Passes:
             return
         if not torch.equal(seen[:, : mask.shape[1]].to(mask).bool(), mask.bool()):
             raise SteeringError(
-                "logits_processor: generate ran with another attention_mask than the processor has; without one it takes "
-                "every padding token for padding, also inside a prompt: give both the same attention_mask, or generate "
+                "logits_processor: generate ran with another attention_mask than the processor has; without one it "
+                "takes every padding token for padding, also inside a prompt: give both the same, or generate "
                 "attention_mask=torch.ones_like(ids)"
             )
 

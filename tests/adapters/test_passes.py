@@ -157,7 +157,7 @@ def test_tokens_that_generate_takes_for_padding_are_named(llama, ids):
     steering = dps.logits_processor(llama.hooked, HEADS, GAMMA)
     with pytest.raises(SteeringError, match="another attention_mask than the processor has"):
         distributions(llama.hooked, ids, steering, attention_mask=None)
-    written, found = distributions(llama.hooked, ids, steering)
+    _, found = distributions(llama.hooked, ids, steering)
     expected = documented(llama.plain, ids, ids.shape[1])[1].log_softmax(-1)
     assert torch.allclose(found[0], expected, atol=1e-4)
     mask = torch.ones_like(ids)
