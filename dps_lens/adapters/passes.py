@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dps_lens.errors import SteeringError
 
-_POSITIONS = 256
+_NUMBERS = 2**24
 _ROUNDING = 1e-5
 _MASKED: ContextVar[bool] = ContextVar("masked", default=False)
 
@@ -48,9 +48,11 @@ class Passes:
         ids, logits = kwargs.get("input_ids", args[0] if args else None), getattr(output, "logits", None)
         if _MASKED.get() or ids is None or logits is None:
             return
-        kept = min(logits.shape[1], _POSITIONS)
+        rows, positions, d_vocab = logits.shape
+        # More than the last position is asked for in assisted decoding alone.
+        kept = min(positions, max(1, _NUMBERS // (rows * d_vocab)))
         # A view of few positions would keep the logits of a whole prompt alive.
-        self._logits = logits[:, -kept:].detach().clone() if kept < logits.shape[1] else logits.detach()
+        self._logits = logits[:, -kept:].detach().clone() if kept < positions else logits.detach()
         self._ids, self._mask = ids[:, -kept:], kwargs.get("attention_mask")
 
     def forget(self) -> None:
