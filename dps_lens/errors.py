@@ -53,6 +53,10 @@ class PlotError(DPSLensError, ValueError):
     """A figure that cannot be drawn or written as asked."""
 
 
+class FileError(DPSLensError, OSError):
+    """A file cannot be written: no room, no permission, or something else stands there."""
+
+
 class ExtensionError(DPSLensError, ValueError):
     """An object of somebody's own cannot be loaded from its import path."""
 

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import re
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -25,14 +26,19 @@ def settings_of(name: str, one: object) -> Any:
 
 def _plain(value: object) -> Any:
     # The command line reads this module before it knows that it needs torch.
-    from torch import Tensor
+    import numpy as np
+    import torch
 
     from dps_lens.files import tensor_digest
 
-    if isinstance(value, Tensor):
+    if isinstance(value, torch.Tensor):
         return tensor_digest(value)
+    if isinstance(value, np.ndarray):
+        return _plain(torch.from_numpy(np.ascontiguousarray(value))) if value.dtype.kind in "biuf" else value.tolist()
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return value if isinstance(value, (str, int, float, bool)) else str(value)

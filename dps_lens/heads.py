@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dps_lens.errors import HeadError
 
-_NAME = re.compile(r"L(\d+)H(\d+)", re.IGNORECASE)
+_NAME = re.compile(r"L(\d{1,9})H(\d{1,9})", re.IGNORECASE)
 
 
 class Head(NamedTuple):
@@ -32,7 +32,7 @@ class Head(NamedTuple):
         """
         match = _NAME.fullmatch(name.strip())
         if match is None:
-            raise HeadError(f"Head.parse: {name!r} is not a head; write it like 'L12H3'")
+            raise HeadError(f"Head.parse: {name[:60]!r} is not a head; write it like 'L12H3'")
         return cls(int(match[1]), int(match[2]))
 
 

@@ -1,7 +1,8 @@
 """What every result can do: say what it is, be a table and a figure, and be kept in a folder."""
 
+import hashlib
 import html
-import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,13 +11,15 @@ from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
+from jaxtyping import jaxtyped
 
 from dps_lens.errors import DPSLensError, ScoreError
-from dps_lens.files import read_tensors, write_json, write_tensors
+from dps_lens.files import as_json, read_object, read_tensors, reason, replacing, tensors_digest, write_tensors
 from dps_lens.heads import HeadSet
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects
 
 _FORMAT = 2
+_UNREADABLE = (DPSLensError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 _ROWS = 8
 
 Self = TypeVar("Self", bound="Result")
@@ -84,19 +88,24 @@ class Result(ABC):
         return f"<p><b>{type(self).__name__}</b>: {html.escape(self.summary())}</p>{table}{rest}"
 
     def save(self, folder: str | Path) -> None:
-        """Write `STEM.json` and, for tensors, `STEM.safetensors`; a failed write leaves nothing that loads."""
+        """Write `STEM.json` and, for tensors, `STEM.safetensors`, with a digest of both that `load` checks.
+
+        Raises:
+            FileError: they cannot be written; a result that the folder held before is still there.
+        """
         tensors: dict[str, torch.Tensor] = {}
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.init and one.name != "manifest"}  # type: ignore[arg-type]
         packed = {name: _packed(value, name, tensors) for name, value in own.items()}
-        self.remove(folder)  # never new values under an old manifest
-        if tensors:
-            write_tensors(Path(folder) / f"{self.stem}.safetensors", tensors)
         manifest = {"made": provenance(), **self.manifest}
-        write_json(
-            Path(folder) / f"{self.stem}.json",
-            {"kind": type(self).__name__, "format": _FORMAT, "fields": packed, "manifest": manifest},
-            sort_keys=False,  # methods and families have an order
-        )
+        meta = {"kind": type(self).__name__, "format": _FORMAT, "fields": packed, "manifest": manifest}
+        file = Path(folder) / f"{self.stem}.json"
+        # Both are written before either takes its place: a disk that fills up leaves the former result whole.
+        with replacing(file) as new:
+            new.write_text(_as_text(meta | {"digest": _digest(meta, tensors)}), encoding="utf-8")
+            if tensors:
+                write_tensors(file.with_suffix(".safetensors"), tensors)
+            else:
+                file.with_suffix(".safetensors").unlink(missing_ok=True)
 
     @classmethod
     def remove(cls, folder: str | Path) -> None:
@@ -112,23 +121,86 @@ class Result(ABC):
             DPSLensError: the folder holds no whole result of this kind.
         """
         file = Path(folder) / f"{cls.stem}.json"
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise cls.error(f"{folder} holds no {cls.__name__} (no {file.name}); is the run finished?")
         try:
-            text = file.read_text(encoding="utf-8")
-            meta = json.loads(text)
-            if (meta["kind"], meta["format"]) != (cls.__name__, _FORMAT):
-                raise ValueError(f"{meta['kind']} of format {meta['format']}")
-            has_tensors = '"$": "tensor"' in text or '"$": "array"' in text
-            tensors = read_tensors(file.with_suffix(".safetensors")) if has_tensors else {}
-            types = {one.__name__: one for one in cls.parts}
-            values = {name: _unpacked(value, tensors, types) for name, value in meta["fields"].items()}
-            values["manifest"] = meta["manifest"]
+            meta = read_object(file, cls.error)
+            values = _values(cls, meta, file.with_suffix(".safetensors"))
             return cls(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, DPSLensError):
-                raise
-            raise cls.error(f"{file} is not a whole {cls.__name__} ({error}); make it anew") from error
+        except (
+            DPSLensError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            ArithmeticError,
+        ) as error:
+            raise cls.error(f"{file} is not a whole {cls.__name__} ({reason(error)}); make it anew") from error
+
+
+def _as_text(meta: Mapping[str, Any]) -> str:
+    return as_json(meta, sort_keys=False)  # methods and families have an order
+
+
+def _digest(meta: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    return hashlib.sha256(f"{_as_text(meta)}{tensors_digest(tensors)}".encode()).hexdigest()[:32]
+
+
+def _values(cls: type[Result], meta: dict[str, Any], beside: Path) -> dict[str, Any]:
+    """The fields of a result, of their types and with the digest that was written with them.
+
+    Raises:
+        ValueError: they are not.
+    """
+    digest = meta.pop("digest", None)  # files of before there was one have none
+    if {*meta} != {"kind", "format", "fields", "manifest"}:
+        raise ValueError(f"its fields are {', '.join(meta)}"[:200])
+    if (meta["kind"], meta["format"]) != (cls.__name__, _FORMAT):
+        raise ValueError(f"it is a {meta['kind']!r:.40} of format {meta['format']!r:.40}")
+    text = _as_text(meta)
+    has_tensors = '"$": "tensor"' in text or '"$": "array"' in text
+    tensors = read_tensors(beside) if has_tensors else {}
+    if digest is not None and digest != _digest(meta, tensors):
+        raise ValueError("its content is not what was written")
+    types = {one.__name__: one for one in cls.parts}
+    values = {name: _unpacked(value, tensors, types) for name, value in meta["fields"].items()}
+    _check_types(cls, values | {"manifest": meta["manifest"]})
+    return values | {"manifest": meta["manifest"]}
+
+
+def _check_types(cls: type, values: Mapping[str, Any]) -> None:
+    import pandas
+
+    hints = get_type_hints(cls, localns={"pandas": pandas, "pd": pandas})
+    with jaxtyped("context"):  # an axis of one name has one length
+        for name, value in values.items():
+            if name in hints and not _fits(value, hints[name]):
+                raise TypeError(f"field {name!r} holds a {type(value).__name__} that does not fit {hints[name]}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is what an annotation says, down to the items of lists and the axes of tensors."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is not None:
+        return _holds(value, origin, inner)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def _holds(value: object, kind: type, inner: tuple[Any, ...]) -> bool:
+    if issubclass(kind, Mapping):
+        return isinstance(value, Mapping) and all(_fits(each, inner[1]) for each in value.values())
+    if not isinstance(value, (list, tuple)) or (kind in (list, tuple) and not isinstance(value, kind)):
+        return False
+    if kind is tuple and inner[-1] is not Ellipsis:
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    return all(_fits(each, inner[0]) for each in value)
 
 
 def _packed(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -161,14 +233,23 @@ def _unpacked(value: object, tensors: Mapping[str, torch.Tensor], types: Mapping
     make: dict[Any, Any] = {
         "tensor": lambda name: tensors[name],
         "array": lambda name: tensors[name].numpy(),
-        "heads": lambda names, label, shape: HeadSet(HeadSet.parse(names), label, tuple(shape) if shape else None),
+        "heads": _heads,
         "frame": _frame,
         "tuple": lambda items: (*items,),
         None: dict,
         **types,
     }
     own = {key: _unpacked(each, tensors, types) for key, each in value.items() if key != "$"}
-    return make[value.get("$")](**own)
+    kind = value.get("$")
+    if kind in types:
+        _check_types(types[str(kind)], own)
+    return make[kind](**own)
+
+
+def _heads(names: str, label: str, shape: list[int] | None) -> HeadSet:
+    if not isinstance(label, str) or not _fits(shape, list[int] | None):
+        raise TypeError(f"heads of label {label!r:.40} and shape {shape!r:.40}")
+    return HeadSet(HeadSet.parse(names), label, (*shape,) if shape else None)
 
 
 def _frame(data: list[Any], columns: list[str]) -> "pandas.DataFrame":

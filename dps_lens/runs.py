@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -11,19 +10,34 @@ from warnings import warn
 from torch import Tensor
 
 from dps_lens.errors import RunError, ScoreError
-from dps_lens.files import read_tensors, replacing, write_json, write_tensors, write_text
+from dps_lens.files import create_json, json_digest, read_object, read_unit, write_text, write_unit, writing
 from dps_lens.result import provenance
 
 _MANIFEST, _MADE = "run.json", "made.json"
 
 
+class KeptUnit(dict[str, Tensor]):
+    """A unit that was read; to ask it for a tensor that it lacks is an error that names its file."""
+
+    file: Path
+
+    def __missing__(self, name: str) -> Tensor:
+        raise RunError(
+            f"{self.file} holds no {name!r}, only {', '.join(sorted(self)) or 'nothing'}: it was made by other code; "
+            "use another folder, or --force to start anew"
+        )
+
+
 class RunFolder:
-    """Units of one run; each is written whole as soon as it is done.
+    """Units of one run; each is written whole as soon as it is done, with the run that it belongs to.
 
     Args:
         path: the folder; made when it is not there.
         fingerprint: everything that decides the results; compared with what the folder was made with.
         force: drop what the folder holds.
+
+    Attributes:
+        identity: a digest of the fingerprint, which every unit carries.
 
     Raises:
         RunError: the folder was made with other settings; names them.
@@ -31,44 +45,37 @@ class RunFolder:
 
     def __init__(self, path: str | Path, fingerprint: Mapping[str, Any], *, force: bool = False) -> None:
         self.path = Path(path)
-        manifest = self.path / _MANIFEST
-        wanted = json.loads(json.dumps(dict(fingerprint)))
-        if force and self.path.is_dir():
-            for unit in (*self._units(), *(self.path / "quarantine").glob("*.txt")):
-                unit.unlink()
-            for file in (manifest, self.path / _MADE):
+        if force:
+            self._clear()
+        self.identity = json_digest(claim(self.path / _MANIFEST, fingerprint, self.path))
+        create_json(self.path / _MADE, provenance())
+
+    def _clear(self) -> None:
+        with writing(self.path):
+            for file in (*self._units(), *(self.path / "quarantine").glob("*.txt")):
                 file.unlink(missing_ok=True)
-        if manifest.is_file():
-            self._compare(manifest, wanted)
-        else:
-            write_json(manifest, wanted)
-            write_json(self.path / _MADE, provenance())
+            for name in (_MANIFEST, _MADE):
+                (self.path / name).unlink(missing_ok=True)
 
     @property
     def made(self) -> dict[str, str]:
         """Who began the run, and when; the same after every restart."""
         try:
-            return dict(json.loads((self.path / _MADE).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            return read_object(self.path / _MADE, RunError)
+        except RunError:
             return provenance()
+
+    def check(self) -> None:
+        """Refuse a folder that was begun anew by somebody else.
+
+        Raises:
+            RunError: it was.
+        """
+        if json_digest(read_manifest(self.path)) != self.identity:
+            raise RunError(f"{self.path} was begun anew with other settings in the meantime; use another folder")
 
     def _units(self) -> list[Path]:
         return sorted((self.path / "units").glob("*.safetensors"))
-
-    def _compare(self, manifest: Path, wanted: dict[str, Any]) -> None:
-        try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise RunError(f"{manifest} is not valid JSON ({error}); use another folder or --force") from error
-        changed = [key for key in sorted({*found, *wanted}) if found.get(key) != wanted.get(key)]
-        if changed:
-            first = changed[0]
-            raise RunError(
-                f"{self.path} was made with other settings: {first} was {_short(found.get(first))}, now "
-                f"{_short(wanted.get(first))}"
-                + (f" (also {', '.join(changed[1:])})" if len(changed) > 1 else "")
-                + "; use another folder, or --force to start anew"
-            )
 
     def _file(self, key: str) -> Path:
         return self.path / "units" / f"{_name(key)}.safetensors"
@@ -77,31 +84,50 @@ class RunFolder:
         return self.path / "quarantine" / f"{_name(key)}.txt"
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """A finished unit, or None; a torn file is redone with a warning."""
+        """A finished unit, or None; one that is torn, altered or not this run's own is redone with a warning."""
         file = self._file(key)
         if not file.is_file():
             return None
         try:
-            return read_tensors(file)
-        except ScoreError:
-            warn(f"{file} is not whole; the unit is computed again", stacklevel=2)
+            unit, _ = self._own(file)
+        except ScoreError as error:
+            warn(f"{error}; the unit is computed again", stacklevel=2)
             return None
+        kept = KeptUnit(unit)
+        kept.file = file
+        return kept
+
+    def _own(self, file: Path) -> tuple[dict[str, Tensor], str]:
+        """A unit of this run with its key.
+
+        Raises:
+            ScoreError: it is torn, altered, of another run, or not the unit that the file is named after.
+        """
+        try:
+            unit, about = read_unit(file)
+        except ScoreError as error:
+            raise ScoreError(str(error).removesuffix("; delete it and run again")) from error
+        if about.get("run") != self.identity:
+            raise ScoreError(f"{file} is not of this run")
+        key = str(about.get("unit"))
+        if _name(key) != file.stem:
+            raise ScoreError(f"{file} is another unit, {key!r}")
+        return unit, key
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a finished unit."""
-        write_tensors(self._file(key), tensors, {"unit": key})
+        write_unit(self._file(key), tensors, {"run": self.identity, "unit": key})
         self._quarantine(key).unlink(missing_ok=True)
 
     def adopt(self, other: Path) -> None:
-        """Copy the whole units of another folder of the same run."""
-        for unit in sorted((other / "units").glob("*.safetensors")):
+        """Copy the units of another folder of the same run; any that are not whole, or not its own, are left out."""
+        for file in sorted((other / "units").glob("*.safetensors")):
             try:
-                read_tensors(unit)
-            except ScoreError:
-                warn(f"{unit} is not whole and is left out", stacklevel=3)
+                unit, key = self._own(file)
+            except ScoreError as error:
+                warn(f"{error}; it is left out", stacklevel=3)
                 continue
-            with replacing(self.path / "units" / unit.name) as copy:
-                shutil.copyfile(unit, copy)
+            self.put(key, unit)
 
     @property
     def n_units(self) -> int:
@@ -112,6 +138,73 @@ class RunFolder:
         """Note why a unit was given up; it is tried again when the run is started again."""
         write_text(self._quarantine(key), f"{key}\n\n{error}\n")
         return self._quarantine(key)
+
+
+def key_of(*parts: str) -> str:
+    """Parts as one key that no other parts have, whatever they hold."""
+    return "|".join(part.replace("\\", "\\\\").replace("|", "\\|") for part in parts)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a folder holds a run."""
+    return (Path(path) / _MANIFEST).is_file()
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The fingerprint that a run folder was made with.
+
+    Raises:
+        RunError: there is none, or it cannot be read.
+    """
+    return _read(Path(path) / _MANIFEST)
+
+
+def _read(manifest: Path) -> dict[str, Any]:
+    try:
+        return read_object(manifest, RunError)
+    except RunError as error:
+        raise RunError(f"{error}; use another folder, or --force to start anew") from error
+
+
+def claim(manifest: Path, fingerprint: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Write what decides the results of a place, or compare with what is written there.
+
+    Of several that begin at once, one writes; the others compare.
+
+    Args:
+        manifest: the file.
+        fingerprint: everything that decides the results.
+        place: for errors, what the file stands for.
+
+    Returns:
+        what the file holds.
+
+    Raises:
+        RunError: it holds something else; names what.
+    """
+    wanted = json.loads(json.dumps(dict(fingerprint)))
+    if create_json(manifest, wanted):
+        return dict(wanted)
+    found = _read(manifest)
+    changed = list(changes(found, wanted))
+    if changed:
+        (name, old, new), *rest = changed
+        also = f" (also {', '.join(other for other, _, _ in rest)})" if rest else ""
+        raise RunError(
+            f"{place} was made with other settings: {name} was {_short(old)}, now {_short(new)}{also}; use another "
+            f"{'folder' if place.is_dir() else 'file'}, or --force to start anew"
+        )
+    return found
+
+
+def changes(found: Mapping[str, Any], wanted: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two fingerprints: dotted names with both values."""
+    for key in sorted({*found, *wanted}):
+        old, new = found.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from changes(old, new, f"{inside}{key}.")
+        elif old != new and json.dumps(old) != json.dumps(new):  # NaN is not equal to itself
+            yield f"{inside}{key}", old, new
 
 
 def kept(folder: RunFolder | None, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

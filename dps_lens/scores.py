@@ -70,6 +70,13 @@ class HeadScores(Result):
                 f"HeadScores: {len(self.values)} rows of values, {len(self.example_ids)} examples, "
                 f"{len(self.user_ids)} users"
             )
+        shapes = {f"component {name}": part.shape for name, part in self.components.items()}
+        shapes |= {"exact": self.exact.shape} if self.exact.numel() else {}
+        for name, shape in shapes.items():
+            if shape != self.values.shape:
+                raise ScoreError(f"HeadScores: {name} is {tuple(shape)}, the values are {tuple(self.values.shape)}")
+        if wrong := [name for name, each in self.nll.items() if each.shape != self.values.shape[:1]]:
+            raise ScoreError(f"HeadScores: nll {wrong[0]!r} has not one value for each of {len(self.values)} examples")
         if not self.exact.numel():
             self.exact = torch.ones(self.values.shape, dtype=torch.bool)
         self.example_ids, self.user_ids = tuple(self.example_ids), tuple(self.user_ids)
@@ -117,8 +124,15 @@ class HeadScores(Result):
 
     @classmethod
     def join(cls, parts: Sequence["HeadScores"]) -> "HeadScores":
-        """The examples of all parts, with the manifest of the first."""
+        """The examples of all parts, with the manifest of the first.
+
+        Raises:
+            ScoreError: they are of other models, or made of other components.
+        """
         first = parts[0]
+        made_of = [(part.values.shape[1:], {*part.components}, {*part.nll}) for part in parts]
+        if wrong := [number for number, of in enumerate(made_of, start=1) if of != made_of[0]]:
+            raise ScoreError(f"HeadScores.join: part {wrong[0]} is of another model, or made of other components")
         return replace(
             first,
             values=torch.cat([part.values for part in parts]),

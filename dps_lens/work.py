@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 
 from dps_lens.checks import check_flag, check_whole
 from dps_lens.errors import RunError
-from dps_lens.model import HookedModel
+from dps_lens.model import HookedModel, has_hooks
 from dps_lens.result import Result, provenance
-from dps_lens.runs import RunFolder
+from dps_lens.runs import RunFolder, is_run
 
 BatchSize: TypeAlias = int | Literal["auto"]
 R = TypeVar("R", bound=Result)
@@ -191,7 +191,7 @@ class Run:
         if engine is not None:
             engine.start(model)
         self.config, self.engine = config or RunConfig(), engine
-        self._result, self._out = result, out
+        self._model, self._result, self._out = model, result, out
         self._folder: RunFolder | None = None
         self.manifest: dict[str, Any] = {}
 
@@ -199,13 +199,24 @@ class Run:
         """Open the folder for results of these settings.
 
         Raises:
-            RunError: it holds a run with other settings.
+            RunError: it holds a run with other settings, a result of no run, or the model has hooks.
         """
         if self._out is not None:
+            self._check_out(Path(self._out))
             self._folder = RunFolder(self._out, fingerprint, force=self.config.force)
             if self.config.force and self._result is not None:
                 self._result.remove(self._out)
         self.manifest = {**fingerprint, "made": self._folder.made if self._folder else provenance()}
+
+    def _check_out(self, out: Path) -> None:
+        if has_hooks(self._model):
+            raise RunError(f"{out}: the model has hooks, which a run folder cannot describe; remove them, or leave out")
+        result = self._result
+        if result is not None and not self.config.force and not is_run(out) and (out / f"{result.stem}.json").exists():
+            raise RunError(
+                f"{out} holds a {result.__name__} that no run was kept of and that would be overwritten; use another "
+                "folder, or --force to drop it"
+            )
 
     def units(
         self,
@@ -229,6 +240,7 @@ class Run:
 
     def keep(self, result: R) -> R:
         """The result, saved where there is a folder."""
-        if self._out is not None:
+        if self._out is not None and self._folder is not None:
+            self._folder.check()
             result.save(self._out)
         return result

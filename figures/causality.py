@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
 from figures.common import main, read
 
@@ -32,8 +33,8 @@ def losses(frame: pd.DataFrame, title: str) -> go.Figure:
             mode="lines+markers",
             line={"color": LINES[number % len(LINES)], "dash": DASHES[number % len(DASHES)]},
             marker={"symbol": MARKERS[number % len(MARKERS)], "size": 6},
-            name=str(family).replace("_", " "),
-            hovertemplate="K = %{text}<br>taken %{y:.3f}, harm %{x:.3f}<extra>" + str(family) + "</extra>",
+            name=plain(str(family).replace("_", " ")),
+            hovertemplate="K = %{text}<br>taken %{y:.3f}, harm %{x:.3f}<extra>" + plain(family) + "</extra>",
         )
     figure.add_hline(y=0, line={"dash": "dot", "color": "#777777"})
     figure.update_layout(

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from dps_lens import plots
 from dps_lens.plots.export import WIDTHS
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import LINES, MARKERS, TEMPLATE
 
 RUN, OUT = Path("runs/demo"), Path("figures/out")
@@ -44,6 +45,7 @@ def intervals(frame: pd.DataFrame, *, label: str, group: str, x: str, title: str
         reference: where nothing is found.
     """
     figure, labels = go.Figure(), list(dict.fromkeys(frame[label]))
+    ticks = {"tickvals": list(range(len(labels))), "ticktext": list(map(plain, labels))}
     groups = list(dict.fromkeys(frame[group]))
     for number, name in enumerate(groups):
         rows = frame[frame[group] == name]
@@ -59,10 +61,10 @@ def intervals(frame: pd.DataFrame, *, label: str, group: str, x: str, title: str
             },
             mode="markers",
             marker={"color": LINES[number % len(LINES)], "symbol": MARKERS[number % len(MARKERS)], "size": 6},
-            customdata=rows[["low", "high", label]],
+            customdata=rows[["low", "high", label]].assign(**{label: rows[label].map(plain)}),
             hovertemplate="%{customdata[2]}<br>%{x:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})"
-            f"<extra>{name}</extra>",
-            name=str(name),
+            f"<extra>{plain(name)}</extra>",
+            name=plain(name),
         )
     figure.add_vline(x=reference, line={"dash": "dot", "color": "#777777"})
     figure.update_layout(
@@ -72,6 +74,6 @@ def intervals(frame: pd.DataFrame, *, label: str, group: str, x: str, title: str
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         height=120 + 18 * len(groups) + len(labels) * (12 + 13 * len(groups)),
         xaxis={"title": x},
-        yaxis={"tickvals": list(range(len(labels))), "ticktext": labels, "range": [len(labels) - 0.4, -0.6]},
+        yaxis={**ticks, "range": [len(labels) - 0.4, -0.6]},
     )
     return figure

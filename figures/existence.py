@@ -7,6 +7,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import DASHES, LINES, TEMPLATE
 from figures.common import main, read
 
@@ -19,7 +20,7 @@ def draw(run: Path) -> go.Figure:
     for number, row in enumerate(shares.to_dict("records")):
         name, colour, k = str(row["map"]), LINES[number], row["k"] * (0.93, 1.07)[number]
         line = {"color": colour, "dash": DASHES[number]}
-        figure.add_scatter(x=curve["rank"], y=curve[name], mode="lines", line=line, name=name)
+        figure.add_scatter(x=curve["rank"], y=curve[name], mode="lines", line=line, name=plain(name))
         figure.add_scatter(
             x=[k],
             y=[row["mean"]],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import LINES, MARKERS, TEMPLATE
 from figures.common import main, read
 
@@ -18,7 +19,7 @@ def draw(run: Path) -> go.Figure:
     for number, column in enumerate(("jaccard", "random sets", "rank correlation")):
         figure.add_scatter(
             x=frame[column],
-            y=frame["compared"],
+            y=list(map(plain, frame["compared"])),
             mode="markers",
             marker={"color": LINES[number], "symbol": MARKERS[number], "size": 8},
             name=column,

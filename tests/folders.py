@@ -15,6 +15,7 @@ def digest(folder, without=("logs",)):
             meta = json.loads(content)
             if isinstance(meta, dict) and isinstance(meta.get("manifest"), dict):
                 meta["manifest"].pop("made", None)
+                meta.pop("digest", None)
                 content = json.dumps(meta, sort_keys=True).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found

@@ -17,7 +17,7 @@ class Quiet(BaseHTTPRequestHandler):
 def serving(handler: type[Quiet]) -> Iterator[str]:
     """The address of a server that answers with this handler."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:

@@ -1,7 +1,9 @@
 """Runs on disk: resume, refuse, recover."""
 
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from folders import digest
 
 import dps_lens as dps
 from dps_lens.errors import RunError
-from dps_lens.runs import RunFolder
+from dps_lens.runs import RunFolder, key_of
 from dps_lens.scoring.sweep import Sweep
 
 
@@ -60,7 +62,7 @@ def test_a_torn_unit_is_computed_again(llama, probe, options, tmp_path, monkeypa
     torn = sorted((tmp_path / "units").iterdir())[1]
     torn.write_bytes(torn.read_bytes()[:40])
     calls = counting(monkeypatch)
-    with pytest.warns(UserWarning, match="is not whole"):
+    with pytest.warns(UserWarning, match="is not a whole safetensors file"):
         dps.score_heads(llama.hooked, probe[:2], out=tmp_path, **options)
     assert len(calls) == 1
     assert digest(tmp_path) == before
@@ -71,8 +73,8 @@ def test_a_torn_unit_is_computed_again(llama, probe, options, tmp_path, monkeypa
     [
         ({"ablation": "uniform"}, 'ablation was "zero", now "uniform"'),
         ({"against": None}, "against was"),
-        ({"max_examples": 1}, "examples"),
-        ({"prompt_config": dps.PromptConfig(items=1)}, "prompt_config was"),
+        ({"max_examples": 1}, "data was .*also examples"),
+        ({"prompt_config": dps.PromptConfig(items=1)}, "prompt_config.items was 3, now 1"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(llama, probe, options, tmp_path, change, named):
@@ -88,7 +90,7 @@ def test_another_model_is_refused(llama, tiny_folders, probe, options, tmp_path)
     other = dps.load_model(str(tiny_folders["llama"]))
     with torch.no_grad():
         other.blocks[0].attn.o.original_component.weight.mul_(1.01)
-    with pytest.raises(RunError, match="model was"):
+    with pytest.raises(RunError, match="model.weights was"):
         dps.score_heads(other, probe[:1], out=tmp_path, **options)
 
 
@@ -184,3 +186,117 @@ def test_batch_size_may_change_and_force_drops_old_scores(llama, probe, options,
         )
     with pytest.raises(dps.DPSLensError, match="holds no HeadScores"):
         dps.HeadScores.load(tmp_path)
+
+
+def start_at_once(folder, settings, rounds):
+    """Begin a run in each of many folders in two processes at the same moment; whether each of the two was let in."""
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(2), context.SimpleQueue()
+
+    def begin(number):
+        accepted = []
+        for turn in range(rounds):
+            barrier.wait(60)
+            try:
+                RunFolder(folder / str(turn), settings[number]).put("a", {"x": torch.zeros(3)})
+                accepted.append(True)
+            except RunError:
+                accepted.append(False)
+        answers.put((number, accepted))
+
+    children = [context.Process(target=begin, args=(number,)) for number in range(2)]
+    for child in children:
+        child.start()
+    found = dict(answers.get() for _ in children)
+    for child in children:
+        child.join(60)
+    return list(zip(found[0], found[1], strict=True))
+
+
+def test_of_two_starts_at_once_with_other_settings_one_is_refused(tmp_path):
+    settings = ({"ablation": "zero"}, {"ablation": "uniform"})
+    found = start_at_once(tmp_path, settings, 200)
+    assert all(one != two for one, two in found)
+    for turn, (first, _) in enumerate(found):
+        folder = RunFolder(tmp_path / str(turn), settings[not first])
+        assert folder.get("a") is not None, "the unit is of the run that was let in"
+        assert not list(folder.path.rglob("*.tmp"))
+
+
+def test_two_starts_at_once_with_the_same_settings_are_one_run(tmp_path):
+    assert start_at_once(tmp_path, ({"ks": [1]}, {"ks": [1]}), 50) == [(True, True)] * 50
+    assert all(RunFolder(tmp_path / str(turn), {"ks": [1]}).get("a") is not None for turn in range(50))
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    RunFolder(tmp_path, {"ks": [1]})
+    RunFolder(tmp_path, {"ks": [1]})
+    with pytest.raises(RunError, match=r"ks was \[1\], now \[2\]"):
+        RunFolder(tmp_path, {"ks": [2]})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["made.json", "run.json"]
+
+
+def test_a_run_that_was_begun_anew_meanwhile_does_not_save(llama, probe, options, tmp_path, monkeypatch):
+    real = Sweep.make
+
+    def make(self, key, given=None):
+        monkeypatch.setattr(Sweep, "make", real)
+        dps.score_heads(
+            llama.hooked, probe[:1], out=tmp_path, ablation="uniform", run_config=dps.RunConfig(force=True), **options
+        )
+        return real(self, key, given)
+
+    monkeypatch.setattr(Sweep, "make", make)
+    with pytest.raises(RunError, match="was begun anew with other settings"):
+        dps.score_heads(llama.hooked, probe[:1], out=tmp_path, **options)
+    assert dps.HeadScores.load(tmp_path).manifest["ablation"] == "uniform"
+
+
+def test_foreign_manifests_are_not_touched(tmp_path):
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(RunError, match="expected an object, found list"):
+        RunFolder(tmp_path, {})
+    assert (tmp_path / "run.json").read_text() == "[1]"
+
+
+def test_a_save_that_fails_leaves_what_was_there(llama, probe, options, tmp_path, monkeypatch):
+    scores = dps.score_heads(llama.hooked, probe[:1], **options)
+    scores.save(tmp_path)
+    before = digest(tmp_path)
+
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dps_lens.files.save_file", full)
+        with pytest.raises(dps.DPSLensError, match="no space"):
+            scores.save(tmp_path)
+    assert digest(tmp_path) == before
+    assert torch.equal(dps.HeadScores.load(tmp_path).values, scores.values)
+
+
+def test_merging_takes_only_units_and_scores_of_the_run(llama, tiny_folders, probe, options, tmp_path):
+    for place, ablation in (("run", "zero"), ("other", "uniform")):
+        dps.score_heads(llama.hooked, probe[:1], out=tmp_path / place, ablation=ablation, **options)
+    mine, foreign = (sorted((tmp_path / place / "units").iterdir()) for place in ("run", "other"))
+    content = mine[0].read_bytes()
+    for bad, said in ((foreign[0], "is not of this run"), (mine[1], "is another unit")):
+        mine[0].write_bytes(bad.read_bytes())
+        with pytest.warns(UserWarning, match=f"{said}.*it is left out"):
+            assert dps.merge_runs([tmp_path / "run"], tmp_path / said) == 1
+    mine[0].write_bytes(content)
+    assert dps.merge_runs([tmp_path / "run"], tmp_path / "merged") == 2
+    for name in ("scores.json", "scores.safetensors"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / "run" / name)
+    with pytest.raises(RunError, match="scores in .* are of another run than its units: ablation differs"):
+        dps.merge_runs([tmp_path / "run"], tmp_path / "again")
+
+
+def test_keys_are_told_apart_whatever_ids_hold():
+    parts = ["a", "b", "|", "\\", "a|b", "a\\", "\\|", ""]
+    assert len({key_of(one, two) for one in parts for two in parts}) == len(parts) ** 2
+    assert key_of("style", "u1", "7") == "style|u1|7"

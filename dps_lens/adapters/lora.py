@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dps_lens.errors import SteeringError
 from dps_lens.files import write_json, write_tensors
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import AblationLike, Mean, Zero, find_ablation
-from dps_lens.model import HookedModel, hf_model_of, is_bridge
+from dps_lens.model import HookedModel, hf_model_of, is_bridge, loader_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,20 +28,22 @@ def export_lora(
     read the heads. A (rank × in) picks these columns, B (out × rank) = −W_O[:, columns]; the bias stays. A mean
     ablation adds a bias to B, `W_O[:, columns]` times the mean (`lora_bias`, which not every server knows).
     The rank is d_head × the most heads in one layer; layers with fewer are filled with zeros, because
-    not every server knows a rank for each layer. Scaling is 1.
+    not every server knows a rank for each layer. Scaling is 1. It is an adapter of the weights that the model has: of
+    a model that was itself loaded from an adapter, the base is that adapter, which `load_model` merges first.
 
     Args:
         model: a `TransformerBridge` with the weights of its Hugging Face model.
         heads: the heads to mask.
         ablation: `"zero"` or `Mean(z=…)`.
-        path: a folder; `adapter_config.json` and `adapter_model.safetensors` are written into it.
+        path: a folder; `adapter_config.json` and `adapter_model.safetensors` are written into it, over those of an
+            earlier call.
         max_rank: the largest rank that the server takes.
 
     Returns:
         the folder.
 
     Raises:
-        SteeringError: the mask cannot be written as a LoRA adapter of this model.
+        SteeringError: the mask cannot be written as a LoRA adapter of this model, or the folder holds another adapter.
         HeadError: a head is outside the model.
     """
     if not is_bridge(model):
@@ -92,6 +95,7 @@ def export_lora(
         targets.append(name)
         transposed = not isinstance(projection, torch.nn.Linear)
     path = Path(path)
+    _check_folder(path)
     # Without its config an adapter is not read, so old and new halves never meet.
     (path / "adapter_config.json").unlink(missing_ok=True)
     write_tensors(path / "adapter_model.safetensors", tensors, {"format": "pt", "heads": str(heads)})
@@ -101,12 +105,26 @@ def export_lora(
     return path
 
 
+def _check_folder(path: Path) -> None:
+    """Refuse to write over an adapter that this call did not write."""
+    weights = path / "adapter_model.safetensors"
+    if not weights.exists() and not (path / "adapter_config.json").exists():
+        return
+    try:
+        with safe_open(weights, framework="pt") as file:
+            own = "heads" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        own = False
+    if not own:
+        raise SteeringError(f"export_lora: {path} holds an adapter of another origin; use another folder")
+
+
 def _config(model: HookedModel, rank: int, targets: list[str], *, fan_in_fan_out: bool, bias: bool) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": hf_model_of(model).name_or_path,
-        "revision": None,
+        "revision": _revision(model),
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -123,18 +141,26 @@ def _config(model: HookedModel, rank: int, targets: list[str], *, fan_in_fan_out
     }
 
 
+def _revision(model: HookedModel) -> str | None:
+    """The one that the model was loaded with."""
+    loader = loader_of(model)
+    return None if loader is None else loader.keywords["revision"]
+
+
 def _weight(model: HookedModel, projection: Any, layer: int) -> Float[Tensor, "d_model d_z"]:
     """W_O of a layer as `[out, in]`, of a linear layer or of GPT-2's transposed Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
-    if (
-        not isinstance(projection, (torch.nn.Linear, Conv1D))
-        or projection.weight.dtype not in _FLOATS
-        or getattr(hf_model_of(model), "hf_quantizer", None) is not None
-    ):
+    if getattr(hf_model_of(model), "hf_quantizer", None) is not None or projection.weight.dtype not in _FLOATS:
         raise SteeringError(
             f"export_lora: the output projection of layer {layer} is a {type(projection).__name__} of quantised "
             "weights; export from the unquantised model"
+        )
+    if not isinstance(projection, (torch.nn.Linear, Conv1D)) or hasattr(projection, "base_layer"):
+        raise SteeringError(
+            f"export_lora: the output projection of layer {layer} is a {type(projection).__name__} of "
+            f"{type(projection).__module__}, no plain linear layer; merge what was put around it into the weights "
+            "(load_model does, given the folder of a PEFT adapter)"
         )
     weight = projection.weight.detach()
     if weight.device.type == "meta":

@@ -11,14 +11,25 @@ __all__ = ["ablate", "app", "compare", "demo", "evaluate", "fetch", "main", "mer
 
 
 def main() -> None:
-    """Run the command line; errors of dps_lens are one line, not a traceback."""
+    """Run the command line; errors of dps_lens, and of the system's files, are one line, not a traceback."""
     from dps_lens.errors import DPSLensError
 
     try:
         app()
     except DPSLensError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+        _stop(str(error))
+    except OSError as error:
+        about = f"{error.filename}: " if error.filename else ""
+        _stop(
+            f"{about}{error.strerror or error}; finished units are kept, run the same command again when it is mended"
+        )
     except KeyboardInterrupt:
-        typer.secho("interrupted; run the same command again to go on", err=True)
+        typer.secho("interrupted", err=True)
         sys.exit(130)
+
+
+def _stop(text: str) -> None:
+    from dps_lens.cli.tables import printable
+
+    typer.secho(f"error: {printable(text)}", fg="red", err=True)
+    sys.exit(2)

@@ -59,6 +59,7 @@ def ablate(
 ) -> None:
     """Ablate the top heads of every family on held-out examples, beside random heads; resumes where it stopped."""
     import dps_lens as dps
+    from dps_lens.files import write_text
 
     scores = dps.HeadScores.load(run)
     with engine_of(workers, ray, cpus, gpus, shard) as engine:
@@ -84,8 +85,8 @@ def ablate(
             effects = dps.patch_heads(loaded, tested, sets, against=against, **options)
         else:
             effects = dps.ablation_curve(loaded, tested, sets, ablation=ablation_of(ablation), **options)
-    effects.to_frame().to_csv(out / "effects.csv", index=False)
-    effects.plot().write_html(out / "effects.html", include_plotlyjs=True)
+    write_text(out / "effects.csv", effects.to_frame().to_csv(index=False))
+    write_text(out / "effects.html", effects.plot().to_html(include_plotlyjs=True))
     print_effects(effects)
     say_shard(shard, out)
     typer.echo(f"effects.csv and effects.html are in {out}")

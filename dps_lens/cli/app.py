@@ -1,8 +1,43 @@
-"""The command line's root."""
+"""The command line's root, and what its commands say when they end early."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
-app = typer.Typer(
+
+class Command(TyperCommand):
+    """A command that says, when it is interrupted, where its results are and how to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo(f"\n{left_off(ctx.params)}", err=True)
+            raise typer.Exit(130) from None
+
+
+def left_off(params: dict[str, Any]) -> str:
+    """Where an interrupted command stands."""
+    out = params.get("out")
+    kept = f"what is finished is in {out}; " if out is not None and Path(out).exists() else ""
+    again = shlex.join(argument for argument in sys.argv[1:] if argument != "--force")
+    dropped = " (without --force, which would drop it)" if "--force" in sys.argv else ""
+    return f"interrupted; {kept}the same command goes on from there{dropped}:\n  dps-lens {again}"
+
+
+class App(typer.Typer):
+    """An app whose commands are all of this kind."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Any], Any]:
+        return super().command(name, **{"cls": Command} | options)
+
+
+app = App(
     help="Find the attention heads that carry a user's preferences, prove that they do, and steer with them.",
     no_args_is_help=True,
     add_completion=False,

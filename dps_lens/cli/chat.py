@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dps_lens.cli.requests import STRENGTHS, append_line
+from dps_lens.cli.requests import STRENGTHS
 
 if TYPE_CHECKING:
     from dps_lens.model import HookedModel
@@ -63,6 +63,26 @@ def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = No
                 _note(out, line, answer, options)
 
 
+def check_answers(out: Path) -> None:
+    """Refuse to add answers to a file that holds anything else.
+
+    Raises:
+        RunError: names the line.
+    """
+    from dps_lens.errors import RunError
+
+    lines = out.read_bytes().split(b"\n")[:-1] if out.exists() else []
+    if out.exists() and out.stat().st_size != sum(len(line) + 1 for line in lines):
+        raise RunError(f"{out} ends in the middle of a line; use another file")
+    for number, line in enumerate(lines, start=1):
+        try:
+            known = {"prompt", "text"} <= {*json.loads(line)}
+        except (ValueError, TypeError):
+            known = False
+        if not known:
+            raise RunError(f"{out}, line {number} is no answer of --chat; use another file")
+
+
 _UNSTEERED = {"rule": "greedy", "decode_config": None}
 
 
@@ -81,6 +101,8 @@ def _answer(
 
 
 def _note(out: Path | None, message: str, answer: str, options: Mapping[str, Any]) -> None:
+    from dps_lens.files import append_line
+
     if out is not None:
         line = {"prompt": message, "text": answer, **options}
         append_line(out, json.dumps(line, ensure_ascii=False, default=str))

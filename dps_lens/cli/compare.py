@@ -36,6 +36,7 @@ def compare(
 ) -> None:
     """Overlap of a run's heads with induction, retrieval and function-vector heads, and between its users."""
     import dps_lens as dps
+    from dps_lens.files import write_text
 
     scores = dps.HeadScores.load(run)
     loaded = dps.load_model(model, device=device, dtype=dtype)
@@ -45,7 +46,6 @@ def compare(
         if not family.defined:
             typer.echo(f"left out: {name}: {family.manifest['reason']}", err=True)
     folder = out or run / "compare"
-    folder.mkdir(parents=True, exist_ok=True)
     between = dps.overlap(
         {name: family for name, family in scored.items() if family.defined},
         k=k,
@@ -54,12 +54,12 @@ def compare(
         seed=seed,
     )
     print_overlap(between, f"Top {k} heads of each family")
-    between.plot().write_html(folder / "families.html", include_plotlyjs=True)
-    between.to_frame().to_csv(folder / "families.csv", index=False)
+    write_text(folder / "families.html", between.plot().to_html(include_plotlyjs=True))
+    write_text(folder / "families.csv", between.to_frame().to_csv(index=False))
     if len(scores.users) > 1:
         users = dps.overlap(scores, k=k, n_null=n_null, seed=seed)
-        users.plot().write_html(folder / "users.html", include_plotlyjs=True)
-        users.to_frame().to_csv(folder / "users.csv", index=False)
+        write_text(folder / "users.html", users.plot().to_html(include_plotlyjs=True))
+        write_text(folder / "users.csv", users.to_frame().to_csv(index=False))
         typer.echo(_between_users(users.specificity, users.user_specific))
     typer.echo(f"figures and tables are in {folder}")
 

@@ -96,11 +96,11 @@ def evaluate(
             engine=engine,
             run_config=dps.RunConfig(force=force),
         )
-    table.rows.to_csv(out / "answers.csv", index=False)
+    write_text(out / "answers.csv", table.rows.to_csv(index=False))
     write_text(out / "config.yaml", wanted.as_yaml())
     baseline = wanted.baseline or ("rag" if "rag" in table.methods else table.methods[0])
     print_evaluation(table, baseline)
-    table.plot(baseline=baseline).write_html(out / "evaluation.html", include_plotlyjs=True)
+    write_text(out / "evaluation.html", table.plot(baseline=baseline).to_html(include_plotlyjs=True))
     say_shard(shard, out)
     typer.echo(f"answers.csv, evaluation.json, evaluation.html and config.yaml are in {out}")
 

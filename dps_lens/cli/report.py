@@ -46,11 +46,15 @@ def report(
     force: Force = False,
 ) -> None:
     """Write a run as one HTML page that works offline: maps, heads, overlap, ablation, steered text."""
+    from dps_lens.explorer.page import check_page
+
+    if not force:
+        check_page(out)
     exploration, _, _ = _explored(
         "report", run, users, outputs, ablation, kinds, k, gammas, ks, shown_users, max_new_tokens, model, device,
         dtype, force,
     )  # fmt: skip
-    typer.echo(f"report: {exploration.write(out)}")
+    typer.echo(f"report: {exploration.write(out, force=force)}")
 
 
 @app.command()

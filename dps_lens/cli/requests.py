@@ -1,12 +1,13 @@
 """What `dps-lens steer` is asked for: a prompt, the users' examples, or a JSON-lines file of requests."""
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 if TYPE_CHECKING:
     from dps_lens.data import Example, User
@@ -35,22 +36,22 @@ class Request:
 
 
 class _Line(BaseModel):
-    """A line of a requests file; null where there is no limit."""
+    """A line of a requests file; null where there is no limit. Only fields that are given count."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     id: str | None = None
     prompt: str | None = None
     user: str | None = None
     example: str | None = None
-    heads: str | None = None
-    gamma: float | None = None
-    alpha: float | None = None
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
+    heads: str = ""
+    gamma: float = 0.0
+    alpha: float = 0.0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = Field(None, lt=2**31)
     top_p: float | None = None
-    seed: int | None = None
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "_Line":
@@ -71,12 +72,13 @@ def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, An
         DataError: a line is malformed; names file, line and field.
     """
     from dps_lens.errors import DataError
+    from dps_lens.files import parse_json
 
     by_id, requests = {user.id: user for user in users}, []
     for number, text in _lines(path):
         where = f"{path.name}, line {number}"
         try:
-            line = _Line.model_validate_json(text)
+            line = _Line.model_validate(parse_json(text, where, DataError))
         except ValidationError as error:
             raise DataError(f"{where}: {_said(error)}") from None
         given = {name: getattr(line, name) for name in line.model_fields_set}
@@ -95,12 +97,10 @@ def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, An
 def _said(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "json_invalid":
-        return f"not valid JSON ({first['msg']}); is it cut off?"
     if first["type"] == "extra_forbidden":
-        return f"field {name!r} is unknown; use some of {', '.join(_Line.model_fields)}"
+        return f"field {name[:60]!r} is unknown; use some of {', '.join(_Line.model_fields)}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"field {name!r} is {first['input']!r}: {message}" if name else message
+    return f"field {name!r} is {reprlib.repr(first['input'])}: {message}" if name else message
 
 
 def sampling_of(settings: Mapping[str, Any]) -> "Sampling | None":
@@ -136,14 +136,9 @@ def _check(where: str, line: _Line, settings: Mapping[str, Any], rule: "Rule") -
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     from dps_lens.errors import DataError
+    from dps_lens.files import read_text
 
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_text(path, DataError).split("\n"), start=1):
         if line.strip():
             yield number, line
 
@@ -167,30 +162,88 @@ def _example(where: str, line: _Line, users: "Mapping[str, User]") -> "Example":
 class Lines:
     """JSON lines that are printed, or kept in a file that an interrupted command goes on with.
 
+    Beside the file lies `NAME.run.json`, which says what decides its lines: weights, prompts, decoding.
+
+    Args:
+        out: the file; None prints.
+        requests: a line each.
+        settings: of all lines.
+        force: drop what the file holds.
+
+    Attributes:
+        done: lines that are there.
+
     Raises:
         RunError: the file holds lines of other requests.
     """
 
-    def __init__(self, out: Path | None, requests: Sequence[Request], settings: Mapping[str, Any]) -> None:
-        self._out, self._settings = out, settings
-        self.done = self._kept(out, requests) if out is not None and out.exists() else 0
+    def __init__(
+        self, out: Path | None, requests: Sequence[Request], settings: Mapping[str, Any], *, force: bool = False
+    ) -> None:
+        self._out, self._settings, self._force = out, settings, force
+        self._size = 0
+        self.done = self._kept(out, requests) if out is not None and out.exists() and not force else 0
+
+    def begin(self, fingerprint: Mapping[str, Any]) -> None:
+        """Be ready to write; up to here, nothing is changed.
+
+        Args:
+            fingerprint: everything that decides the lines beside what they say.
+
+        Raises:
+            RunError: the lines that are there were made otherwise.
+        """
+        if self._out is None:
+            return
+        from dps_lens.errors import RunError
+        from dps_lens.runs import claim
+
+        beside = self._out.with_name(f"{self._out.name}.run.json")
+        if self._force:
+            self._out.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
+        if self.done and not beside.is_file():
+            raise RunError(
+                f"{self._out}: there is no {beside.name} beside it that says what its lines were made with; use "
+                "another file, or --force to start anew"
+            )
+        claim(beside, fingerprint, self._out)
+        self._cut()
+
+    def _cut(self) -> None:
+        """Drop a line that has no end: it was being written when the command was stopped."""
+        from dps_lens.files import replacing
+
+        if self._out is None or not self._out.exists():
+            return
+        whole = self._out.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        self._size = len(kept)
+        if kept != whole:
+            with replacing(self._out) as temporary:
+                temporary.write_bytes(kept)
 
     def row(self, request: Request) -> dict[str, Any]:
-        """What a line says of its request."""
+        """What a line says of its request; `data` is a digest of an example's texts."""
         row = {**request.about, **self._settings, **request.settings}
-        return row | {"heads": str(row["heads"])}
+        row |= {"heads": str(row["heads"])}
+        return row | ({"data": _digest(request.example)} if request.example is not None else {})
 
     def _kept(self, out: Path, requests: Sequence[Request]) -> int:
         from dps_lens.errors import RunError
-        from dps_lens.files import write_text
+        from dps_lens.files import parse_json
 
-        # A line without its end was being written when the command was stopped, perhaps inside a character.
-        *whole, torn = out.read_bytes().split(b"\n")
+        try:
+            *whole, torn = out.read_bytes().split(b"\n")
+        except OSError as error:
+            raise RunError(f"{out} cannot be read ({error.strerror}); use another file") from error
+        if torn and not whole and not torn.startswith(b"{"):
+            raise RunError(f"{out}, line 1 was not written by this command; use another file")
         for number, (line, request) in enumerate(zip(whole, requests, strict=False), start=1):
             row = json.loads(json.dumps(self.row(request)))
             try:
-                kept = dict(json.loads(line))
-            except (ValueError, TypeError) as error:
+                kept = dict(parse_json(line.decode(), f"{out}, line {number}", RunError))
+            except (RunError, ValueError, TypeError) as error:
                 raise RunError(f"{out}, line {number} was not written by this command; use another file") from error
             changed = [name for name, value in row.items() if kept.get(name) != value]
             if changed:
@@ -200,23 +253,30 @@ class Lines:
                 )
         if len(whole) > len(requests):
             raise RunError(f"{out} holds {len(whole)} lines for {len(requests)} requests; use another file")
-        if torn:
-            write_text(out, "".join(f"{line.decode()}\n" for line in whole))
         return len(whole)
 
     def write(self, request: Request, written: Mapping[str, Any]) -> None:
-        """One finished request."""
+        """One finished request.
+
+        Raises:
+            RunError: somebody else writes to the file.
+        """
         import typer
+
+        from dps_lens.errors import RunError
+        from dps_lens.files import append_line
 
         line = json.dumps(self.row(request) | dict(written), ensure_ascii=False)
         if self._out is None:
             typer.echo(line)
             return
+        if (self._out.stat().st_size if self._out.exists() else 0) != self._size:
+            raise RunError(f"{self._out}: another command writes to this file; let it end, or use another file")
         append_line(self._out, line)
+        self._size = self._out.stat().st_size
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, which is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
+def _digest(example: "Example") -> str:
+    from dps_lens.data.examples import data_digest
+
+    return data_digest([], [example])

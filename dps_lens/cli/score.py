@@ -50,6 +50,7 @@ def score(
 ) -> None:
     """Score every head on the discovery examples of users (PCS); resumes where it stopped."""
     import dps_lens as dps
+    from dps_lens.files import write_text
 
     loaded = dps.load_users(users, outputs=outputs, max_users=max_users)
     if discovery == "history":
@@ -70,7 +71,7 @@ def score(
             engine=engine,
             run_config=dps.RunConfig(force=force, batch_size=batch_size or "auto"),
         )
-    scores.plot().write_html(out / "heatmap.html", include_plotlyjs=True)
+    write_text(out / "heatmap.html", scores.plot().to_html(include_plotlyjs=True))
     print_top(scores, top)
     say_shard(shard, out)
     typer.echo(f"scores and heatmap.html are in {out}")

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from dps_lens.cli.app import app
 from dps_lens.cli.chat import chat as talk
+from dps_lens.cli.chat import check_answers
 from dps_lens.cli.checks import ablation_of, check_same_model, rule_of
 from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Users
 from dps_lens.cli.requests import Lines, Request, read_requests, sampling_of
@@ -94,8 +95,8 @@ def steer(
     config = dps.DecodeConfig(ablation=ablation_of(ablation), min_p=min_p, max_kl=max_kl)
     shared: dict[str, Any] = {"rule": chosen_rule, "positions": positions, "max_new_tokens": max_new_tokens}
     asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, defaults, chosen_rule)
-    if out is not None and force:
-        out.unlink(missing_ok=True)
+    if chat and out is not None and not force:
+        check_answers(out)
     about = {
         "model": model,
         "dtype": dtype,
@@ -105,24 +106,41 @@ def steer(
         "min_p": min_p,
         "max_kl": max_kl,
     }
-    lines = Lines(None if chat else out, asked, about)
-    if not chat and lines.done == len(asked):
-        return
+    lines = Lines(None if chat else out, asked, about, force=force)
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
     if scores:
         check_same_model("steer", scores, loaded_model)
     if chat:
         strengths = {"gamma": gamma, "alpha": alpha}
         options = {**shared, **strengths, "heads": chosen, "sampling": sampling_of(defaults), "decode_config": config}
+        if out is not None and force:
+            out.unlink(missing_ok=True)
         talk(loaded_model, options, out)
         return
+    lines.begin(_decided_by(loaded_model, chosen_rule, config))
     bar = tqdm(total=len(asked), initial=lines.done, desc="steering", unit="prompt", disable=None if out else True)
     with bar:
-        for start in range(lines.done, len(asked), batch_size):
+        # Batches are those of a run without interruption, for the last digits of a row depend on the others.
+        for start in range(lines.done - lines.done % batch_size, len(asked), batch_size):
             batch = asked[start : start + batch_size]
-            for request, written in zip(batch, _write(loaded_model, batch, shared, config), strict=True):
-                lines.write(request, written)
+            if start + len(batch) <= lines.done:
+                continue
+            written = list(_write(loaded_model, batch, shared, config))
+            for index in range(max(start, lines.done), start + len(batch)):
+                lines.write(asked[index], written[index - start])
                 bar.update()
+
+
+def _decided_by(model: "HookedModel", rule: "Rule", config: "DecodeConfig") -> dict[str, Any]:
+    """What decides the lines beside what they say of themselves."""
+    from dps_lens.data import PromptConfig
+    from dps_lens.data.identity import describe_inputs
+    from dps_lens.intervene import find_ablation
+
+    inputs = describe_inputs(model, [], [], PromptConfig())
+    inputs.pop("data")
+    ablation = find_ablation(config.ablation).settings() if config.ablation is not None else None
+    return {"call": "steer", "rule": rule.settings(), "ablation": ablation, **inputs}
 
 
 def _asked(

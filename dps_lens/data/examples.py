@@ -1,11 +1,13 @@
 """Which examples a run reads, and what stands for them in keys and digests."""
 
-import hashlib
 import json
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
-from dps_lens.data.records import Example, User
+import xxhash
+
+from dps_lens.data.records import Document, Example, User
 from dps_lens.errors import DataError, ScoreError
 
 T = TypeVar("T")
@@ -47,7 +49,21 @@ def by_key(examples: Sequence[Example]) -> dict[str, Example]:
 
 
 def data_digest(users: Sequence[User], examples: Sequence[Example]) -> str:
-    """A digest of every text that results depend on."""
-    texts = [[u.id, [[d.id, d.date, dict(d.fields)] for d in u.history]] for u in users]
-    asked = [[e.id, e.input, e.reference, [d.id for d in e.profile]] for e in examples]
-    return hashlib.sha256(json.dumps([texts, asked], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A digest of everything that results take from users and examples, in their order: texts, dates, ids, tasks."""
+    known: dict[int, str] = {}  # a document stands in many profiles
+
+    def documents(of: Sequence[Document]) -> list[str]:
+        for one in of:
+            if id(one) not in known:
+                known[id(one)] = _digest([one.id, one.date, dict(one.fields)])
+        return [known[id(one)] for one in of]
+
+    def asked(of: Sequence[Example]) -> list[Any]:
+        return [[e.id, e.user_id, asdict(e.task), e.input, e.reference, documents(e.profile)] for e in of]
+
+    people = [[u.id, asdict(u.task), dict(u.labels), documents(u.history), asked(u.examples)] for u in users]
+    return _digest([people, asked(examples)])
+
+
+def _digest(value: object) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())

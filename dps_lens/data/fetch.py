@@ -1,14 +1,16 @@
 """Download LaMP."""
 
-import hashlib
-import json
-from functools import partial
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 from platformdirs import user_cache_path
 
-from dps_lens.errors import DataError
-from dps_lens.files import write_json
+from dps_lens.errors import DataError, FileError
+from dps_lens.files import file_digest, read_json, read_object, reason, write_json, writing
+
+MAX_BYTES = 16 * 2**30
+"""Of a file, unpacked; the largest of LaMP is far smaller."""
 
 LAMP = "https://ciir.cs.umass.edu/downloads/LaMP"
 _PARTS = ("questions", "outputs")
@@ -35,59 +37,94 @@ def fetch(name: str, *, split: str = "dev", to: str | Path | None = None, mirror
         the questions file, for `load_users`.
 
     Raises:
-        DataError: the name is unknown, the network or server fails (what came is kept), or a file is no JSON list.
+        DataError: the name is unknown, the network or server fails (what came is kept), or what came is no list of
+            questions or answers, or has no end (nothing is kept).
+        FileError: the folder cannot be written.
     """
     number = name.lower().removeprefix("lamp-")
     if number not in tuple("1234567") or split not in ("dev", "train"):
         raise DataError(f"fetch: {name!r}, {split!r} are not a task and split; use lamp-1 to lamp-7, 'dev' or 'train'")
     folder = Path(to) if to is not None else folder_of(f"lamp-{number}")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     sums = _known(folder)
     for part in _PARTS:
         file = folder / f"{split}_{part}.json"
-        if not (file.is_file() and sums.get(file.name) == _digest(file)):
+        if not (os.path.isfile(file) and sums.get(file.name) == file_digest(file)):
             place = "LaMP_2/new" if number == "2" else f"LaMP_{number}"
             _download(f"{mirror.rstrip('/')}/{place}/{split}/{file.name}", file)
-            sums[file.name] = _digest(file)
+            sums[file.name] = file_digest(file)
             write_json(folder / _SUMS, sums)
     return folder / f"{split}_questions.json"
 
 
 def _known(folder: Path) -> dict[str, str]:
     try:
-        found = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = read_object(folder / _SUMS, DataError)
+    except DataError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return {name: digest for name, digest in found.items() if isinstance(digest, str)}
 
 
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        for block in iter(partial(opened.read, 2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+class _Bounded:
+    """A file that takes so many bytes and no more; a server may send without end, or packed."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path = file, path
+
+    def write(self, data: bytes) -> int:
+        if self._file.tell() + len(data) > MAX_BYTES:
+            raise _EndlessError(f"more than {MAX_BYTES} bytes came")
+        # Errors of the network are errors of the system, too: only here it is known which it is.
+        with writing(self._path):
+            count = self._file.write(data)
+            self._file.flush()
+        return count
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+
+class _EndlessError(Exception):
+    """More came than any file of the data set holds."""
 
 
 def _download(url: str, file: Path) -> None:
-    from huggingface_hub.file_download import http_get
-
     part = file.with_name(f"{file.name}.part")
     try:
-        with part.open("ab") as opened:
-            http_get(url, opened, resume_size=opened.tell(), displayed_filename=file.name)
+        _load(url, part)
+    except FileError:
+        raise
     except Exception as error:  # whatever the network raises
-        if "416" in str(error):
-            part.unlink()  # the server has a shorter file than what came
-        raise DataError(
-            f"fetch: {url} could not be read ({type(error).__name__}: {str(error).splitlines()[0]}); what came is kept "
-            f"in {part.parent}, run the same again to go on, or put the files there by hand"
-        ) from error
+        kept = f"what came is kept in {part.parent}, run the same again to go on, or put the files there by hand"
+        if "416" in str(error) or isinstance(error, _EndlessError):  # a shorter file than what came, or an endless one
+            part.unlink(missing_ok=True)
+            kept = "run the same again, or put the files there by hand"
+        said = f"{type(error).__name__}: {reason(error)}"
+        raise DataError(f"fetch: {url} could not be read ({said}); {kept}") from error
     try:
-        whole = isinstance(json.loads(part.read_bytes()), (list, dict))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        whole = False
-    if not whole:
+        _check(part)
+    except DataError as error:
         part.unlink()
-        raise DataError(f"fetch: what {url} gave is not JSON; run the same again, or see whether the address has moved")
-    part.replace(file)
+        raise DataError(
+            f"fetch: what {url} gave is not JSON as it is read here ({error}); run the same again, or see whether the "
+            "address has moved"
+        ) from error
+    with writing(file):
+        part.replace(file)
+
+
+def _load(url: str, part: Path) -> None:
+    from huggingface_hub.file_download import http_get
+
+    with writing(part):
+        opened = part.open("ab")
+    with opened:
+        http_get(url, _Bounded(opened, part), resume_size=opened.tell(), displayed_filename=part.stem)  # type: ignore[arg-type]
+
+
+def _check(part: Path) -> None:
+    found = read_json(part, DataError)
+    rows = found.get("golds") if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError("it is no list of records")

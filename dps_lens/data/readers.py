@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,6 +13,7 @@ from dps_lens.data.fetch import folder_of
 from dps_lens.data.records import Document, Example, User
 from dps_lens.data.tasks import TASKS, Task, find_task
 from dps_lens.errors import DataError
+from dps_lens.files import parse_json, read_text, reason
 
 N_NEWEST = 2
 _USER_FIELDS = ("user_id", "name", "author", "reviewerId")
@@ -35,13 +37,17 @@ def load_users(
     Raises:
         DataError: a file is missing or malformed; the message names file, record and field.
     """
-    if isinstance(source, str) and source.lower().startswith("lamp-") and not Path(source).is_file():
+    if isinstance(source, str) and source.lower().startswith("lamp-") and not os.path.isfile(source):
         fetched = folder_of(source.lower()) / "dev_questions.json"
         source = fetched if fetched.is_file() else source
     if isinstance(source, (str, Path)):
         name, records = _open(str(source))
-    else:
+    elif isinstance(source, Iterable) and not isinstance(source, Mapping):
         name, records = type(source).__name__, list(source)
+        for index, record in enumerate(records):
+            _check_whole(f"{name}, record {index}", record)
+    else:
+        raise DataError(f"load_users: {type(source).__name__} is no source; give a file, 'probe' or a list of records")
     items = [_Record(name, index, value) for index, value in enumerate(records)]
     if not items:
         raise DataError(f"{name} holds no records")
@@ -81,37 +87,36 @@ def _open(source: str) -> tuple[str, list[Any]]:
     if source == "probe":
         return "probe", _parse("probe", files("dps_lens.data").joinpath("probe.jsonl").read_text(encoding="utf-8"))
     path = Path(source).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         return path.name, _parse(path.name, _read(path))
     if source.lower().startswith("longlamp/"):
         return source, _from_hub(source)
     if source.lower().startswith("lamp-"):
         raise DataError(f"load_users: {source} is not on this machine; run: dps-lens fetch {source.lower()}")
-    raise DataError(f"load_users: there is no file {source!r}; give a file, 'probe' or 'longlamp/CONFIG'")
+    found = f"{source[:200]!r} is a folder" if os.path.isdir(path) else f"there is no file {source[:200]!r}"
+    raise DataError(f"load_users: {found}; give a file, 'probe' or 'longlamp/CONFIG'")
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    return read_text(path, DataError)
 
 
 def _parse(name: str, text: str) -> list[Any]:
     """A JSON list, or JSON lines."""
     if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{name}: not valid JSON at line {error.lineno} ({error.msg}); is it cut off?") from error
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{name}, line {number}: not valid JSON ({error.msg}); is it cut off?") from error
-    return records
+        return parse_json(text, name, DataError)
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_json(line, f"{name}, line {number}", DataError) for number, line in lines if line.strip()]
+
+
+def _check_whole(where: str, record: Any) -> None:
+    """Refuse what no JSON file could hold: half of a character, a record inside itself."""
+    try:
+        json.dumps(record, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: a text holds half of a character (\\ud800 to \\udfff alone); remove it") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{where}: it is nested too deeply, or inside itself ({reason(error)})") from error
 
 
 def _from_hub(source: str) -> list[Any]:
@@ -127,15 +132,12 @@ def _from_hub(source: str) -> list[Any]:
 def _golds(source: Any, outputs: str | Path | None) -> tuple[dict[str, str], str | None]:
     """Answers by question id, and the task's name when the file gives it."""
     path = Path(outputs) if outputs else _outputs_beside(source)
-    if path is None or not path.is_file():
+    if path is None or not os.path.isfile(path):
         raise DataError(
             f"{source if isinstance(source, (str, Path)) else 'load_users'}: questions need their answers; "
             f"{f'there is no file {path}' if path else 'give outputs='}"
         )
-    try:
-        loaded = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path.name}: not valid JSON at line {error.lineno} ({error.msg}); is it cut off?") from error
+    loaded = parse_json(_read(path), path.name, DataError)
     task, rows = (loaded.get("task"), loaded.get("golds")) if isinstance(loaded, Mapping) else (None, loaded)
     if not isinstance(rows, list):
         raise DataError(f"{path.name}: expected a list of answers, or an object with 'golds'")

@@ -11,6 +11,7 @@ from dps_lens.engines.worker import Ready, Worker
 from dps_lens.errors import RunError
 from dps_lens.extensions import loaded_files
 from dps_lens.model import HookedModel
+from dps_lens.runs import changes
 from dps_lens.work import Failure
 
 _DEATHS = 3
@@ -187,10 +188,9 @@ class WorkerPool:
 
 def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """What differs between two models' descriptions, if anything."""
-    names = [name for name in wanted if found.get(name) != wanted[name]]
-    if not names:
-        return ""
-    return (
-        f"{names[0]} is {found.get(names[0])!r} there, {wanted[names[0]]!r} here; load the model here with "
-        "device='meta' to leave weights, dtype and device to the workers"
-    )
+    for name, there, here in changes(found, wanted):
+        return (
+            f"{name} is {there!r} there, {here!r} here; load the model here with device='meta' to leave weights, dtype "
+            "and device to the workers"
+        )
+    return ""

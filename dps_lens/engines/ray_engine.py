@@ -13,7 +13,7 @@ from dps_lens.engines.dispatch import Dispatcher
 from dps_lens.engines.pool import WorkerPool, difference
 from dps_lens.engines.summary import Summary
 from dps_lens.errors import RunError
-from dps_lens.model import HookedModel, describe_model, described_as, has_weights, loader_of
+from dps_lens.model import HookedModel, describe_model, described_as, has_hooks, has_weights, loader_of
 from dps_lens.work import Engine, Unit, Work
 
 
@@ -74,8 +74,11 @@ class RayEngine(Engine):
         """Let workers load the model; returns when the first one has it.
 
         Raises:
-            RunError: Ray is not installed or not reached, no worker can load the model, or it is another one there.
+            RunError: Ray is not installed or not reached, no worker can load the model, it is another one there, or has
+                hooks here.
         """
+        if has_hooks(model):
+            raise RunError("RayEngine: the model has hooks, which the workers' models have not; remove them")
         load = self.load or self._loader(model)
         description = describe_model(model) if has_weights(model) else None
         if self._pool is None or not _same(load, self._load):
@@ -95,8 +98,9 @@ class RayEngine(Engine):
             raise RunError(
                 "RayEngine: workers cannot load a model that load_model did not load; give load=, a function that does"
             )
-        if self.gpus > 1:
-            return partial(load, **({"device_map": "auto"} | load.keywords))
+        placed = {"device_map", "n_devices"} & load.keywords.keys()
+        if self.gpus > 1 or placed:
+            return partial(load, **(({} if placed else {"device_map": "auto"}) | load.keywords))
         return partial(load, device="cuda" if self.gpus else "cpu")
 
     def _connect(self) -> None:

@@ -1,13 +1,12 @@
 """A run in shards: jobs that know nothing of each other, and their folders put together."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dps_lens.errors import RunError
-from dps_lens.runs import RunFolder
+from dps_lens.runs import RunFolder, changes, read_manifest
 from dps_lens.scores import HeadScores
 from dps_lens.work import Engine, Unit, Work
 
@@ -84,22 +83,32 @@ def merge_runs(parts: Sequence[str | Path], out: str | Path) -> int:
         raise RunError("merge_runs: give at least one run folder")
     manifests = [_manifest(Path(part)) for part in parts]
     for part, manifest in zip(parts, manifests, strict=True):
-        changed = [name for name in sorted({*manifest, *manifests[0]}) if manifest.get(name) != manifests[0].get(name)]
+        changed = [name for name, _, _ in changes(manifest, manifests[0])]
         if changed:
             raise RunError(f"merge_runs: {part} is of another run than {parts[0]}: {', '.join(changed)} differ")
     folder = RunFolder(out, manifests[0])
     for part in parts:
         folder.adopt(Path(part))
     if manifests[0].get("call") == "score_heads":
-        _merged([HeadScores.load(part) for part in parts], manifests[0]["examples"]).save(folder.path)
+        scores = [_scores(Path(part), manifests[0]) for part in parts]
+        _merged(scores, manifests[0].get("examples") or ()).save(folder.path)
     return folder.n_units
 
 
 def _manifest(part: Path) -> dict[str, Any]:
     try:
-        return json.loads((part / "run.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        return read_manifest(part)
+    except RunError as error:
         raise RunError(f"merge_runs: {part} is no run folder ({error})") from error
+
+
+def _scores(part: Path, manifest: Mapping[str, Any]) -> HeadScores:
+    """The scores of a shard, which were made in the run that its folder holds."""
+    scores = HeadScores.load(part)
+    own = {name: scores.manifest.get(name) for name in manifest}
+    for name, _, _ in changes(own, manifest):
+        raise RunError(f"merge_runs: the scores in {part} are of another run than its units: {name} differs")
+    return scores
 
 
 def _merged(parts: Sequence[HeadScores], examples: Sequence[str]) -> HeadScores:
@@ -108,6 +117,8 @@ def _merged(parts: Sequence[HeadScores], examples: Sequence[str]) -> HeadScores:
     quarantined = {key: reason for part in parts for key, reason in part.manifest.get("quarantined", {}).items()}
     whole = HeadScores.join(parts)
     place = {example: index for index, example in enumerate(examples)}
+    if foreign := [example for example in whole.example_ids if example not in place]:
+        raise RunError(f"merge_runs: example {foreign[0]!r} is not of this run")
     merged = whole.take(sorted(range(len(whole.example_ids)), key=lambda row: place[whole.example_ids[row]]))
     if missing := len(examples) - len(merged.example_ids) - len(quarantined):
         shards = ", ".join(str(part.manifest.get("shard", "all")) for part in parts)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dps_lens.adapters.tuning import check_tunable
 from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
-from dps_lens.data.examples import data_digest, held_out_examples, unit_key
+from dps_lens.data.examples import held_out_examples, unit_key
+from dps_lens.data.identity import describe_inputs
 from dps_lens.data.tasks import Task
 from dps_lens.data.tokenizer import PromptTokenizer, without_special
 from dps_lens.errors import EvaluationError
@@ -21,12 +22,12 @@ from dps_lens.evaluation.answers import fluency, measured, text_of
 from dps_lens.evaluation.artifacts import Artifacts, Part
 from dps_lens.evaluation.cost import COSTS, measure_costs
 from dps_lens.evaluation.methods import Method, Setting, Writer, describe, write
-from dps_lens.evaluation.metrics import Metric, check_reference, metrics_of, score_text
+from dps_lens.evaluation.metrics import Metric, check_reference, metric_libraries, metrics_of, score_text
 from dps_lens.evaluation.result import REFERENCE, Evaluation
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.heads import HeadSet
 from dps_lens.literals import Select
-from dps_lens.model import HookedModel, describe_model
+from dps_lens.model import HookedModel
 from dps_lens.scores import HeadScores
 from dps_lens.selection import Rankings, check_held_out, rankings, undefined_of
 from dps_lens.work import Run, Work
@@ -132,13 +133,12 @@ class Bench(Work):
             "choose_on": self.config.choose_on,
             "vector_examples": self.config.vector_examples,
             "max_new_tokens": self.length,
-            "prompt_config": self.prompt_config.to_dict(),
             "seed": self.seed,
             "metrics": [metric.name for metric in self.metrics],
             "better": {metric.name: metric.better for metric in self.metrics},
-            "model": describe_model(self.model),
+            "measured_with": metric_libraries(),
+            **describe_inputs(self.model, self.users, self.examples, self.prompt_config),
             "examples": [example.id for example in self.examples],
-            "data": data_digest(self.users, self.examples),
         }
 
     def run(self, run: Run) -> Evaluation:

@@ -16,7 +16,7 @@ from dps_lens.data import PromptConfig, User, build_prompt
 from dps_lens.data.tokenizer import without_special
 from dps_lens.errors import EvaluationError, SteeringError
 from dps_lens.evaluation.answers import fluency, measured
-from dps_lens.evaluation.metrics import metrics_of
+from dps_lens.evaluation.metrics import metric_libraries, metrics_of
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
@@ -217,7 +217,7 @@ class GridWork(HeldOutWork):
 
     def fingerprint(self) -> dict[str, Any]:
         more = {"rule": self.rule.settings(), "gammas": list(self.gammas), "max_new_tokens": self.length}
-        return super().fingerprint() | more | {"alternatives": self.alternatives}
+        return super().fingerprint() | more | {"alternatives": self.alternatives, "measured_with": metric_libraries()}
 
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
         example, model, config = self.by_key[key], self.model, self.settings.prompt_config

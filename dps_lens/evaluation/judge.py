@@ -16,6 +16,7 @@ from dps_lens.data.retrieval import retrieve
 from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.endpoint import BudgetError, Endpoint
 from dps_lens.evaluation.result import REFERENCE, Evaluation
+from dps_lens.files import parse_json
 from dps_lens.result import Result
 from dps_lens.stats.intervals import interval
 from dps_lens.work import RunConfig
@@ -202,10 +203,11 @@ def _ask(endpoint: Endpoint, question: str, criteria: Mapping[str, str], attempt
         reply = endpoint.ask(messages)
         if (found := read_reply(reply, criteria)) is not None:
             return found
-        messages += [
-            {"role": "assistant", "content": reply},
-            {"role": "user", "content": _AGAIN.format(form=_form(criteria))},
-        ]
+        if reply:
+            messages += [
+                {"role": "assistant", "content": reply},
+                {"role": "user", "content": _AGAIN.format(form=_form(criteria))},
+            ]
     return dict.fromkeys(criteria)
 
 
@@ -213,8 +215,8 @@ def read_reply(reply: str, criteria: Mapping[str, str]) -> Mapping[str, str] | N
     """The verdicts in a reply, or None where it holds no valid object; text around the object does no harm."""
     begin, end = reply.find("{"), reply.rfind("}")
     try:
-        found = json.loads(reply[begin : end + 1])
-    except json.JSONDecodeError:
+        found = parse_json(reply[begin : end + 1], "reply", EvaluationError)
+    except EvaluationError:
         return None
     if not isinstance(found, dict) or any(found.get(name) not in ("A", "B", "tie") for name in criteria):
         return None

@@ -284,7 +284,13 @@ class SweepWork(HeldOutWork):
             "rules": {name: rule.settings() for name, rule in self.rules.items()},
         }
         if self.config.weighted:
-            more["weighted"] = sorted(self.config.weighted)
+            # Sets are in the fingerprint; here the scores are weights, too.
+            scores = {name: self.families[name] for name in sorted(self.config.weighted)}
+            more["weighted"] = {
+                name: [tensor_digest(one.values), *one.user_ids]
+                for name, one in scores.items()
+                if isinstance(one, HeadScores)
+            }
         if self.vectors:
             more["vectors"] = {
                 name: {user: [one.layer, tensor_digest(one.values)] for user, one in sorted(vectors.items())}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from jaxtyping import Int
@@ -192,7 +192,7 @@ def describe(methods: Mapping[str, Method]) -> dict[str, Any]:
             "shows": method.shows,
             "vector": method.vector,
             "adapter": [RANK, EPOCHS, LEARNING_RATE, SEED] if method.adapter else None,
-            "grid": [str(one) for one in method.settings],
+            "grid": [asdict(one) for one in method.settings],
         }
         for name, method in methods.items()
     }

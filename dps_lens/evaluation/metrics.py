@@ -6,8 +6,10 @@ RMSE are over all.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dps_lens.data import Example
@@ -74,6 +76,7 @@ LABELS = {
 """Answers of the classification tasks; what is none of them counts as wrong."""
 
 _SCORES = (1.0, 5.0)
+_LIBRARIES = ("rouge_score", "nltk", "scikit-learn", "numpy", "peft")
 
 
 def accuracy(reference: str, text: str) -> float:
@@ -189,6 +192,15 @@ METRICS: dict[str, Metric] = {
 
 OF_EVERY_TASK = ("style", "NLL", "repeated", "tokens")
 """Measured of every answer, whatever the task; closed tasks have no style."""
+
+
+def metric_libraries() -> dict[str, str]:
+    """Versions of what measures answers, and of what tunes the models that write them; for a manifest."""
+    found = {}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def find_metrics(asked: Iterable[MetricLike]) -> tuple[Metric, ...]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dps_lens.data import Example, PromptConfig, User, build_prompt
-from dps_lens.data.examples import by_key, data_digest
+from dps_lens.data.examples import by_key
+from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import ScoreError
 from dps_lens.evaluation import steering_grid
 from dps_lens.explorer.page import ExampleView, Exploration
@@ -158,9 +159,8 @@ class ViewWork(Work):
 
     def views(self, run: Run) -> tuple[ExampleView, ...]:
         """What the page shows of each."""
-        about = {"call": "attention", "heads": str(self.heads), "prompt_config": self.prompt_config.to_dict()}
-        examples = list(self.by_key.values())
-        run.open(about | {"model": describe_model(self.model), "data": data_digest(self.users, examples)})
+        inputs = describe_inputs(self.model, self.users, list(self.by_key.values()), self.prompt_config)
+        run.open({"call": "attention", "heads": str(self.heads), **inputs})
         units = run.units(self, list(self.by_key), "attention")
         views = []
         for key, unit in units.made.items():

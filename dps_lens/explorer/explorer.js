@@ -39,7 +39,7 @@ const maps = (name) => once(`map|${name}`, () => numbers(data.maps[name]));
 const examples = () => once("examples", () => (data.examples ? numbers(data.examples.values) : null));
 const family = (name) => once(`family|${name}`, () => numbers(data.families[name].values));
 const defined = Object.keys(data.families).filter((name) => !data.families[name].reason);
-const isFamily = (name) => name in data.families;
+const isFamily = (name) => Object.hasOwn(data.families, name);
 const words = (name) => name.replaceAll("_", " ");
 
 /** Mean and interval of every head over rows of an array. */
@@ -84,6 +84,10 @@ function indexOf(name) {
   if (!match || +match[1] >= data.layers || +match[2] >= data.heads) return -1;
   return +match[1] * data.heads + +match[2];
 }
+
+/** A text as plotly shows it letter by letter; as dps_lens.plots.text says it. */
+const LETTERS = { "&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;", "%": "&#37;", "\n": "\u23ce", "\r": "\u23ce" };
+const plain = (text) => String(text).replace(/[&<>$%\n\r]/g, (letter) => LETTERS[letter]);
 
 function number(value, digits = 4) {
   return Number.isFinite(value) ? value.toFixed(digits).replace("-", "\u2212") : "\u2013";
@@ -134,8 +138,8 @@ let state = read();
 
 function read() {
   const found = { ...fresh }, asked = new URLSearchParams(location.hash.slice(1));
-  for (const [name, value] of asked) if (name in found) found[name] = value;
-  if (!(found.map in data.maps) && !defined.includes(found.map)) found.map = fresh.map;
+  for (const [name, value] of asked) if (Object.hasOwn(found, name)) found[name] = value;
+  if (!Object.hasOwn(data.maps, found.map) && !defined.includes(found.map)) found.map = fresh.map;
   if (found.user && !data.users.includes(found.user)) found.user = fresh.user;
   if (indexOf(found.head) < 0) found.head = fresh.head;
   if (!views.some((view) => view.example === found.view)) found.view = fresh.view;
@@ -172,9 +176,9 @@ function drawHeatmap() {
   const dots = state.map === "PCS" && state.user === EVERYBODY ? data.significant.map(indexOf) : [];
   const traces = [{
     type: "heatmap", z: rows((i) => mean[i]), zmid: 0, zmin: -limit, zmax: limit, colorscale: data.colours, xgap: 1, ygap: 1,
-    text: rows((i) => `<b>${nameOf(i)}</b><br>${number(mean[i])} ${unit}${interval(i)}<br>rank ${rank[i]} of ${size}`),
+    text: rows((i) => `<b>${nameOf(i)}</b><br>${number(mean[i])} ${plain(unit)}${interval(i)}<br>rank ${rank[i]} of ${size}`),
     hovertemplate: "%{text}<extra></extra>",
-    colorbar: { title: { text: `${unit}<br>(ends at \u00b1${limit.toPrecision(2)})` }, thickness: 12 },
+    colorbar: { title: { text: `${plain(unit)}<br>(ends at \u00b1${limit.toPrecision(2)})` }, thickness: 12 },
   }, {
     type: "scatter", mode: "markers", x: dots.map((i) => i % data.heads), y: dots.map((i) => Math.floor(i / data.heads)),
     marker: { color: "black", size: 4 }, hoverinfo: "skip", showlegend: false,

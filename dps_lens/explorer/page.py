@@ -18,6 +18,7 @@ from plotly.colors import get_colorscale
 from scipy.stats import t as student
 from torch import Tensor
 
+from dps_lens.errors import RunError
 from dps_lens.evaluation import SteeringGrid
 from dps_lens.files import write_text
 from dps_lens.heads import Head, HeadSet
@@ -32,6 +33,7 @@ MAX_VALUES = 5_000_000
 """Values of examples that a page holds, two bytes each; above, a page shows the means of users."""
 
 _SINGLE = 500_000
+_GENERATOR = b'<meta name="generator" content="dps_lens">'
 _BASELINES = {"no_profile": "no profile", "other_user": "other users' profiles"}
 
 
@@ -84,10 +86,33 @@ class Exploration:
     grid: SteeringGrid | None = None
     title: str = "Preference Heads"
 
-    def write(self, path: str | Path) -> Path:
-        """Write one HTML file that opens without a network and runs no script but its own."""
+    def write(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write one HTML file that opens without a network and runs no script but its own.
+
+        Args:
+            path: the file; an older page is replaced.
+            force: replace whatever is there.
+
+        Raises:
+            RunError: there is a file that is no page of dps_lens.
+        """
+        if not force:
+            check_page(path)
         write_text(path, page(self))
         return Path(path)
+
+
+def check_page(path: str | Path) -> None:
+    """Refuse to write a page over something else.
+
+    Raises:
+        RunError: there is a file that is no page of dps_lens.
+    """
+    if not Path(path).exists():
+        return
+    with Path(path).open("rb") as file:
+        if _GENERATOR not in file.read(1000):
+            raise RunError(f"{path} is there and is no page of dps_lens; use another file, or --force to replace it")
 
 
 def page(found: Exploration, *, live: bool = False) -> str:

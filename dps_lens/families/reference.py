@@ -4,17 +4,18 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from platformdirs import user_cache_path
 
+from dps_lens.data import PromptConfig
+from dps_lens.data.identity import tokenizer_digest
 from dps_lens.errors import ScoreError
 from dps_lens.families.function_vector import FunctionVector
 from dps_lens.families.repeated import Repeated
 from dps_lens.families.retrieval import Retrieval
-from dps_lens.model import HookedModel, describe_model
+from dps_lens.model import HookedModel, describe_model, has_hooks
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.work import Engine, RunConfig
@@ -80,6 +81,7 @@ def reference_heads(
     if engine is not None:
         engine.start(model)
     scored: dict[str, HeadScores] = {}
+    about = {"model": describe_model(model), "tokenizer": tokenizer_digest(model, PromptConfig())}
     for kind in kinds:
         family = _family(kind)
         manifest = {
@@ -87,13 +89,11 @@ def reference_heads(
             "family": family.name,
             "settings": json.loads(json.dumps(family.settings())),
             **_source(family),
-            "model": describe_model(model),
-            "tokenizer": _digest([len(model.tokenizer), getattr(model.tokenizer, "chat_template", None)]),
-            "version": version("dps_lens"),
+            **about,
         }
         if family.name in scored:
             raise ScoreError(f"reference_heads: two families are called {family.name!r}; score them in two calls")
-        folder = None if _has_hooks(model) else _folder(cache, manifest)
+        folder = None if has_hooks(model) else _folder(cache, manifest)
         scores = _cached(folder, manifest)
         if scores is None:
             run = RunFolder(folder, manifest) if folder else None
@@ -116,11 +116,6 @@ def _family(kind: Kind) -> Family:
     if kind == FunctionVector.name:
         return FunctionVector()
     raise ScoreError(f"reference_heads: kind {kind!r} is unknown; use one of {', '.join(KINDS)}, or a family object")
-
-
-def _has_hooks(model: HookedModel) -> bool:
-    """Whether something acts on the model that its description does not tell."""
-    return any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 def _folder(cache: bool | str | Path, manifest: dict[str, Any]) -> Path | None:

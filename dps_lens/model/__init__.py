@@ -2,7 +2,7 @@
 
 from dps_lens.model.attention import native_attention
 from dps_lens.model.check import check_model
-from dps_lens.model.describe import describe_model, described_as, has_weights
+from dps_lens.model.describe import describe_model, described_as, has_hooks, has_weights
 from dps_lens.model.fast.bypass import BypassedHooks, reused_logits
 from dps_lens.model.hooked_attention import check_attention_reads, check_attention_writes
 from dps_lens.model.hooking import Hooks
@@ -27,6 +27,7 @@ __all__ = [
     "check_model",
     "describe_model",
     "described_as",
+    "has_hooks",
     "has_weights",
     "hf_model_of",
     "in_use",

@@ -57,7 +57,11 @@ class Adapter:
         from transformers.utils import cached_file
 
         found = cached_file(
-            self.source, "tokenizer_config.json", **_look_up(options), _raise_exceptions_for_missing_entries=False
+            self.source,
+            "tokenizer_config.json",
+            **_look_up(options),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
         )
         return found is not None
 

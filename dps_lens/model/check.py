@@ -9,6 +9,7 @@ from torch import Tensor
 from dps_lens.errors import ModelCheckError
 from dps_lens.model.attention import native_attention
 from dps_lens.model.hooked_attention import check_attention_reads, check_attention_writes
+from dps_lens.model.positions import rotary_switch
 from dps_lens.model.protocol import HookedModel, hf_model_of, is_bridge
 from dps_lens.model.runner import Residuals, Runner
 from dps_lens.model.runners import runner_of
@@ -25,6 +26,7 @@ def check_model(model: HookedModel, *, reference: Any = None) -> dict[str, float
     |---|---|
     | `ablation` | a head zeroed at `hook_z`, and the columns of the output projection that read it zeroed |
     | `prompt` | tokens after cached keys and values of a prompt, and one whole pass |
+    | `long prompt` | the same beyond the length at which rotary factors change, where a model has one |
     | `restart` | rows that join in the middle of the model, and one whole pass |
     | `padding` | left-padded rows of unequal lengths, decoded step by step, and each row alone |
     | `native attention` | the model's own attention kernel, and the one that TransformerLens recomputes |
@@ -57,6 +59,7 @@ def check_model(model: HookedModel, *, reference: Any = None) -> dict[str, float
         found = {
             "ablation": _check_ablation(model, runner, tokens, tolerance),
             **_check_restarts(runner, tokens, logits, tolerance),
+            **_check_long(runner, tolerance),
             "padding": _check_padding(runner, tokens, tolerance),
         }
     try:
@@ -87,6 +90,17 @@ def _check_restarts(runner: Runner, tokens: Tensor, logits: Tensor, tolerance: f
         "prompt": _compare("tokens after a cached prompt", continued, expected, tolerance),
         "restart": _compare("rows that join in the middle of the model", joined, expected, tolerance),
     }
+
+
+def _check_long(runner: Runner, tolerance: float) -> dict[str, float]:
+    switch = rotary_switch(runner.model)
+    if switch is None or not switch.settles or switch.limit + _PROBE_LENGTH > runner.cfg.n_ctx:
+        return {}
+    tokens = torch.arange(switch.limit + _PROBE_LENGTH, device=runner.device)[None] * 7 % min(runner.cfg.d_vocab, 1000)
+    begin = switch.limit + _PROBE_LENGTH // 2
+    whole = runner.logits(tokens, keep=tokens.shape[1] - begin)
+    continued = runner.logits(tokens[:, begin:], prompt=runner.prefill(tokens[:, :begin]))
+    return {"long prompt": _compare("tokens after a long cached prompt", continued, whole, tolerance)}
 
 
 def _check_padding(runner: Runner, tokens: Tensor, tolerance: float) -> float:

@@ -87,11 +87,27 @@ def _empty_model(source: str, config: Any, dtype: torch.dtype, options: Options)
 
 def _read_weights(source: str, config: Any, dtype: torch.dtype, options: Options) -> Any:
     where = _placement(options.placement)
-    model, found = _class_of(config).from_pretrained(
-        source, config=config, dtype=dtype, output_loading_info=True, **where, **options.hub, **options.weights
-    )
+    # Other shapes are told of like other weights that do not fit; transformers alone would not name them.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    read = {"config": config, **options.hub}
+    if options.trusts and has_bridge() and not is_multimodal(config):
+        _mend_code(source, config, dtype, read)
+    model, found = _class_of(config).from_pretrained(source, **read, dtype=dtype, **told, **where, **options.weights)
     check_complete(source, found)
     return model
+
+
+def _mend_code(source: str, config: Any, dtype: torch.dtype, read: dict[str, Any]) -> None:
+    """Let transformer-lens mend code that a checkpoint brings and that was written for an older transformers.
+
+    Some of it would otherwise draw new weights over those that were read.
+    """
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+    from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
+
+    bridged = build_bridge_config_from_hf(config, determine_architecture_from_hf_config(config), source, dtype)
+    ArchitectureAdapterFactory.select_architecture_adapter(bridged).prepare_loading(source, read)
 
 
 def _class_of(config: Any) -> Any:

@@ -48,7 +48,7 @@ def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, found = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True
+        gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     check_complete(str(gguf), found)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from dps_lens.errors import DPSLensError, ModelLoadError, reason
+from dps_lens.model.architectures import is_multimodal
 from dps_lens.model.checkpoint import Checkpoint, read_checkpoint
 from dps_lens.model.gguf import converted
+from dps_lens.model.multimodal import text_part
 from dps_lens.model.options import Options, read_options
 from dps_lens.model.protocol import HookedModel
 from dps_lens.model.wrap import wrap_model
@@ -65,7 +67,7 @@ def load_model(
     spread = "device_map" in options.placement or "n_devices" in options.placement
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch_dtype = _dtype(dtype, device)
-    with _reported(name):
+    with _reported(repr(name) + (f" at revision {revision!r}" if revision else "")):
         source = _resolve(name, torch_dtype, options)
         with _quiet(Path(source).is_dir()):
             found = read_checkpoint(source, device=device, dtype=torch_dtype, options=options)
@@ -81,7 +83,9 @@ def loader_of(model: HookedModel) -> "functools.partial[HookedModel] | None":
 
 
 def _hooked(found: Checkpoint, device: str | None, dtype: torch.dtype, options: Options) -> HookedModel:
-    hf_model = found.model if device is None else found.model.to(torch.device(device))
+    hf_model = text_part(found.model) if is_multimodal(found.model.config) else found.model
+    if device is not None:
+        hf_model = hf_model.to(torch.device(device))
     code = {name: options.hub.get(name) for name in ("revision", "code_revision")}
     model = wrap_model(
         hf_model.eval(),
@@ -97,7 +101,7 @@ def _hooked(found: Checkpoint, device: str | None, dtype: torch.dtype, options: 
 
 
 @contextmanager
-def _reported(name: str) -> Iterator[None]:
+def _reported(what: str) -> Iterator[None]:
     """Say of whatever torch, transformers or transformer-lens raise which model it was, and what may be given."""
     try:
         yield
@@ -105,11 +109,11 @@ def _reported(name: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise ModelLoadError(
-            f"load_model: cannot load {name!r}: {reason(error)}. Give a Hugging Face id, a folder that holds "
+            f"load_model: cannot load {what}: {reason(error)}. Give a Hugging Face id, a folder that holds "
             f"config.json and weights, the folder of a PEFT adapter, a .gguf file, or {EMBEDDED!r}"
         ) from error
     except Exception as error:
-        raise ModelLoadError(f"load_model: cannot load {name!r}: {reason(error)}") from error
+        raise ModelLoadError(f"load_model: cannot load {what}: {reason(error)}") from error
 
 
 @contextmanager

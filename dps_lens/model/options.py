@@ -103,9 +103,7 @@ def read_options(boot: dict[str, Any], *, device: str | None, revision: str | No
 def _check_placement(placement: dict[str, Any], device: str | None) -> None:
     ways = [name for name in ("device_map", "n_devices") if name in placement]
     if placement and not ways:
-        raise ModelLoadError(
-            f"load_model: {', '.join(placement)} say nothing without device_map=; give device_map='auto'"
-        )
+        raise ModelLoadError(f"load_model: {', '.join(placement)} need device_map=, for example device_map='auto'")
     if len(ways) == 2:
         raise ModelLoadError("load_model: device_map= and n_devices= both say where weights lie; give one")
     # Without weights there is nothing to place, but workers that load the same model place theirs.

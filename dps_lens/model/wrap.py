@@ -53,12 +53,12 @@ def wrap_model(
         hf_model = text_part(hf_model)
     config = hf_model.config
     if not has_bridge():
-        model = _hooked_transformer(hf_model, _stand_in(tokenizer), source, str(device), dtype)
+        model = _hooked_transformer(hf_model, _stand_in(tokenizer, source), source, str(device), dtype)
     else:
         check_bridged(config)
         code = {"revision": revision, "code_revision": code_revision, "trust_remote_code": trust_remote_code}
         try:
-            model = _bridge(hf_model, _stand_in(tokenizer), source, device=device, dtype=dtype, **code)
+            model = _bridge(hf_model, _stand_in(tokenizer, source), source, device=device, dtype=dtype, **code)
         except Exception as error:
             raise unwrappable(config, error) from error
     _keep_tokenizer(model, tokenizer)
@@ -102,11 +102,11 @@ def _hooked_transformer(hf_model: Any, tokenizer: Any, source: str, device: str,
         ) from error
 
 
-def _stand_in(tokenizer: Any) -> Any:
+def _stand_in(tokenizer: Any, source: str) -> Any:
     """A tokenizer for TransformerLens to work on, which sets special tokens and may read the files again."""
     found = copy.deepcopy(tokenizer)
     if found is not None:
-        found.init_kwargs["add_bos_token"] = True
+        found.init_kwargs = {"name_or_path": source} | found.init_kwargs | {"add_bos_token": True}
     return found
 
 

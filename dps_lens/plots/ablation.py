@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from dps_lens.errors import ScoreError
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def ablation(effects: "SetEffects", measure: str | None = None, *, title: str | 
                 hoverinfo="skip",
                 legendgroup=family,
                 showlegend=False,
-                name=f"{family}: 95% of random sets",
+                name=f"{plain(family)}: 95% of random sets",
             )
         figure.add_scatter(
             x=[k + 0.12 * (index - len(effects.families) / 2) for k in x],
@@ -68,8 +69,8 @@ def ablation(effects: "SetEffects", measure: str | None = None, *, title: str | 
             line={"color": colour, "dash": dash, "width": 2},
             marker={"symbol": marker, "size": 7},
             legendgroup=family,
-            name=family,
-            hovertemplate="<b>" + family.replace("<", "&lt;") + "</b>, K = %{customdata[0]}<br>%{y:.3f} "
+            name=plain(family),
+            hovertemplate="<b>" + plain(family) + "</b>, K = %{customdata[0]}<br>%{y:.3f} "
             "(%{customdata[1]:.3f} to %{customdata[2]:.3f})<extra></extra>",
         )
     gain = frame[(frame["family"] == "full model") & (frame["measure"] == "gain")]
@@ -80,11 +81,11 @@ def ablation(effects: "SetEffects", measure: str | None = None, *, title: str | 
     figure.add_hline(y=0, line={"color": "#cccccc", "width": 1})
     figure.update_layout(
         template=TEMPLATE,
-        title=title or f"{_WORDS.get(measure, measure).capitalize()}; bands hold 95% of the random sets",
+        title=title or f"{plain(_WORDS.get(measure, measure).capitalize())}; bands hold 95% of the random sets",
         height=420,
         legend={"orientation": "h", "y": -0.2},
         xaxis={"title": "heads edited (K)", "tickvals": list(effects.ks)},
-        yaxis={"title": f"{_WORDS.get(measure, measure)}, nats per token"},
+        yaxis={"title": f"{plain(_WORDS.get(measure, measure))}, nats per token"},
     )
     return figure
 

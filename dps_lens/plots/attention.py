@@ -1,6 +1,5 @@
 """What a head looks at while the response is read."""
 
-import html
 import json
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import plotly.graph_objects as go
 
 from dps_lens.errors import HeadError
 from dps_lens.heads import Head
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import TEMPLATE
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def attention(pattern: "AttentionPattern", head: Head | None = None, *, title: s
     index, head = _index(pattern, head)
     values = pattern.pattern[index].numpy().round(4)
     start = pattern.prompt.spans["response"][0]
-    pieces = [_shown(piece) for piece in pattern.pieces]
+    pieces = [plain(piece) for piece in pattern.pieces]
     keys, queries = list(range(len(pieces))), list(range(start - 1, start - 1 + len(values)))
     figure = go.Figure(
         go.Heatmap(
@@ -140,8 +140,3 @@ def _index(pattern: "AttentionPattern", head: Head | None) -> tuple[int, Head]:
     if head not in pattern.heads:
         raise HeadError(f"plots.attention: {head} is not among {', '.join(map(str, pattern.heads))}")
     return pattern.heads.index(head), head
-
-
-def _shown(piece: str) -> str:
-    """A token as plotly may show it: plotly reads a little markup."""
-    return html.escape(piece.replace("\n", "⏎"), quote=False)

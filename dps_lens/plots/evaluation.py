@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import LINES, TEMPLATE
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def evaluation(
     figure = make_subplots(cols=len(chosen), shared_yaxes=True, horizontal_spacing=0.04)
     for column, metric in enumerate(chosen, start=1):
         rows = frame[frame["metric"] == metric].set_index("method").loc[shown].reset_index()
-        rows["setting"] = [settings.get(method, "") for method in rows["method"]]
+        rows["setting"] = [plain(settings.get(method, "")) for method in rows["method"]]
         figure.add_scatter(
             x=rows["mean"],
-            y=rows["method"],
+            y=list(map(plain, rows["method"])),
             error_x={"array": rows["high"] - rows["mean"], "thickness": 1.5, "width": 3},
             customdata=rows[["low", "high", "setting"]],
             mode="markers",
@@ -48,12 +49,12 @@ def evaluation(
             col=column,
         )
         figure.add_vline(x=0, line={"color": "#888888", "dash": "dot", "width": 1}, row=1, col=column)
-        figure.update_xaxes(title=f"{metric}, difference to {baseline}", row=1, col=column)
+        figure.update_xaxes(title=f"{plain(metric)}, difference to {plain(baseline)}", row=1, col=column)
     figure.update_yaxes(autorange="reversed", type="category")
+    against, users = f"{table.task.name}: against {baseline}", table.rows["user"].nunique()
     figure.update_layout(
         template=TEMPLATE,
-        title=title
-        or f"{table.task.name}: against {baseline}, 95% intervals over {table.rows['user'].nunique()} users",
+        title=title or f"{plain(against)}, 95% intervals over {users} users",
         height=130 + 26 * len(shown),
         margin={"l": 190},
     )

@@ -1,13 +1,12 @@
 """Two scores of the same heads against each other."""
 
-import html
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import LINES, TEMPLATE
 from dps_lens.scores import HeadScores
 
@@ -43,7 +42,7 @@ def families(
             f"plots.families: {tuple(scores.values.shape[1:])} heads against {tuple(reference.values.shape[1:])}; "
             "score both on one model"
         )
-    own, other = names or (_name(scores), _name(reference))
+    own, other = map(plain, names or (_name(scores), _name(reference)))
     y, x = (one.mean().numpy().ravel() for one in (scores, reference))
     ours, theirs = scores.top(k), reference.top(k)
     n_heads = scores.values.shape[2]
@@ -100,8 +99,8 @@ def families(
 
 
 def _name(scores: HeadScores) -> str:
-    return html.escape(str(scores.manifest.get("family", "preference")).replace("_", " "), quote=False)
+    return str(scores.manifest.get("family", "preference")).replace("_", " ")
 
 
 def _unit(scores: HeadScores) -> str:
-    return str(scores.manifest.get("unit", "nats per token"))
+    return plain(scores.manifest.get("unit", "nats per token"))

@@ -1,6 +1,5 @@
 """Layer × head maps of scores."""
 
-import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from plotly.subplots import make_subplots
 
 from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import SIGNED, TEMPLATE
 from dps_lens.scores import HeadScores
 
@@ -56,7 +56,7 @@ def heatmap(
     low, high = (bound.numpy() for bound in scores.ci(0.95, user, of=component))
     rank = np.empty(mean.size, dtype=int)
     rank[np.argsort(-mean.ravel(), kind="stable")] = np.arange(1, mean.size + 1)
-    unit = scores.manifest.get("unit", "nats per token")
+    unit = plain(scores.manifest.get("unit", "nats per token"))
     limit = _limit(mean)
     layers, n_heads = mean.shape
     names = [[str(Head(layer, head)) for head in range(n_heads)] for layer in range(layers)]
@@ -106,7 +106,7 @@ def heatmap(
             line={"color": "black", "width": 1.5},
         )
     notes = [
-        f"outlined: {heads.label}" if heads is not None and heads.label else "",
+        f"outlined: {plain(heads.label)}" if heads is not None and heads.label else "",
         f"dots: p ≤ {significance.alpha:g}, {_CORRECTION[significance.correction]}" if significance is not None else "",
         "pale: the interval spans 0" if fade else "",
         _reliability(scores, user) if user is not None and component is None else "",
@@ -114,7 +114,7 @@ def heatmap(
     subtitle = "<br><sup>" + "; ".join(note for note in notes if note) + "</sup>" if any(notes) else ""
     figure.update_layout(
         template=TEMPLATE,
-        title=(title or _title(scores, user, component)) + subtitle,
+        title=(title or plain(_title(scores, user, component))) + subtitle,
         height=max(320, 110 + 15 * layers),
         xaxis={"title": "head", "dtick": 1 if n_heads <= 16 else 4},
         yaxis={"title": "layer", "dtick": 1 if layers <= 16 else 5},
@@ -139,11 +139,11 @@ def heatmaps(
     shown = list(users if users is not None else scores.users)
     maps = [scores.mean(user).numpy() for user in shown]
     limit, rows = _limit(np.stack(maps)), -(-len(shown) // columns)
-    unit = scores.manifest.get("unit", "nats per token")
+    unit = plain(scores.manifest.get("unit", "nats per token"))
     figure = make_subplots(
         rows=rows,
         cols=min(columns, len(shown)),
-        subplot_titles=[html.escape(user, quote=False) for user in shown],
+        subplot_titles=[plain(user) for user in shown],
         shared_xaxes=True,
         shared_yaxes=True,
         horizontal_spacing=0.02,
@@ -158,13 +158,13 @@ def heatmaps(
             y=list(range(layers)),
             text=names,
             coloraxis="coloraxis",
-            hovertemplate=f"{html.escape(user, quote=False)}, <b>%{{text}}</b><br>%{{z:.4f}} {unit}<extra></extra>",
+            hovertemplate=f"{plain(user)}, <b>%{{text}}</b><br>%{{z:.4f}} {unit}<extra></extra>",
             row=index // columns + 1,
             col=index % columns + 1,
         )
     figure.update_layout(
         template=TEMPLATE,
-        title=title or f"{_title(scores, None, None).split(':')[0]}: {len(shown)} users",
+        title=title or f"{plain(_title(scores, None, None).split(':')[0])}: {len(shown)} users",
         height=90 + rows * max(150, 5 * layers),
         coloraxis={
             "colorscale": SIGNED,

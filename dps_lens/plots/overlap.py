@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import TEMPLATE
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def overlap(overlap: "Overlap", *, order: bool = True, title: str | None = None)
     """
     k, exclude, half = (overlap.manifest.get(name) for name in ("k", "exclude", "half"))
     picked = list(overlap.order) if order else list(range(len(overlap.names)))
-    names = [overlap.names[index] for index in picked]
+    names = [plain(overlap.names[index]) for index in picked]
 
     def matrix(name: str) -> np.ndarray:
         values = getattr(overlap, name).numpy()[np.ix_(picked, picked)]
@@ -41,7 +42,9 @@ def overlap(overlap: "Overlap", *, order: bool = True, title: str | None = None)
     specificity = overlap.specificity
     if specificity is not None:
         mean = specificity.set_index("measure")["mean"]
-        legend.append(f"halves of {half}: within a user {mean['within']:.2f},<br>between users {mean['between']:.2f}")
+        legend.append(
+            f"halves of {plain(half)}: within a user {mean['within']:.2f},<br>between users {mean['between']:.2f}"
+        )
         marks = {float(mean["within"]): "within"} | marks
     figure = go.Figure(
         go.Heatmap(
@@ -68,7 +71,7 @@ def overlap(overlap: "Overlap", *, order: bool = True, title: str | None = None)
     if exclude is not None:
         rows |= {"title": f"top {k} without the other's top {100 * exclude:g}%"}
         columns |= {"title": f"the other's top {k}"}
-    unit = overlap.manifest.get("unit", "sets")
+    unit = plain(overlap.manifest.get("unit", "sets"))
     what = f"the top {k} heads" if unit == "users" or exclude is not None else "head sets"
     figure.update_layout(
         template=TEMPLATE,

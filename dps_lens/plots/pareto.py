@@ -1,6 +1,5 @@
 """Personalisation against fluency at every γ and K."""
 
-import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from plotly.colors import hex_to_rgb
 
 from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.metrics import METRICS
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def pareto(
         points += zip(xs["mean"], ys["mean"], strict=True)
         colour = LINES[index % len(LINES)]
         pale = "rgba({},{},{},0.3)".format(*hex_to_rgb(colour))
-        label = html.escape(f"{name}, K = {k}" if name else f"K = {k}", quote=False)
+        label = plain(f"{name}, K = {k}" if name else f"K = {k}")
         figure.add_scatter(
             x=xs["mean"],
             y=ys["mean"],
@@ -67,8 +67,8 @@ def pareto(
             line={"color": colour, "dash": DASHES[index % len(DASHES)], "width": 1.5},
             marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
             name=label,
-            hovertemplate=f"{label}, γ = %{{customdata[0]:g}}<br>{y} %{{y:.3f}} (%{{customdata[1]:.3f}} to "
-            f"%{{customdata[2]:.3f}})<br>{x} %{{x:.3f}} (%{{customdata[3]:.3f}} to %{{customdata[4]:.3f}})"
+            hovertemplate=f"{label}, γ = %{{customdata[0]:g}}<br>{plain(y)} %{{y:.3f}} (%{{customdata[1]:.3f}} to "
+            f"%{{customdata[2]:.3f}})<br>{plain(x)} %{{x:.3f}} (%{{customdata[3]:.3f}} to %{{customdata[4]:.3f}})"
             "<extra></extra>",
         )
     every = np.array(list(dict.fromkeys(points)))
@@ -83,14 +83,14 @@ def pareto(
     )
     first = next(iter(named.values()))
     rule, users = first.manifest.get("rule", "dps"), len({one.user for one in first.texts})
-    what = rule if len(named) == 1 else f"{len(named)} rules"
+    what = plain(rule) if len(named) == 1 else f"{len(named)} rules"
     figure.update_layout(
         template=TEMPLATE,
-        title=title or f"{what}, numbers are γ: {y} against {x}, 95% intervals over {users} users",
+        title=title or f"{what}, numbers are γ: {plain(y)} against {plain(x)}, 95% intervals over {users} users",
         height=440,
         legend={"orientation": "h", "y": -0.2},
-        xaxis={"title": _WORDS.get(x, x)},
-        yaxis={"title": _WORDS.get(y, y)},
+        xaxis={"title": plain(_WORDS.get(x, x))},
+        yaxis={"title": plain(_WORDS.get(y, y))},
     )
     return figure
 
@@ -128,11 +128,11 @@ def k_sweep(grid: "SteeringGrid", *, measure: str | None = None, title: str | No
     figure.add_hline(y=0, line={"color": "#cccccc", "width": 1})
     figure.update_layout(
         template=TEMPLATE,
-        title=title or f"{measure}: difference to greedy decoding, 95% intervals over users",
+        title=title or f"{plain(measure)}: difference to greedy decoding, 95% intervals over users",
         height=380,
         legend={"orientation": "h", "y": -0.22},
         xaxis={"title": "heads (K)", "tickvals": list(grid.ks)},
-        yaxis={"title": f"{_WORDS.get(measure, measure)}, difference"},
+        yaxis={"title": f"{plain(_WORDS.get(measure, measure))}, difference"},
     )
     return figure
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import TEMPLATE
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def stability_curve(frame: "pandas.DataFrame", *, units: str = "users", title: s
         line={"color": BLUE},
         name="overlap",
         hovertemplate="%{x} "
-        + units
+        + plain(units)
         + "<br>Jaccard %{y:.2f} (%{customdata[0]:.2f} to %{customdata[1]:.2f})<extra></extra>",
     )
     figure.add_hline(
@@ -51,7 +52,7 @@ def stability_curve(frame: "pandas.DataFrame", *, units: str = "users", title: s
         title=title or "Do two samples choose the same heads?",
         showlegend=False,
         height=320,
-        xaxis={"title": f"{units} in each of two disjoint samples", "dtick": 1 if len(x) <= 12 else None},
+        xaxis={"title": f"{plain(units)} in each of two disjoint samples", "dtick": 1 if len(x) <= 12 else None},
         yaxis={"title": "Jaccard overlap of the top K", "range": [0, 1]},
     )
     return figure

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def steering(sweep: "SteeringSweep", *, max_kl: float = 0.5, title: str | None =
             marker={"symbol": marker, "size": 7 if name == of else 5},
             legendgroup=of,
             showlegend=name == of,
-            name=name,
-            hovertemplate="<b>" + name.replace("<", "&lt;") + "</b>, strength %{customdata[0]:g}<br>"
+            name=plain(name),
+            hovertemplate="<b>" + plain(name) + "</b>, strength %{customdata[0]:g}<br>"
             "%{y:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f}) at KL %{x:.3f}<extra></extra>",
         )
     figure.add_hline(y=0, line={"color": "#cccccc", "width": 1})

@@ -1,12 +1,12 @@
 """What steering did to each token of a text."""
 
-import html
 from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 
 from dps_lens.errors import SteeringError
+from dps_lens.plots.text import plain
 from dps_lens.plots.theme import SIGNED, TEMPLATE
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def token_shift(generation: "Generation", row: int = 0, *, title: str | None = N
     figure = go.Figure(
         go.Heatmap(
             z=laid_out(shifts.tolist(), None),
-            text=laid_out([_shown(piece) for piece in pieces], ""),
+            text=laid_out([plain(piece) for piece in pieces], ""),
             customdata=laid_out(hover, ""),
             texttemplate="%{text}",
             zmid=0,
@@ -57,7 +57,7 @@ def token_shift(generation: "Generation", row: int = 0, *, title: str | None = N
     kl = float(generation.kl[row].mean())
     figure.update_layout(
         template=TEMPLATE,
-        title=title or f"{generation.manifest['rule']}: shift of each token; mean KL {kl:.3f} nats a step",
+        title=title or f"{plain(generation.manifest['rule'])}: shift of each token; mean KL {kl:.3f} nats a step",
         height=110 + 44 * lines,
         xaxis={"visible": False},
         yaxis={"visible": False, "autorange": "reversed"},
@@ -65,16 +65,11 @@ def token_shift(generation: "Generation", row: int = 0, *, title: str | None = N
     return figure
 
 
-def _shown(piece: str) -> str:
-    """A token as plotly may show it: plotly reads a little markup."""
-    return html.escape(piece.replace("\n", "⏎"), quote=False)
-
-
 def _hover(generation: "Generation", row: int, step: int) -> str:
     lines = [
-        f"<b>{_shown(generation.pieces[row][step])}</b>",
+        f"<b>{plain(generation.pieces[row][step])}</b>",
         f"shift {float(generation.shifts[row][step]):+.3f}, KL {float(generation.kl[row][step]):.3f} nats",
     ]
     if generation.alternatives:
-        lines += [f"{_shown(piece)}  {change:+.3f}" for piece, change in generation.alternatives[row][step]]
+        lines += [f"{plain(piece)}  {change:+.3f}" for piece, change in generation.alternatives[row][step]]
     return "<br>".join(lines)

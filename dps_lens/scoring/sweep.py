@@ -12,11 +12,12 @@ from torch import Tensor
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import prompts_in
-from dps_lens.data.examples import by_key, data_digest, newest
+from dps_lens.data.examples import by_key, newest
+from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import PromptError, ScoreError
 from dps_lens.intervene import Ablation, Context, Mean, Patch, Where, record_z
 from dps_lens.literals import AGAINST, METHODS, POSITIONS, Against, Discovery, Positions, ScoreMethod
-from dps_lens.model import HookedModel, Runner, describe_model, runner_of
+from dps_lens.model import HookedModel, Runner, runner_of
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.attribution import attribute
 from dps_lens.scoring.clean_run import CleanRun, single_heads
@@ -256,10 +257,8 @@ class Sweep(Work):
             "max_examples": self.max_examples,
             "seed": self.seed,
             **more,
-            "prompt_config": self.prompt_config.to_dict(),
-            "model": describe_model(self.model),
+            **describe_inputs(self.model, self.users, self.examples, self.prompt_config),
             "examples": [example.id for example in self.examples],
-            "data": data_digest(self.users, self.examples),
         }
 
     def collect(self, units: Units, manifest: dict[str, Any]) -> HeadScores:
@@ -267,10 +266,11 @@ class Sweep(Work):
         made, examples = list(units.made.values()), [self.by_key[key] for key in units.made]
 
         def gather(prefix: str) -> dict[str, Tensor]:
-            names = [name for name in made[0] if name.startswith(prefix)]
+            # Every unit is asked for what any of them holds.
+            names = dict.fromkeys(name for unit in made for name in unit if name.startswith(prefix))
             return {name[len(prefix) :]: torch.stack([unit[name] for unit in made]) for name in names}
 
-        components = gather("component.")
+        components = {"own": torch.stack([unit["component.own"] for unit in made]), **gather("component.")}
         values = components["own"] - components[str(self.against)] if len(components) > 1 else components["own"]
         dated = {user.id: "strictly older documents" if user.dated else "leave-one-out" for user in self.users}
         return HeadScores(

@@ -17,6 +17,7 @@ from dps_lens.errors import HeadError, ScoreError
 from dps_lens.intervene import Zero
 from dps_lens.literals import Select
 from dps_lens.model import HookedModel, native_attention
+from dps_lens.runs import key_of
 from dps_lens.scoring import CleanRun
 from dps_lens.scoring.objectives import losses_of_rows
 from dps_lens.selection import HeadSource
@@ -156,7 +157,7 @@ class VectorWork(EditWork):
 
 
 def _key(user: str) -> str:
-    return f"vector|{user}"
+    return key_of("vector", user, "")  # three parts, for an example's key has two
 
 
 @torch.inference_mode()

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from dps_lens.checks import check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, Shown, User, build_prompt
-from dps_lens.data.examples import by_key, data_digest, held_out_examples
+from dps_lens.data.examples import by_key, held_out_examples
+from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import ScoreError
 from dps_lens.files import tensor_digest
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Context, Mean, Where
 from dps_lens.literals import Positions, Select
-from dps_lens.model import HookedModel, ModelConfig, Runner, describe_model, runner_of
+from dps_lens.model import HookedModel, ModelConfig, Runner, runner_of
 from dps_lens.scores import HeadScores
 from dps_lens.scoring import CleanRun, Objective
 from dps_lens.scoring.means import MeanWork
@@ -241,13 +242,11 @@ class HeldOutWork(Work):
             "select": self.select if isinstance(self.select, str) else dict(self.select),
             "ngram": self.config.ngram,
             "seed": self.seed,
-            "prompt_config": self.settings.prompt_config.to_dict(),
-            "model": describe_model(self.model),
+            **describe_inputs(self.model, self.users, self.examples, self.settings.prompt_config),
             "families": list(sets),
             "sets": tested,
             "undefined": undefined,
             "examples": [example.id for example in self.examples],
-            "data": data_digest(self.users, self.examples),
         }
 
 

@@ -186,6 +186,136 @@ def test_requests_from_a_file_resume(scored, model, tmp_path):
     assert json.loads(kept.read_text().splitlines()[2])["gamma"] == 3.0
 
 
+@pytest.fixture
+def requests(tmp_path):
+    """Ten requests of unequal length, the last of which asks for a user's example."""
+    records = [{"prompt": ("word " * (7 * number + 1)).strip(), "gamma": 0.5 + 0.1 * number} for number in range(9)]
+    return write_jsonl(tmp_path / "requests.jsonl", [*records, {"user": "asker-bread"}])
+
+
+@pytest.fixture
+def steering(model, requests):
+    return ("steer", "--requests", requests, "--heads", "L1H2,L0H1", "--max-new-tokens", 4, "--batch-size", 4)
+
+
+def test_steering_resumes_byte_for_byte_at_every_line(steering, model, tmp_path):
+    whole = tmp_path / "whole.jsonl"
+    assert run(*steering, "--model", model, "--out", whole).returncode == 0
+    expected = whole.read_bytes()
+    lines = expected.splitlines(keepends=True)
+    assert len(lines) == 10
+    for stopped in (0, 1, 4, 7, 9, 10):
+        torn = lines[stopped][:30] if stopped < 10 else b""
+        whole.write_bytes(b"".join(lines[:stopped]) + torn)
+        done = run(*steering, "--model", model, "--out", whole)
+        assert done.returncode == 0, done.stderr
+        assert whole.read_bytes() == expected, f"stopped in line {stopped + 1}"
+
+
+def edited(tiny_folders, tmp_path, change):
+    """A copy of the model's folder, of the same name."""
+    import shutil
+
+    folder = tmp_path / "edited" / tiny_folders["llama"].name
+    shutil.copytree(tiny_folders["llama"], folder)
+    change(folder)
+    return folder
+
+
+def other_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][:, 16:24] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def in_file(name, old, new):
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_weights, "model.weights was"),
+        (in_file("chat_template.jinja", "<|im_end|>", "<|im_end|> "), "tokenizer was"),
+        (in_file("config.json", "10000.0", "500.0"), "model.config.rope_parameters.rope_theta was 10000.0, now 500.0"),
+        (
+            in_file("generation_config.json", '"eos_token_id": 3', '"eos_token_id": 7'),
+            "model.generation.eos_token_id was",
+        ),
+    ],
+)
+def test_steering_with_another_model_of_the_name_is_refused(steering, model, tiny_folders, tmp_path, change, named):
+    out, folder = tmp_path / "out.jsonl", edited(tiny_folders, tmp_path, change)
+    # The name of the model is that of its folder, seen from where the command runs.
+    assert run(*steering, "--model", folder.name, "--out", out, cwd=tiny_folders["llama"].parent).returncode == 0
+    kept = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(kept[:6]))
+    done = run(*steering, "--model", folder.name, "--out", out, cwd=folder.parent)
+    assert done.returncode == 2
+    assert named in " ".join(done.stderr.split())
+    assert out.read_bytes() == b"".join(kept[:6])
+
+
+def test_steering_with_other_texts_of_a_user_is_refused(model, tmp_path):
+    users = dps.load_users("probe")
+    records = [
+        {"user_id": user.id, "id": document.id, "date": document.date, **document.fields}
+        for user in users[:2]
+        for document in user.history
+    ]
+    file = write_jsonl(tmp_path / "users.jsonl", records)
+    asked = [{"user": user.id} for user in users[:2]]
+    common = (
+        "steer", "--requests", write_jsonl(tmp_path / "r.jsonl", asked), "--heads", "L1H2", "--users", file,
+        "--model", model, "--max-new-tokens", 3, "--out", tmp_path / "out.jsonl",
+    )  # fmt: skip
+    assert run(*common).returncode == 0
+    records[0]["text"] += " and rain"
+    write_jsonl(file, records)
+    done = run(*common)
+    assert done.returncode == 2
+    assert "line 1: data was" in " ".join(done.stderr.split())
+
+
+def test_steering_keeps_what_it_cannot_replace(steering, requests, model, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert run(*steering, "--model", model, "--out", out).returncode == 0
+    before = out.read_bytes()
+    assert run(*steering, "--model", tmp_path / "typo", "--out", out, "--force").returncode == 2
+    requests.write_text("no JSON")
+    assert run(*steering, "--model", model, "--out", out, "--force").returncode == 2
+    assert out.read_bytes() == before
+    (tmp_path / "out.jsonl.run.json").unlink()
+    write_jsonl(requests, [{"prompt": "word", "gamma": 0.5}])
+    out.write_bytes(before.splitlines(keepends=True)[0])
+    assert "there is no out.jsonl.run.json beside it" in " ".join(
+        run(*steering, "--model", model, "--out", out).stderr.split()
+    )
+    notes = tmp_path / "notes.txt"
+    notes.write_text("dear diary")
+    for more in ((), ("--chat",)):
+        done = run("steer", *(steering[1:] if not more else steering[3:]), *more, "--model", model, "--out", notes)
+        assert done.returncode == 2
+        assert "use another file" in done.stderr
+    assert notes.read_text() == "dear diary"
+
+
+def test_a_report_does_not_replace_another_file(scored, model, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<p>mine</p>")
+    done = run("report", scored[0], "--out", page, "--model", model)
+    assert done.returncode == 2
+    assert "is no page of dps_lens" in " ".join(done.stderr.split())
+    assert page.read_text() == "<p>mine</p>"
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -163,7 +163,7 @@ def test_documents_become_users(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, o: q.write_text(q.read_text()[:-30]), "dev_questions.json: not valid JSON at line 1.*cut off"),
+        (lambda q, o: q.write_text(q.read_text()[:-30]), "dev_questions.json: not valid JSON at character .*cut off"),
         (lambda q, o: o.write_text(o.read_text()[:-9]), "dev_outputs.json: not valid JSON"),
         (lambda q, o: o.unlink(), "there is no file .*dev_outputs.json"),
         (lambda q, o: o.write_text('[{"id": "other", "output": "x"}]'), "record 0: no answer with id 'q1'"),

@@ -1,5 +1,6 @@
 """Downloads from a real HTTP server: whole, cut off, damaged, or not there."""
 
+import gzip
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from local_server import Quiet, serving
 
 import dps_lens as dps
 from dps_lens.data.fetch import fetch
-from dps_lens.errors import DataError
+from dps_lens.errors import DataError, FileError
 
 QUESTION = {
     "id": "1",
@@ -24,18 +25,26 @@ FILES = {
     "/LaMP_4/dev/dev_outputs.json": json.dumps({"task": "LaMP_4", "golds": [{"id": "1", "output": "Rain"}]}).encode(),
     "/LaMP_2/new/dev/dev_questions.json": b"<html>moved</html>",
 }
+HOSTILE = {
+    "nested": b"[" * 100_000 + b"]" * 100_000,
+    "digits": b'[{"id": ' + b"1" * 5000 + b"}]",
+    "not text": b"\xff\xfe\x00",
+    "numbers": b"[1, 2]",
+    "another object": b'{"message": "gone"}',
+    "twice": b'[{"id": "1", "id": "2"}]',
+}
 
 
 class Server:
     """Serves `FILES` with ranges; `cut` ends the next answers after so many bytes."""
 
     def __init__(self):
-        self.ranges, self.cut = [], 0
+        self.ranges, self.cut, self.files, self.packed = [], 0, dict(FILES), False
         outer = self
 
         class Handler(Quiet):
             def do_GET(self):
-                data = FILES.get(self.path)
+                data = outer.files.get(self.path)
                 if data is None:
                     self.send_error(404)
                     return
@@ -46,6 +55,8 @@ class Server:
                 if wanted:
                     self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
                 self.send_header("Content-Length", str(len(data) - start))
+                if outer.packed:
+                    self.send_header("Content-Encoding", "gzip")
                 self.end_headers()
                 with suppress(OSError):
                     self.wfile.write(data[start : start + outer.cut] if outer.cut else data[start:])
@@ -137,3 +148,67 @@ def test_a_fetched_task_loads_by_name(server, tmp_path):
     empty = environment | {"XDG_CACHE_HOME": str(tmp_path / "empty")}
     missing = subprocess.run([sys.executable, "-c", load], env=empty, capture_output=True, text=True, check=False)
     assert "run: dps-lens fetch lamp-4" in missing.stderr
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_what_is_no_list_of_records_is_not_kept(server, tmp_path, content):
+    server.files["/LaMP_4/dev/dev_questions.json"] = content
+    with pytest.raises(DataError, match="is not JSON as it is read here"):
+        fetch("lamp-4", to=tmp_path, mirror=server.url)
+    assert not list(tmp_path.iterdir()), "nothing that would load later"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_download_without_end_is_cut_off(server, tmp_path, monkeypatch, packed):
+    monkeypatch.setattr("dps_lens.data.fetch.MAX_BYTES", 2**20)
+    endless = b" " * (8 * 2**20)
+    server.files["/LaMP_4/dev/dev_questions.json"] = gzip.compress(endless) if packed else endless
+    server.packed = packed
+    with pytest.raises(DataError, match="more than 1048576 bytes came.*run the same again"):
+        fetch("lamp-4", to=tmp_path, mirror=server.url)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_what_came(server, tmp_path, monkeypatch):
+    from dps_lens.data import fetch as module
+
+    class Full:
+        def __init__(self, file):
+            self._file = file
+
+        def write(self, data):
+            self._file.write(data[:20])
+            self._file.flush()
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+    bounded = module._Bounded
+    monkeypatch.setattr(module, "_Bounded", lambda file, path: bounded(Full(file), path))
+    with pytest.raises(FileError, match="dev_questions.json.part could not be written .No space left.*make room"):
+        fetch("lamp-4", to=tmp_path, mirror=server.url)
+    monkeypatch.undo()
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    questions = fetch("lamp-4", to=tmp_path, mirror=server.url)
+    assert server.ranges[1] == ("/LaMP_4/dev/dev_questions.json", "bytes=20-")
+    assert questions.read_bytes() == FILES["/LaMP_4/dev/dev_questions.json"]
+
+
+def test_a_place_that_is_none_is_named(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="file could not be written .*a file stands where a folder is needed"):
+        fetch("lamp-4", to=tmp_path / "file", mirror=server.url)
+    (tmp_path / "folder" / "dev_questions.json").mkdir(parents=True)
+    with pytest.raises(FileError, match="dev_questions.json could not be written"):
+        fetch("lamp-4", to=tmp_path / "folder", mirror=server.url)
+
+
+@pytest.mark.parametrize("sums", [b"", b"[]", b"{", b"\xff", b'{"dev_questions.json": 1}', b"[" * 100_000])
+def test_damaged_sums_mean_a_download(server, tmp_path, sums):
+    fetch("lamp-4", to=tmp_path, mirror=server.url)
+    (tmp_path / "sha256.json").write_bytes(sums)
+    fetch("lamp-4", to=tmp_path, mirror=server.url)
+    assert len(server.ranges) == 4

@@ -1,5 +1,6 @@
 """The judge against a real HTTP server that speaks the protocol, well and badly."""
 
+import gzip
 import json
 import re
 import time
@@ -13,6 +14,7 @@ from local_server import Quiet, serving
 import dps_lens as dps
 from dps_lens.errors import EvaluationError
 from dps_lens.evaluation import Evaluation, Verdicts
+from dps_lens.evaluation.endpoint import MAX_REPLY
 from dps_lens.evaluation.judge import CRITERIA, read_reply
 
 FORM = dict.fromkeys(CRITERIA, "tie")
@@ -234,6 +236,22 @@ def test_intervals_are_over_users():
 
 
 @pytest.mark.parametrize(
+    "reply",
+    [
+        '{"relevance": ' + "1" * 5000 + "}",
+        '{"a":' * 100_000 + "}",
+        "[" * 100_000 + "]" * 100_000,
+        json.dumps(FORM)[:-1] + ', "style": "A"}',
+        json.dumps({**FORM, "note": "\ud800"}),
+        json.dumps({name: ["A"] for name in CRITERIA}),
+    ],
+    ids=["5000 digits", "nested", "lists", "style twice", "half a character", "lists for words"],
+)
+def test_hostile_replies_are_no_verdict(reply):
+    assert read_reply(reply, CRITERIA) is None
+
+
+@pytest.mark.parametrize(
     "reply", ["", "{}", "[1]", '{"style": "A"}', "{'style': 'A'}", '{"a": {"b": 1}', json.dumps({**FORM, "style": "a"})]
 )
 def test_what_is_no_verdict(reply):
@@ -252,3 +270,164 @@ def test_bad_input_says_what_to_do(endpoint, answered, probe, monkeypatch, tmp_p
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(EvaluationError, match="OPENAI_API_KEY"):
         dps.Endpoint("gpt", cache=tmp_path).ask([{"role": "user", "content": "?"}])
+
+
+class Raw:
+    """A server that sends bytes as they are: `send(handler)` writes the whole reply."""
+
+    def __init__(self):
+        self.asked = 0
+        outer = self
+
+        class Handler(Quiet):
+            def do_POST(self):
+                outer.asked += 1
+                self.rfile.read(int(self.headers["Content-Length"]))
+                with suppress(OSError):  # who has read enough hangs up
+                    outer.send(self)
+
+        self.handler = Handler
+
+
+@pytest.fixture
+def raw(tmp_path):
+    found = Raw()
+    with serving(found.handler) as address:
+        found.endpoint = dps.Endpoint(
+            "judge", base_url=f"{address}/v1", cache=tmp_path / "calls", timeout=2.0, retries=0
+        )
+        yield found
+
+
+def sending(data, status=200, kind="application/json", **headers):
+    def send(handler):
+        handler.send_response(status)
+        handler.send_header("Content-Type", kind)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return send
+
+
+def reply_of(message):
+    return sending(json.dumps({"choices": [{"index": 0, "message": message}]}).encode())
+
+
+ASK = [{"role": "user", "content": "?"}]
+BOMB = gzip.compress(b'{"choices": [], "filler": "' + b" " * (MAX_REPLY + 2**20) + b'"}')
+
+
+@pytest.mark.parametrize(
+    ("send", "message"),
+    [
+        (sending(b"<html>502 Bad gateway</html>", kind="text/html"), "no reply of a chat model"),
+        (sending(b"<html>moved</html>", 503, "text/html"), "InternalServerError"),
+        (sending(b'{"choices": [{"message": {"content": "x"'), "no reply of a chat model"),
+        (sending(b'{"object": "chat.completion"}'), "choices"),
+        (sending(b'{"choices": {"0": "x"}}'), "choices"),
+        (sending(b'{"choices": [{"message": {"content": ["x"]}}]}'), "content"),
+        (sending(b"[" * 200_000), "no reply of a chat model"),
+        (sending(b"\xff\xfe\x00"), "no reply of a chat model"),
+        (sending(b""), "no reply of a chat model"),
+        (sending(BOMB, Content_Encoding="gzip"), "more than 16777216 bytes"),
+        (sending(BOMB, 500, Content_Encoding="gzip"), "more than 16777216 bytes"),
+        (sending(b"not gzip", Content_Encoding="gzip"), "APIConnectionError"),
+        (sending(b"", 307, Location="http://127.0.0.1:9/elsewhere"), "307"),
+    ],
+    ids=[
+        "html", "html error", "cut off", "no choices", "choices are no list", "content is no text", "nested",
+        "no text", "nothing", "bomb", "bomb as an error", "not packed", "redirect",
+    ],
+)  # fmt: skip
+def test_what_is_no_reply_is_an_error_and_not_kept(raw, send, message):
+    raw.send = send
+    with pytest.raises(EvaluationError, match=f"gave no answer .*{message}.*run the same again to go on"):
+        raw.endpoint.ask(ASK)
+    assert raw.endpoint.calls == 0
+    assert not list(raw.endpoint.cache.glob("*"))
+    raw.send = reply_of({"role": "assistant", "content": "fine"})
+    assert raw.endpoint.ask(ASK) == "fine"
+
+
+def test_a_reply_that_never_ends_is_cut_off(raw):
+    def drip(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        while True:
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+    raw.send, begun = drip, time.monotonic()
+    with pytest.raises(EvaluationError, match="not whole after 2 seconds"):
+        raw.endpoint.ask(ASK)
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(
+    "message", [{"content": None}, {"content": ""}, {"content": None, "refusal": "I cannot"}, None]
+)
+def test_an_empty_answer_is_not_kept(raw, message):
+    raw.send = reply_of(message) if message else sending(b'{"choices": []}')
+    assert raw.endpoint.ask(ASK) == ""
+    assert not list(raw.endpoint.cache.glob("*"))
+    raw.send = reply_of({"content": "better"})
+    assert raw.endpoint.ask(ASK) == raw.endpoint.ask(ASK) == "better"
+    assert raw.asked == raw.endpoint.calls == 2
+
+
+def test_empty_answers_count_as_invalid_and_are_asked_for_again(raw, answered, probe):
+    raw.send = reply_of({"content": None})
+    found = run(answered, probe, raw.endpoint, methods=["long"], attempts=2)
+    assert found.to_frame()["invalid"].tolist() == [1.0] * len(CRITERIA)
+    assert raw.asked == 8 * 2
+    raw.send = reply_of({"content": json.dumps(FORM)})
+    assert run(answered, probe, raw.endpoint, methods=["long"]).to_frame()["invalid"].max() == 0.0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "",
+        lambda text: text[:-30],
+        lambda text: "[]",
+        lambda text: text.replace('"fine"', "null"),
+        lambda text: text.replace('"fine"', '""'),
+        lambda text: text.replace('"fine"', '"wine"'),
+        lambda text: text.replace('"?"', '"!"'),
+        lambda text: '{"answer": ' + "1" * 5000 + "}",
+        lambda text: '{"answer":' * 100_000,
+    ],
+)
+def test_a_damaged_answer_is_asked_for_again(raw, damage):
+    raw.send = reply_of({"content": "fine"})
+    raw.endpoint.ask(ASK)
+    (file,) = raw.endpoint.cache.glob("*.json")
+    whole = file.read_text()
+    file.write_text(damage(whole))
+    assert raw.endpoint.ask(ASK) == "fine"
+    assert raw.asked == 2
+    assert file.read_text() == whole
+
+
+def test_numbers_of_any_length_in_the_usage_do_no_harm(raw):
+    def replied(digits):
+        usage = b'"usage": {"total_tokens": ' + b"1" * digits + b', "prompt_tokens": 3, "completion_tokens": null}'
+        return sending(b'{"choices": [{"message": {"content": "fine"}}], ' + usage + b"}")
+
+    raw.send = replied(5000)
+    with pytest.raises(EvaluationError, match="number out of range"):
+        raw.endpoint.ask(ASK)
+    raw.send = replied(100)
+    assert raw.endpoint.ask(ASK) == "fine"
+    (file,) = raw.endpoint.cache.glob("*.json")
+    assert json.loads(file.read_text())["usage"] == {"prompt_tokens": 3}
+
+
+def test_an_address_that_is_none_is_named(tmp_path):
+    for address in ("http://[", "ftp://127.0.0.1/v1", "http://127.0.0.1:99999/v1"):
+        with pytest.raises(EvaluationError, match="Endpoint: "):
+            dps.Endpoint("judge", base_url=address, cache=tmp_path, retries=0).ask(ASK)

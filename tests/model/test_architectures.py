@@ -22,6 +22,7 @@ TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 HEAD = (1, 2)
 START, STOP = 28, 40
 TOLERANCE = 2e-4
+GAMMA = 1.5
 NEW = 5
 
 
@@ -106,12 +107,14 @@ class Subject:
             attentions = plain.model(input_ids=self.prompt.tokens[None], output_attentions=True).attentions
         return float((found - attentions[HEAD[0]][0, HEAD[1], START - 1 : STOP - 1]).abs().max())
 
-    def contrast(self, tokens: Tensor, start: int, gamma: float) -> Tensor:
-        """Steered minus full logits at every generated position, by two whole passes."""
-        full = self.plain.logits(tokens)
+    def contrast(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Steered logits of every generated token, and what they are more than the full ones, by two whole passes."""
+        read = tokens[:-1]  # the last token is written, never read
+        full = self.plain.logits(read)
         with self.plain.edited(HEAD[0], self.columns(HEAD[1]), torch.zeros_like, start - 1):
-            masked = self.plain.logits(tokens)
-        return gamma * (full - masked)[start - 1 : -1]
+            masked = self.plain.logits(read)
+        change = GAMMA * (full - masked)
+        return (full + change)[start - 1 :], change[start - 1 :]
 
     def steered(self, prompts: list[Prompt]) -> list[float]:
         """Deviation of every row of one call."""
@@ -119,13 +122,12 @@ class Subject:
         given = [Prompt(one.prompt_tokens, {**one.spans, "response": (len(one.prompt_tokens),) * 2}, "", "own",
                         one.example_id, "u", ()) for one in prompts]  # fmt: skip
         out = dps.generate(
-            self.model, given, heads=dps.HeadSet([HEAD]), gamma=1.5, max_new_tokens=NEW, decode_config=config
+            self.model, given, heads=dps.HeadSet([HEAD]), gamma=GAMMA, max_new_tokens=NEW, decode_config=config
         )
         worst = []
         for one, tokens, delta in zip(given, out.tokens, out.delta_logits, strict=True):
             whole, start = torch.cat([one.tokens, tokens]), len(one.tokens)
-            change = self.contrast(whole, start, 1.5)
-            steered = self.plain.logits(whole)[start - 1 : -1] + change
+            steered, change = self.contrast(whole, start)
             gap = steered.max(-1).values - steered.gather(-1, tokens[:, None])[:, 0]
             worst.append(max(float((delta - change).abs().max()), float(gap.max())))
         return worst
@@ -138,7 +140,7 @@ class Subject:
 
     def processor(self) -> float:
         ids = self.prompt.prompt_tokens
-        processor = dps.logits_processor(self.model, dps.HeadSet([HEAD]), 1.5)
+        processor = dps.logits_processor(self.model, dps.HeadSet([HEAD]), GAMMA)
         out = self.model.original_model.generate(
             ids[None],
             attention_mask=torch.ones_like(ids[None]),
@@ -149,7 +151,7 @@ class Subject:
             eos_token_id=None,
             pad_token_id=3,
         )[0]
-        steered = self.plain.logits(out)[START - 1 : -1] + self.contrast(out, START, 1.5)
+        steered, _ = self.contrast(out, START)
         return float((steered.max(-1).values - steered.gather(-1, out[START:, None])[:, 0]).max())
 
     def lora(self) -> float:

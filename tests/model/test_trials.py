@@ -45,3 +45,24 @@ def test_uniform_is_refused_where_scores_are_not_obeyed(tmp_path):
     ):
         pass
     assert no_hooks_left(model)
+
+
+def test_long_prompts_are_checked_where_rotary_factors_change(tmp_path, monkeypatch):
+    save_random("Phi3, longrope", tmp_path)
+    model = dps.load_model(str(tmp_path))
+    assert dps.check_model(model)["long prompt"] < 1e-3
+    kept, runner = model.original_model.model.rotary_emb.long_inv_freq, runner_of(model)
+
+    class Short(type(runner)):
+        """Keeps keys under other factors than a whole pass has, as a cache does that was filled below the switch."""
+
+        def prefill(self, tokens, mask=None):
+            kept.div_(2)
+            try:
+                return super().prefill(tokens, mask)
+            finally:
+                kept.mul_(2)
+
+    monkeypatch.setattr("dps_lens.model.check.runner_of", Short)
+    with pytest.raises(ModelCheckError, match="long cached prompt"):
+        dps.check_model(model)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import dps_lens as dps
 from dps_lens.data import build_prompt
 from dps_lens.data.conditions import donors_of, neutral_prompt
-from dps_lens.errors import HeadError, PromptError, RunError, ScoreError
+from dps_lens.errors import FileError, HeadError, PromptError, RunError, ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots import ablation as plot
 from dps_lens.scores import HeadScores
@@ -658,14 +658,17 @@ def test_half_written_folders_are_refused(curve, tmp_path, monkeypatch):
     with pytest.raises(ScoreError, match="not a whole safetensors file"):
         SetEffects.load(tmp_path)
 
-    def full_disk(*_, **__):
-        raise OSError("planted")
+    curve.save(tmp_path)
 
-    monkeypatch.setattr("dps_lens.result.write_json", full_disk)
-    with pytest.raises(OSError, match="planted"):
-        curve.save(tmp_path)
-    with pytest.raises(ScoreError, match="holds no SetEffects"):
-        SetEffects.load(tmp_path)
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("dps_lens.files.save_file", full_disk)
+    with pytest.raises(FileError, match="No space left .*what was there before is kept; make room"):
+        replace(curve, ks=(3, 4)).save(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert SetEffects.load(tmp_path).ks == curve.ks
 
 
 @pytest.mark.parametrize("positions", ["response", "all"])
