@@ -14,6 +14,7 @@ from dps_lens.evaluation.result import REFERENCE
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.model import HookedModel, native_attention, runner_of
 from dps_lens.model.losses import token_losses
+from dps_lens.model.positions import check_switch
 
 
 def text_of(model: HookedModel, tokens: Int[Tensor, " pos"]) -> str:
@@ -60,6 +61,7 @@ def fluency(model: HookedModel, prompt: Prompt, answers: Sequence[Int[Tensor, " 
         cache = runner.prefill(tokens[:, :-1])
         for index, answer in enumerate(answers):
             if len(answer):
+                check_switch(model, "evaluate", tokens.shape[1] - 1, tokens.shape[1] + len(answer) - 1)
                 targets = answer.to(runner.device)
                 inputs = torch.cat([tokens[:, -1:], targets[None, :-1]], dim=1)
                 logits = runner.logits(inputs, prompt=cache, keep=len(targets))[0]
