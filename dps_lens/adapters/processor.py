@@ -46,7 +46,7 @@ def logits_processor(
 
     Raises:
         SteeringError: arguments do not fit together; while text is written: scores come from a processor that changed
-            them, or logits are NaN or infinite.
+            them, the model ran with another attention mask, or logits are NaN or infinite.
         PromptError: while text is written: the text crosses a length at which the model's rotary factors change.
         HeadError: a head is outside the model.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dps_lens.data import Example, Prompt
 from dps_lens.data.tokenizer import without_special
+from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.metrics import Metric, score_text
 from dps_lens.evaluation.result import REFERENCE
 from dps_lens.evaluation.style import StyleMeasure
@@ -66,6 +67,11 @@ def fluency(model: HookedModel, prompt: Prompt, answers: Sequence[Int[Tensor, " 
                 inputs = torch.cat([tokens[:, -1:], targets[None, :-1]], dim=1)
                 logits = runner.logits(inputs, prompt=cache, keep=len(targets))[0]
                 nlls[index] = token_losses(logits, targets).double().mean().cpu()
+                if not bool(torch.isfinite(nlls[index])):
+                    raise EvaluationError(
+                        f"evaluate: the NLL of an answer to {prompt.example_id!r} is {float(nlls[index])}; load the "
+                        "model in float32 or bfloat16, or let check_model(model) look at its weights"
+                    )
     return nlls
 
 
