@@ -186,10 +186,8 @@ def generate(
     alphas = per_row("alpha", alpha, len(batch)) if chosen.has("negative") else [0.0] * len(batch)
     ablation = _ablation(chosen, config)
     _check(chosen, config, max_new_tokens, gammas, alphas)
-    most = model.cfg.d_vocab // 2
-    check_whole(
-        SteeringError, "generate: keep_alternatives", config.keep_alternatives, least=0, most=most, why="half of all"
-    )
+    most, why = model.cfg.d_vocab // 2, "half of the vocabulary"
+    check_whole(SteeringError, "generate: keep_alternatives", config.keep_alternatives, least=0, most=most, why=why)
     samplings = samplings_of(sampling, len(batch))
     sets = head_sets(heads, len(batch), chosen)
     added = vectors_of(model, vectors, len(batch), chosen, positions)
