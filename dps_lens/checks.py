@@ -31,9 +31,10 @@ def check_number(
         why: what the setting means, or what to do instead.
     """
     low = above if least is None else least
-    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if good and (low is None or value > low or value == least) and value <= most:  # type: ignore[operator]
-        return
+    if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+        number = float(value)
+        if (low is None or number > low or number == least) and number <= most:
+            return
     raise error(f"{name} {value!r} is not a number{_range(least, above, most)}{'; ' * bool(why)}{why}")
 
 
@@ -50,7 +51,7 @@ def check_whole(
         most: the largest that is allowed.
         why: what the setting means, or what to do instead.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most:
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most:
         return
     raise error(f"{name} {value!r} is not a whole number{_range(least, None, most)}{'; ' * bool(why)}{why}")
 

@@ -5,21 +5,22 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import cross_entropy
 
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+
 
 def attention_modules(plain):
     """The attention module of every layer of a plain Hugging Face model."""
-    for name in ("layers", "h"):
+    for name in ("layers", "h", "blocks"):
         for module in plain.modules():
             if isinstance(getattr(module, name, None), torch.nn.ModuleList):
-                return [
-                    next(getattr(b, n) for n in ("self_attn", "attn", "attention") if hasattr(b, n))
-                    for b in getattr(module, name)
-                ]
+                return [next(getattr(b, n) for n in ATTENTION if hasattr(b, n)) for b in getattr(module, name)]
     raise AssertionError("no layers")
 
 
 def output_projection(attention):
-    return next(getattr(attention, name) for name in ("o_proj", "c_proj", "dense") if hasattr(attention, name))
+    return next(
+        getattr(attention, name) for name in ("o_proj", "c_proj", "dense", "out_proj") if hasattr(attention, name)
+    )
 
 
 @contextmanager

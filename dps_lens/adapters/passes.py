@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dps_lens.errors import SteeringError
 
-_POSITIONS = 256
+_NUMBERS = 2**24
 _ROUNDING = 1e-5
 _MASKED: ContextVar[bool] = ContextVar("masked", default=False)
 
@@ -33,6 +33,7 @@ class Passes:
     def __init__(self, hf_model: Any) -> None:
         self._ids: Tensor | None = None
         self._logits: Tensor | None = None
+        self._mask: Any = None
         own = ref(self)
 
         def note(module: object, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -47,14 +48,16 @@ class Passes:
         ids, logits = kwargs.get("input_ids", args[0] if args else None), getattr(output, "logits", None)
         if _MASKED.get() or ids is None or logits is None:
             return
-        kept = min(logits.shape[1], _POSITIONS)
+        rows, positions, d_vocab = logits.shape
+        # More than the last position is asked for in assisted decoding alone.
+        kept = min(positions, max(1, _NUMBERS // (rows * d_vocab)))
         # A view of few positions would keep the logits of a whole prompt alive.
-        self._logits = logits[:, -kept:].detach().clone() if kept < logits.shape[1] else logits.detach()
-        self._ids = ids[:, -kept:]
+        self._logits = logits[:, -kept:].detach().clone() if kept < positions else logits.detach()
+        self._ids, self._mask = ids[:, -kept:], kwargs.get("attention_mask")
 
     def forget(self) -> None:
         """Take the next scores at their word, up to the model's next pass."""
-        self._ids = self._logits = None
+        self._ids = self._logits = self._mask = None
 
     def logits(self, ids: Int[Tensor, "row pos"], scores: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row d_vocab"]:
         """What the model itself gave after `ids`; `scores` where it was not seen to run on them.
@@ -75,6 +78,22 @@ class Passes:
             "(repetition_penalty, guidance_scale, sequence_bias, … of generate or of model.original_model."
             "generation_config); set it to None, or put its LogitsProcessor behind this one in logits_processor=[…]"
         )
+
+    def check_mask(self, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]) -> None:
+        """Refuse to steer a model that saw other tokens than the masked branch.
+
+        Raises:
+            SteeringError: the model ran on `ids` with another attention mask.
+        """
+        seen = self._mask
+        if not self._after(ids) or not isinstance(seen, Tensor) or seen.ndim != 2 or seen.shape[1] < mask.shape[1]:
+            return
+        if not torch.equal(seen[:, : mask.shape[1]].to(mask).bool(), mask.bool()):
+            raise SteeringError(
+                "logits_processor: generate ran with another attention_mask than the processor has; without one it "
+                "takes every padding token for padding, also inside a prompt: give both the same, or generate "
+                "attention_mask=torch.ones_like(ids)"
+            )
 
     def _after(self, ids: Int[Tensor, "row pos"]) -> list[Float[Tensor, "row d_vocab"]]:
         """Logits of the last pass where the last of `ids` went in."""

@@ -46,7 +46,7 @@ def logits_processor(
 
     Raises:
         SteeringError: arguments do not fit together; while text is written: scores come from a processor that changed
-            them, or logits are NaN or infinite.
+            them, the model ran with another attention mask, or logits are NaN or infinite.
         PromptError: while text is written: the text crosses a length at which the model's rotary factors change.
         HeadError: a head is outside the model.
 
@@ -141,6 +141,7 @@ class DPSLogitsProcessor(LogitsProcessor):
         # A pass that fails half-way leaves layers of different lengths; the next ids then start afresh.
         self._ids = None
         mask = torch.nn.functional.pad(self._prompt_mask, (0, ids.shape[1] - self._prompt_mask.shape[1]), value=1)
+        self._passes.check_mask(ids, mask)
         with attention_for(self.model, self.ablation):
             if not kept and self.positions == "response" and ids.shape[1] > 1:
                 kept = ids.shape[1] - 1

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from dps_lens.data import Example, Prompt
 from dps_lens.data.tokenizer import without_special
+from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.metrics import Metric, score_text
 from dps_lens.evaluation.result import REFERENCE
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.model import HookedModel, native_attention, runner_of
 from dps_lens.model.losses import token_losses
+from dps_lens.model.positions import check_switch
 
 
 def text_of(model: HookedModel, tokens: Int[Tensor, " pos"]) -> str:
@@ -60,10 +62,16 @@ def fluency(model: HookedModel, prompt: Prompt, answers: Sequence[Int[Tensor, " 
         cache = runner.prefill(tokens[:, :-1])
         for index, answer in enumerate(answers):
             if len(answer):
+                check_switch(model, "evaluate", tokens.shape[1] - 1, tokens.shape[1] + len(answer) - 1)
                 targets = answer.to(runner.device)
                 inputs = torch.cat([tokens[:, -1:], targets[None, :-1]], dim=1)
                 logits = runner.logits(inputs, prompt=cache, keep=len(targets))[0]
                 nlls[index] = token_losses(logits, targets).double().mean().cpu()
+                if not bool(torch.isfinite(nlls[index])):
+                    raise EvaluationError(
+                        f"evaluate: the NLL of an answer to {prompt.example_id!r} is {float(nlls[index])}; load the "
+                        "model in float32 or bfloat16, or let check_model(model) look at its weights"
+                    )
     return nlls
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from dps_lens.data.tokenizer import Offsets, PromptTokenizer
 from dps_lens.errors import ScoreError
 from dps_lens.families.work import FamilyWork
-from dps_lens.model import HookedModel, check_attention_reads, native_attention, runner_of
+from dps_lens.model import HookedModel, Hooks, check_attention_reads, native_attention, runner_of
+from dps_lens.model.positions import check_switch
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.work import Engine
@@ -142,14 +143,16 @@ def _run(
     def note(pattern: Tensor, hook: object, layer: int) -> None:
         most[layer] = pattern[0, :, -1].argmax(-1).cpu()
 
+    check_switch(model, "reference_heads", len(ids) - 1, len(ids) + steps - 1)
     hooks = [(f"blocks.{layer}.attn.hook_pattern", partial(note, layer=layer)) for layer in range(cfg.n_layers)]
+    reading = Hooks(model, hooks)
     with native_attention(model):
         prompt = runner.prefill(tokens[:, :-1])
     cache = runner.start_decoding(prompt, torch.tensor([0]))
     copied = torch.zeros(stop - start, cfg.n_layers, cfg.n_heads, dtype=torch.bool)
     token, mask, written = tokens[:, -1:], torch.ones_like(tokens), []
     for _ in range(steps):
-        with model.hooks(fwd_hooks=hooks):
+        with reading:
             token = runner.step(token, cache, mask).argmax(-1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
         written.append(int(token))

@@ -91,6 +91,8 @@ class Decoder:
         for index, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
             self._profile[index, gap + row.profile[0] : gap + row.profile[1]] = True
         self._cache: Any = None
+        self._hooks: Hooks
+        self._lean: BypassedHooks
         self._entered, self._attention, self._on = 0, ExitStack(), ExitStack()
 
     def __enter__(self) -> "Decoder":

@@ -38,6 +38,9 @@ from dps_lens.steering.rules import Rule, RuleLike, check_strength, find_rule
 from dps_lens.steering.sampling import Chooser, Sampling
 from dps_lens.steering.vector import SteeringVector
 
+# Norms inside the model take squares, which overflow unseen: what comes out of them is 0, not infinity.
+_MOST_IN_PLACE = 1e6
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -183,10 +186,8 @@ def generate(
     alphas = per_row("alpha", alpha, len(batch)) if chosen.has("negative") else [0.0] * len(batch)
     ablation = _ablation(chosen, config)
     _check(chosen, config, max_new_tokens, gammas, alphas)
-    most = model.cfg.d_vocab // 2
-    check_whole(
-        SteeringError, "generate: keep_alternatives", config.keep_alternatives, least=0, most=most, why="half of all"
-    )
+    most, why = model.cfg.d_vocab // 2, "half of the vocabulary"
+    check_whole(SteeringError, "generate: keep_alternatives", config.keep_alternatives, least=0, most=most, why=why)
     samplings = samplings_of(sampling, len(batch))
     sets = head_sets(heads, len(batch), chosen)
     added = vectors_of(model, vectors, len(batch), chosen, positions)
@@ -269,6 +270,11 @@ def _check(
     check_whole(SteeringError, "generate: max_new_tokens", max_new_tokens, least=1)
     for gamma in gammas:
         check_strength("gamma", gamma)
+        if rule.alone and gamma > _MOST_IN_PLACE:
+            raise SteeringError(
+                f"generate: rule {rule.name!r} with gamma {gamma:g} leaves nothing of the model's numbers in float32; "
+                f"use at most {_MOST_IN_PLACE:g}"
+            )
     for alpha in alphas:
         check_strength("alpha", alpha)
     draws_back = rule.alone or rule.has("early") or -1 in gammas or config.min_p is not None

@@ -52,7 +52,7 @@ def distributions(model, ids, steering, others=(), **options):
         max_new_tokens=NEW,
         return_dict_in_generate=True,
         output_scores=True,
-        **{"do_sample": False, "eos_token_id": None, **options},
+        **{"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids), **options},
     )
     return out.sequences, [one.log_softmax(-1) for one in out.scores]
 
@@ -151,6 +151,21 @@ def test_a_penalty_behind_the_processor_works_on_the_steered_scores(llama, ids):
         assert torch.allclose(scores, expected, atol=1e-4)
 
 
+def test_tokens_that_generate_takes_for_padding_are_named(llama, ids):
+    """Where the padding token is no end token, transformers hides it also inside a prompt."""
+    assert bool((ids == 3).any())
+    steering = dps.logits_processor(llama.hooked, HEADS, GAMMA)
+    with pytest.raises(SteeringError, match="another attention_mask than the processor has"):
+        distributions(llama.hooked, ids, steering, attention_mask=None)
+    _, found = distributions(llama.hooked, ids, steering)
+    expected = documented(llama.plain, ids, ids.shape[1])[1].log_softmax(-1)
+    assert torch.allclose(found[0], expected, atol=1e-4)
+    mask = torch.ones_like(ids)
+    mask[:, 2] = 0
+    with pytest.raises(SteeringError, match="another attention_mask"):
+        distributions(llama.hooked, ids, dps.logits_processor(llama.hooked, HEADS, GAMMA), attention_mask=mask)
+
+
 def test_two_processors_do_not_steer_twice(llama, ids):
     steering = [dps.logits_processor(llama.hooked, HEADS, gamma) for gamma in (GAMMA, 0.5)]
     with pytest.raises(SteeringError, match="a processor before this one"):
@@ -160,13 +175,15 @@ def test_two_processors_do_not_steer_twice(llama, ids):
 def test_nan_is_named(tiny_folders, ids):
     model = dps.load_model(str(tiny_folders["llama"]))
     with torch.no_grad():
+        steering = dps.logits_processor(model, HEADS, GAMMA)
         next(p for name, p in model.original_model.named_parameters() if "o_proj" in name).view(-1)[0] = torch.nan
     with pytest.raises(SteeringError, match=f"after {ids.shape[1]} tokens are NaN or infinite"):
-        distributions(model, ids, dps.logits_processor(model, HEADS, GAMMA))
+        distributions(model, ids, steering)
 
 
 def test_a_processor_leaves_nothing_on_the_model(llama, ids):
     hf_model = llama.hooked.original_model
+    gc.collect()
     before = len(hf_model._forward_hooks)
     steering = dps.logits_processor(llama.hooked, HEADS, GAMMA)
     distributions(llama.hooked, ids, steering)
