@@ -14,8 +14,11 @@ def print_top(scores: "HeadScores", k: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dps_lens.stats.skew import caveat
+
     unit = scores.manifest.get("unit", "nats per token")
-    table = Table(title=f"Top {k} heads ({unit}, 95% interval over {len(scores.users)} users)")
+    about = caveat(scores.skewness().numpy(), len(scores.users))
+    table = Table(title=f"Top {k} heads ({unit}, 95% interval over {len(scores.users)} users)", caption=about or None)
     for column in ("head", "score", "interval", *scores.components):
         table.add_column(column, justify="left" if column == "head" else "right")
     for row in scores.to_frame().head(k).to_dict("records"):
@@ -71,7 +74,7 @@ def print_effects(effects: "SetEffects") -> None:
     shown = [name for name in ("gain_removed", "task_cost", "necessity", "sufficiency") if name in effects.measures]
     for measure in shown:
         table = Table(title=f"{measure}, nats per token, 95% intervals over users")
-        for column in ("family", "K", "mean", "interval", "random sets (95%)", "difference", "interval ", "p"):
+        for column in ("family", "K", "mean", "interval", "next random set (95%)", "difference", "interval ", "p"):
             table.add_column(column, justify="left" if column == "family" else "right")
         for row in frame[(frame["measure"] == measure) & (frame["family"] != "full model")].to_dict("records"):
             cells = [row["family"], str(row["k"]), f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
@@ -83,6 +86,8 @@ def print_effects(effects: "SetEffects") -> None:
             ]
             table.add_row(*cells)
         console.print(table)
+    if effects.no_range:
+        console.print(effects.no_range)
 
 
 def print_evaluation(evaluation: "Evaluation", baseline: str) -> None:

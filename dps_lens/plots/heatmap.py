@@ -19,7 +19,11 @@ from dps_lens.stats.reliability import split_half
 
 _QUANTILE = 0.995
 _FADED = "rgba(255,255,255,0.75)"
-_CORRECTION = {"max_t": "family-wise over heads", "bh": "false discovery rate"}
+_CORRECTION = {
+    "max_t": "family-wise over heads",
+    "bh": "false discovery rate",
+    "bootstrap_t": "family-wise over heads, bootstrap t",
+}
 
 
 def heatmap(
@@ -108,6 +112,7 @@ def heatmap(
     notes = [
         f"outlined: {heads.label}" if heads is not None and heads.label else "",
         f"dots: p ≤ {significance.alpha:g}, {_CORRECTION[significance.correction]}" if significance is not None else "",
+        "effects are skewed over users, dots too many" if significance is not None and significance.caveat else "",
         "pale: the interval spans 0" if fade else "",
         _reliability(scores, user) if user is not None and component is None else "",
     ]
