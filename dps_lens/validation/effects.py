@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -240,7 +240,13 @@ class SetEffects(Result):
         return {user: HeadSet.parse(sets[place], label=family) for user, sets in by_user.items()}
 
     def _which(self, family: str | None, k: int | None) -> tuple[str, int]:
-        return family or self.families[0], self.ks[-1] if k is None else k
+        family, k = family or self.families[0], self.ks[-1] if k is None else k
+        if family not in self.families or k not in self.ks:
+            raise ScoreError(
+                f"these effects hold no family {family!r} with K = {k}; families are {', '.join(self.families)}, and K "
+                f"{', '.join(map(str, self.ks))}"
+            )
+        return family, k
 
     def beside_random(self, family: str | None = None, k: int | None = None, level: float = 0.95) -> "pandas.DataFrame":
         """One set, its random sets and their difference: `ablated`, `measure`, `mean`, `low`, `high`.
@@ -286,46 +292,61 @@ class SetEffects(Result):
         "More than random heads" needs both an interval over users and draws above 0 and `p` of at most `1 − level`,
         "less" an interval below 0 and such a `p_less`. Each sentence is a one-sided test, which holds that level where
         the chosen set is just one more random set: the interval alone would not, as it is about the mean of all sets.
+
+        Raises:
+            ScoreError: no such family or K, or effects of another kind.
         """
         if self.loss != "NLL":
             return f"These are changes of {self.loss!r}; what they say is in the numbers alone."
+        if not {"gain_removed", "task_cost"} <= {*self.measures}:
+            raise ScoreError(
+                "verdict: it is about the gain that an ablation takes, as of ablation_cost; these effects hold "
+                f"{', '.join(self.measures)}"
+            )
         family, k = self._which(family, k)
-        frame = self.to_frame(level=level)
-        rows = {(row["family"], row["k"], row["measure"]): row for row in frame.to_dict("records")}
-        gain, removed, cost = rows[FULL, 0, "gain"], rows[family, k, "gain_removed"], rows[family, k, "task_cost"]
+        at = self.families.index(family), self.ks.index(k)
+        gain = interval(self._users(self.full, _GAIN, "all"), level)
+        removed, cost = (self._row(MEASURES[name], *at, "all", level) for name in ("gain_removed", "task_cost"))
         if math.isnan(gain["low"]):
             return "One user gives no interval over users, so nothing is claimed."
         if not gain["low"] > 0:
             return f"Here the profile does not reliably help the model (gain {_said(gain)}); there is little to remove."
+        if not {"own", "no_profile"} <= {*self.draws} and self.draws:
+            return "Random sets were not measured both with and without the own profile, so nothing is claimed."
         if self.n_random < (needed := sets_for_p(level)):
             return (
                 f"The profile helps the model (gain {_said(gain)}); {self.n_random} random sets are too few to claim "
                 f"anything of these heads at {level:.0%}, {needed} are needed."
             )
-        shown, by = f"the {k} heads of {family!r}", _said(removed, "difference")
-        first = {
-            1: f"More of the gain goes with {shown} than with random heads of the same layers, by {by}.",
-            0: f"Of the gain, {shown} cannot be told from random heads of the same layers ({by}).",
-            -1: f"Less of the gain goes with {shown} than with random heads of the same layers ({by}).",
-        }[_beside(removed, 1 - level)]
-        by = _said(cost, "difference")
-        second = {
-            1: f"They also cost the same task without a profile more than random heads do ({by}).",
-            0: f"What they cost the task without a profile cannot be told from what random heads cost ({by}).",
-            -1: f"They cost the same task without a profile less than random heads do ({by}).",
-        }[_beside(cost, 1 - level)]
-        warning = caveat(np.array(removed["skewness"]), len(set(self.user_ids)))
-        return " ".join(part for part in (first, second, warning) if part)
+        said = _compared(f"the {k} heads of {family!r}", removed, cost, 1 - level)
+        return " ".join([*said, caveat(np.array(removed["skewness"]), len(set(self.user_ids)))]).strip()
 
 
-def _beside(row: Mapping[Hashable, Any], alpha: float) -> int:
+def _compared(shown: str, removed: Mapping[str, Any], cost: Mapping[str, Any], alpha: float) -> list[str]:
+    """What a set takes and costs beside random sets, a sentence each."""
+    by = _said(removed, "difference")
+    takes = {
+        1: f"More of the gain goes with {shown} than with random heads of the same layers, by {by}.",
+        0: f"Of the gain, {shown} cannot be told from random heads of the same layers ({by}).",
+        -1: f"Less of the gain goes with {shown} than with random heads of the same layers ({by}).",
+    }
+    by = _said(cost, "difference")
+    costs = {
+        1: f"They also cost the same task without a profile more than random heads do ({by}).",
+        0: f"What they cost the task without a profile cannot be told from what random heads cost ({by}).",
+        -1: f"They cost the same task without a profile less than random heads do ({by}).",
+    }
+    return [takes[_beside(removed, alpha)], costs[_beside(cost, alpha)]]
+
+
+def _beside(row: Mapping[str, Any], alpha: float) -> int:
     """1 where the chosen set does more than random ones, −1 where it does less, 0 where neither can be told."""
     if row["difference_low"] > 0 and row["p"] <= alpha + 1e-12:
         return 1
     return -int(row["difference_high"] < 0 and row["p_less"] <= alpha + 1e-12)
 
 
-def _said(row: Mapping[Hashable, Any], name: str = "") -> str:
+def _said(row: Mapping[str, Any], name: str = "") -> str:
     mean, low, high = (row[key] for key in ((name, f"{name}_low", f"{name}_high") if name else ("mean", "low", "high")))
     return f"{mean:.3f} nats per token, interval {low:.3f} to {high:.3f}"
 

@@ -85,7 +85,7 @@ def test_heads_within_the_noise_floor_are_never_significant():
     assert scores.noise_floor.of_mean(24) == pytest.approx(0.1 + 3 / 24**0.5)
 
 
-def test_few_users_support_no_claim():
+def test_few_users_support_no_claim(unchecked):
     with pytest.raises(ScoreError, match="5 users have 32 patterns of signs.*at least 6 users"):
         dps.significant_heads(planted([], users=5))
     with pytest.raises(ScoreError, match=r"6 users and n_flips=10000 lies below 0.031.*alpha=0.01"):

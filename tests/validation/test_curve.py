@@ -980,6 +980,21 @@ def test_a_verdict_says_where_intervals_fall_short():
     assert "skewed" not in claims_of(rng, 30, 0.0)
 
 
+def test_a_verdict_is_about_what_was_measured(toy_model, toy_users):
+    patched = dps.patch_heads(toy_model, toy_users, SETS, ks=(1,), n_random=0, max_examples=1)
+    with pytest.raises(ScoreError, match="about the gain that an ablation takes.* these effects hold necessity"):
+        patched.verdict()
+    rng = np.random.default_rng(0)
+    taken = 0.3 + 0.1 * rng.standard_normal((21, 8))
+    effects = random_set_effects(taken, 0 * taken, np.full(8, 3.0) + 0.1 * rng.normal(size=8))
+    with pytest.raises(ScoreError, match="no family 'others' with K = 1; families are heads, and K 1"):
+        effects.verdict("others")
+    with pytest.raises(ScoreError, match="no family 'heads' with K = 5"):
+        effects.beside_random(k=5)
+    half = replace(effects, draws={"own": effects.draws["own"]})
+    assert "not measured both with and without" in half.verdict()
+
+
 def test_a_verdict_needs_random_sets_for_its_level():
     rng = np.random.default_rng(0)
     taken = 0.3 + 0.1 * rng.standard_normal((20, 8))
