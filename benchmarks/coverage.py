@@ -121,20 +121,25 @@ def of_ranges(rng: np.random.Generator, n: int, shape: str) -> Rates:
     return many(4000, once)
 
 
-def of_heads(rng: np.random.Generator, n: int, shape: str) -> Rates:
-    """A hundred heads of mean 0; every call is wrong. Six users stand for five, of whom nothing is claimed."""
+def of_heads(rng: np.random.Generator, n: int, shape: str, *, mean: float = 0.0) -> Rates:
+    """A hundred heads, of which the first has the mean. Six users stand for five, of whom nothing is claimed."""
 
     def once() -> Rates:
         n_users = max(n, 6)
         shared, own = effects(rng, shape, (n_users, 1)), effects(rng, shape, (n_users, 100))
-        scores, found = scores_of(0.5 * shared + own), {}
+        effect = mean * 1.25**0.5 * (np.arange(100) == 0)  # in standard deviations
+        scores, found = scores_of(effect + 0.5 * shared + own), {}
         corrections: tuple[Correction, ...] = ("max_t", "bh", "bootstrap_t")
         for correction in corrections:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 one = significant_heads(scores, correction=correction, n_flips=1000)
-            found[f"{correction}: any of 100 heads of mean 0 called"] = float(one.significant.any())
-        return {**found, "called skewed, 100 heads": float(one.skewed)}
+            if mean:
+                name, called = f"the one of 100 heads with a mean of {mean:g} sd", one.significant[0, 0]
+            else:
+                name, called = "any of 100 heads of mean 0", one.significant.any()
+            found[f"{correction}: {name} called"] = float(called)
+        return found if mean else {**found, "called skewed, 100 heads": float(one.skewed)}
 
     return many(200, once)
 
@@ -256,6 +261,7 @@ def cells() -> Iterator[tuple[str, Cell, tuple[str, ...], tuple[int, ...]]]:
     for n_sets, sd in ((20, 0.0), (20, 0.3), (20, 1.0), (50, 0.3)):
         yield f"verdicts, {n_sets} sets, sd {sd}", partial(of_verdicts, n_sets=n_sets, sd=sd), two, USERS
     yield "verdicts, spread", partial(of_verdicts, n_sets=50, sd=0.3, spread=True), two, USERS
+    yield "heads found", partial(of_heads, mean=2.0), two, USERS
     yield "power", partial(of_verdicts, n_sets=20, sd=0.3, more=1.0), two, USERS
     yield "overlaps", of_overlaps, ("normal",), (12,)
     yield "ceilings", of_ceilings, two, USERS
