@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-def t_quantile(freedom: float, level: float) -> float:
+def t_quantile(freedom: int | float, level: float) -> float:
     """How many standard errors a Student's t interval reaches to either side.
 
     Raises:

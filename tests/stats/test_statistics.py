@@ -152,7 +152,7 @@ def test_bootstrap_t_equals_a_loop_over_resamples():
     assert p.min() < 0.5
 
 
-def test_bootstrap_t_of_few_units_is_unbounded_or_nothing():
+def test_bootstrap_t_of_few_units_is_unbounded_or_nothing(unchecked):
     scores = lognormal(3)
     low, high = bootstrap_t_ci(scores)
     assert torch.isinf(low).all()
