@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     import pandas
 
 
+def t_quantile(freedom: int | float, level: float) -> float:
+    """How many standard errors a Student's t interval reaches to either side.
+
+    Raises:
+        ScoreError: the level is no share between 0 and 1.
+    """
+    from scipy.stats import t
+
+    if not 0 < level < 1:
+        raise ScoreError(f"an interval's level is a share between 0 and 1, such as 0.95; found {level}")
+    return float(t.ppf(0.5 + level / 2, freedom))
+
+
 class NoiseFloor(NamedTuple):
     """Scores in a low-precision format minus the same in float32, nats per token.
 
@@ -176,16 +189,29 @@ class HeadScores(Result):
     ) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
         """Interval of the mean: Student's t over user means, or over one user's examples.
 
-        One head at a time, without correction for looking at many. NaN where there is a single unit.
-        """
-        from scipy.stats import t
+        One head at a time, without correction for looking at many. NaN where there is a single unit. It holds its level
+        where units scatter symmetrically; see `skewness`.
 
+        Raises:
+            ScoreError: the level is no share between 0 and 1.
+        """
         samples = self.samples(user, of=of)
-        n = len(samples)
-        half = torch.full_like(samples[0], float("nan"))
-        if n > 1:
-            half = samples.std(0) / n**0.5 * float(t.ppf(0.5 + level / 2, n - 1))
+        n, quantile = len(samples), t_quantile(max(len(samples) - 1, 1), level)
+        half = samples.std(0) / n**0.5 * quantile if n > 1 else torch.full_like(samples[0], float("nan"))
         return samples.mean(0) - half, samples.mean(0) + half
+
+    def skewness(self, user: str | None = None, *, of: str | None = None) -> Float[Tensor, "layer head"]:
+        """Bias-adjusted skewness of every head over the users, or over one user's examples.
+
+        Positive where a few units lie far above the rest. NaN for fewer than three units, or where none differ.
+        """
+        from scipy.stats import skew
+
+        samples = self.samples(user, of=of).numpy()
+        varies = (np.ptp(samples, axis=0) > 0) & (len(samples) > 2)
+        found = np.full(varies.shape, np.nan)
+        found[varies] = skew(samples[:, varies], axis=0, bias=False)
+        return torch.from_numpy(found)
 
     def top(
         self,

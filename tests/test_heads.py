@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from scipy.stats import t
+from scipy.stats import skew, t
 
 import dps_lens as dps
 from dps_lens.errors import HeadError, ScoreError
@@ -54,6 +54,16 @@ def test_mean_is_over_users_and_interval_is_students_t():
     assert torch.isnan(scores.ci(user="b")[0]).all()
     with pytest.raises(ScoreError, match="not in these scores"):
         scores.mean("nobody")
+
+
+def test_skewness_is_over_users_or_examples():
+    scores = planted_scores()
+    means = torch.stack([scores.values[:3].mean(0), scores.values[3:4].mean(0), scores.values[4:].mean(0)]).double()
+    assert float(scores.skewness()[1, 1]) == pytest.approx(skew(means[:, 1, 1].numpy(), bias=False))
+    of_a = skew(scores.values[:3, 0, 1].double().numpy(), bias=False)
+    assert float(scores.skewness("a")[0, 1]) == pytest.approx(of_a)
+    assert torch.isnan(scores.skewness("b")).all(), "one example"
+    assert torch.isnan(planted_scores(torch.zeros(3, 2)).skewness()).all(), "nothing varies"
 
 
 def test_top_sorts_signed_values_with_ties_by_position():

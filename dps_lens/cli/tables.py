@@ -32,8 +32,12 @@ def _add(table: "Table", *cells: object) -> None:
 def print_top(scores: "HeadScores", k: int) -> None:
     from rich.table import Table
 
+    from dps_lens.stats.skew import caveat
+
     unit = scores.manifest.get("unit", "nats per token")
-    table = Table(title=printable(f"Top {k} heads ({unit}, 95% interval over {len(scores.users)} users)"))
+    about = caveat(scores.skewness().numpy(), len(scores.users))
+    title = printable(f"Top {k} heads ({unit}, 95% interval over {len(scores.users)} users)")
+    table = Table(title=title, caption=about or None)
     for column in ("head", "score", "interval", *scores.components):
         table.add_column(column, justify="left" if column == "head" else "right")
     for row in scores.to_frame().head(k).to_dict("records"):
@@ -88,7 +92,7 @@ def print_effects(effects: "SetEffects") -> None:
     shown = [name for name in ("gain_removed", "task_cost", "necessity", "sufficiency") if name in effects.measures]
     for measure in shown:
         table = Table(title=f"{measure}, nats per token, 95% intervals over users")
-        for column in ("family", "K", "mean", "interval", "random sets (95%)", "difference", "interval ", "p"):
+        for column in ("family", "K", "mean", "interval", "next random set (95%)", "difference", "interval ", "p"):
             table.add_column(column, justify="left" if column == "family" else "right")
         for row in frame[(frame["measure"] == measure) & (frame["family"] != "full model")].to_dict("records"):
             cells = [row["family"], str(row["k"]), f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
@@ -100,6 +104,8 @@ def print_effects(effects: "SetEffects") -> None:
             ]
             _add(table, *cells)
         console.print(table)
+    if effects.no_range:
+        console.print(effects.no_range)
 
 
 def print_evaluation(evaluation: "Evaluation", baseline: str) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from plotly.colors import get_colorscale
-from scipy.stats import t as student
 from torch import Tensor
 
 from dps_lens.errors import RunError
@@ -24,9 +23,10 @@ from dps_lens.files import write_text
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots import ablation, families, k_sweep, overlap, pareto
 from dps_lens.plots.theme import SIGNED
-from dps_lens.scores import HeadScores
+from dps_lens.scores import HeadScores, t_quantile
 from dps_lens.stats.overlap import Overlap
 from dps_lens.stats.significance import MIN_USERS, significant_heads
+from dps_lens.stats.skew import is_skewed
 from dps_lens.validation.effects import SetEffects
 
 MAX_VALUES = 5_000_000
@@ -158,7 +158,7 @@ def content(found: Exploration) -> dict[str, Any]:
         "users": list(scores.users),
         "maps": {name: _packed(scores.samples(of=of)) for name, of in names.items()},
         "examples": _examples(scores),
-        "t": {size: float(student.ppf(0.975, size - 1)) for size in sizes if size > 1},
+        "t": {size: t_quantile(size - 1, 0.95) for size in sizes if size > 1},
         "families": {name: _family(family) for name, family in found.families.items()},
         "tops": [str(head) for head in found.heads],
         "significant": significant(scores),
@@ -292,12 +292,13 @@ def _plotly() -> str:
 
 
 def significant(scores: HeadScores) -> list[str]:
-    """Names of the heads that a population of users shows; none for few users."""
+    """Names of the heads that a population of users shows, by the test that suits its effects; none for few users."""
     if len(scores.users) < MIN_USERS or not scores.defined:
         return []
     flips = 2000 if scores.values[0].numel() > 2000 else 10_000
-    significant = significant_heads(scores, n_flips=flips).significant
-    return [str(Head(*at)) for at in significant.nonzero().tolist()]
+    skewed = is_skewed(scores.skewness().numpy(), len(scores.users))
+    found = significant_heads(scores, correction="bootstrap_t" if skewed else "max_t", n_flips=flips)
+    return [str(Head(*at)) for at in found.significant.nonzero().tolist()]
 
 
 def facts(found: Exploration) -> list[tuple[str, str]]:

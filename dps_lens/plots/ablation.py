@@ -27,7 +27,7 @@ _WORDS = {
 
 
 def ablation(effects: "SetEffects", measure: str | None = None, *, title: str | None = None) -> go.Figure:
-    """One line a family with its interval over users, and the band that holds 95% of its random sets.
+    """One line a family with its interval over users, and the band in which 95% of further random sets would lie.
 
     Args:
         effects: of `ablation_curve` or `patch_heads`.
@@ -58,7 +58,7 @@ def ablation(effects: "SetEffects", measure: str | None = None, *, title: str | 
                 hoverinfo="skip",
                 legendgroup=family,
                 showlegend=False,
-                name=f"{plain(family)}: 95% of random sets",
+                name=f"{plain(family)}: the next random set (95%)",
             )
         figure.add_scatter(
             x=[k + 0.12 * (index - len(effects.families) / 2) for k in x],
@@ -81,13 +81,19 @@ def ablation(effects: "SetEffects", measure: str | None = None, *, title: str | 
     figure.add_hline(y=0, line={"color": "#cccccc", "width": 1})
     figure.update_layout(
         template=TEMPLATE,
-        title=title or f"{plain(_WORDS.get(measure, measure).capitalize())}; bands hold 95% of the random sets",
+        title=title or f"{plain(_WORDS.get(measure, measure).capitalize())}{_about_bands(effects)}",
         height=420,
         legend={"orientation": "h", "y": -0.2},
         xaxis={"title": "heads edited (K)", "tickvals": list(effects.ks)},
         yaxis={"title": f"{plain(_WORDS.get(measure, measure))}, nats per token"},
     )
     return figure
+
+
+def _about_bands(effects: "SetEffects") -> str:
+    if not effects.n_random:
+        return ""
+    return f"; {effects.no_range or 'bands hold the next random set with 95%'}"
 
 
 def _pale(colour: str) -> str:

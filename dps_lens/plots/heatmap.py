@@ -12,6 +12,7 @@ from dps_lens.heads import Head, HeadSet
 from dps_lens.plots.text import plain
 from dps_lens.plots.theme import SIGNED, TEMPLATE
 from dps_lens.scores import HeadScores
+from dps_lens.stats.skew import is_skewed
 
 if TYPE_CHECKING:
     from dps_lens.stats.significance import Significance
@@ -19,7 +20,11 @@ from dps_lens.stats.reliability import split_half
 
 _QUANTILE = 0.995
 _FADED = "rgba(255,255,255,0.75)"
-_CORRECTION = {"max_t": "family-wise over heads", "bh": "false discovery rate"}
+_CORRECTION = {
+    "max_t": "family-wise over heads",
+    "bh": "false discovery rate",
+    "bootstrap_t": "family-wise over heads, bootstrap t",
+}
 
 
 def heatmap(
@@ -54,6 +59,7 @@ def heatmap(
         raise ScoreError("plots.heatmap: significance is about a population; one user's map has none")
     mean = scores.mean(user, of=component).numpy()
     low, high = (bound.numpy() for bound in scores.ci(0.95, user, of=component))
+    skewed = is_skewed(scores.skewness(user, of=component).numpy(), len(scores.samples(user)))
     rank = np.empty(mean.size, dtype=int)
     rank[np.argsort(-mean.ravel(), kind="stable")] = np.arange(1, mean.size + 1)
     unit = plain(scores.manifest.get("unit", "nats per token"))
@@ -108,7 +114,9 @@ def heatmap(
     notes = [
         f"outlined: {plain(heads.label)}" if heads is not None and heads.label else "",
         f"dots: p ≤ {significance.alpha:g}, {_CORRECTION[significance.correction]}" if significance is not None else "",
+        "effects are skewed over users, dots too many" if significance is not None and significance.caveat else "",
         "pale: the interval spans 0" if fade else "",
+        f"skewed over {'examples' if user else 'users'}: intervals are short" if skewed else "",
         _reliability(scores, user) if user is not None and component is None else "",
     ]
     subtitle = "<br><sup>" + "; ".join(note for note in notes if note) + "</sup>" if any(notes) else ""

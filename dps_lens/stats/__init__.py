@@ -1,5 +1,6 @@
 """Statistics of scores: intervals, overlap, reliability, significance, groups of users. No model is run."""
 
+from dps_lens.stats.bootstrap import bootstrap_t_ci
 from dps_lens.stats.groups import UserClusters, cluster_users
 from dps_lens.stats.overlap import Overlap, overlap
 from dps_lens.stats.reliability import split_half, stability
@@ -10,6 +11,7 @@ __all__ = [
     "Overlap",
     "Significance",
     "UserClusters",
+    "bootstrap_t_ci",
     "cluster_users",
     "overlap",
     "screening_recall",

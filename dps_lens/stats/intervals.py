@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Float64
-from scipy.stats import t as student
 from torch import Tensor
+
+from dps_lens.scores import t_quantile
 
 if TYPE_CHECKING:
     import pandas
@@ -22,7 +23,7 @@ def user_means(values: Float64[Tensor, " example"], user_ids: Sequence[str]) -> 
 def interval(values: np.ndarray, level: float = 0.95) -> dict[str, float]:
     """Mean of user means with a Student's t interval; NaN bounds for a single user."""
     mean, n = float(values.mean()), len(values)
-    half = float(student.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
+    half = float(t_quantile(n - 1, level) * values.std(ddof=1) / n**0.5) if n > 1 else float("nan")
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
@@ -38,7 +39,7 @@ def ratio_interval(
     if n < 2:
         return nothing
     (a, b), covariance = (numerator.mean(), denominator.mean()), np.cov(numerator, denominator) / n
-    square = float(student.ppf(0.5 + level / 2, n - 1)) ** 2
+    square = t_quantile(n - 1, level) ** 2
     # (a - r b)^2 = t^2 var(a - r b) is quadratic in r.
     lead = b**2 - square * covariance[1, 1]
     if lead <= 0:
@@ -66,13 +67,36 @@ def crossed_interval(values: Float[np.ndarray, "draw user"], level: float = 0.95
     if parts.sum() < parts.max():
         parts *= np.arange(len(parts)) == parts.argmax()
     freedom = parts.sum() ** 2 / (parts**2 / freedoms).sum() if parts.any() else 1.0
-    half = float(student.ppf(0.5 + level / 2, freedom) * parts.sum() ** 0.5)
+    half = float(t_quantile(freedom, level) * parts.sum() ** 0.5)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def add_one_p(observed: float, null: Float[np.ndarray, " draw"]) -> float:
     """One-sided p-value: share of the null at least as large, counting the observation itself."""
     return float((1 + (null >= observed - 1e-12).sum()) / (len(null) + 1))
+
+
+def sets_for_p(level: float) -> int:
+    """How few random sets can give a one-sided add-one p-value of 1 − level."""
+    return math.ceil(round(1 / (1 - level), 6)) - 1
+
+
+def sets_for_range(level: float) -> int:
+    """How few random sets have a range that holds a new one with probability `level`."""
+    return math.ceil(round(2 / (1 - level), 6)) - 1
+
+
+def range_of_next(drawn: Float[np.ndarray, " draw"], level: float = 0.95) -> tuple[float, float]:
+    """Bounds between which the next draw of the same kind lies with probability `level`, whatever their distribution.
+
+    Order statistics, interpolated: the next draw is as likely to fall below the first of n as between any neighbours or
+    above the last, with 1 / (n + 1). NaN for fewer draws than `sets_for_range(level)`, whose range holds it less often.
+    """
+    if len(drawn) < sets_for_range(level):
+        return math.nan, math.nan
+    tail = (1 - level) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail], method="weibull")
+    return float(low), float(high)
 
 
 def columns(name: str, values: dict[str, float]) -> dict[str, float]:
@@ -93,5 +117,5 @@ def jackknife(
         return {"mean": mean, "low": math.nan, "high": math.nan}
     without = np.array([statistic(rows[rows["user"] != user]) for user in users])
     pseudo = n * mean - (n - 1) * without
-    half = float(student.ppf(0.5 + level / 2, n - 1) * pseudo.std(ddof=1) / n**0.5)
+    half = float(t_quantile(n - 1, level) * pseudo.std(ddof=1) / n**0.5)
     return {"mean": mean, "low": mean - half, "high": mean + half}

@@ -22,7 +22,8 @@ def split_half(
 
     Returns:
         rows `spearman` (over all heads), `spearman_brown` (stepped up to the full number of units) and
-        `jaccard` (of the two top-K), with mean and the 2.5% and 97.5% quantiles over random splits.
+        `jaccard` (of the two top-K), with mean and the 2.5% and 97.5% quantiles over random splits of these units.
+        Those say how much the split matters; they are no interval for other users.
 
     Raises:
         ScoreError: fewer than two units, or fewer than `k` heads.
@@ -68,7 +69,8 @@ def stability(
 
     Returns:
         one row a size: `units`, mean `jaccard` and `spearman`, and quantiles `low`, `high` of the Jaccard
-        overlap. `chance` is the expected overlap of two random sets of K heads.
+        overlap over random pairs of sets, no interval for other users. `chance` is the expected overlap of two
+        random sets of K heads.
     """
     import pandas as pd
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -15,14 +15,24 @@ from dps_lens.errors import ScoreError
 from dps_lens.heads import HeadSet
 from dps_lens.literals import CONDITIONS
 from dps_lens.result import Result
-from dps_lens.stats.intervals import add_one_p, columns, crossed_interval, interval, ratio_interval, user_means
+from dps_lens.stats.intervals import (
+    add_one_p,
+    columns,
+    crossed_interval,
+    interval,
+    range_of_next,
+    ratio_interval,
+    sets_for_p,
+    sets_for_range,
+    user_means,
+)
+from dps_lens.stats.skew import caveat, skewness_of
 
 if TYPE_CHECKING:
     import pandas
 
 Share: TypeAlias = Literal["all", "copied", "rest"]
 FULL = "full model"
-MIN_DRAWS = 20
 _NOTHING = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
 
 
@@ -108,11 +118,13 @@ class SetEffects(Result):
         `NLL, …` is the NLL itself under ablation; of another objective, it stands under its name.
 
         Columns: `mean`, `low`, `high` (Student's t over users); `percent…` of the gain (Fieller over users, NaN
-        where the gain's interval spans 0); `control`, the mean of the random sets over the same examples, with
-        `control_low` and `control_high`, between which 95% of them lie; `difference` from them, its interval over
-        users and draws; `p`, one-sided and add-one, against them. Fewer than 20 random sets give no band and no
-        p. `controls` says whether the random sets are of the `same layers`, or partly of the `nearest layers` where
-        a layer has too few other heads.
+        where the gain's interval spans 0); `skewness` over users, at which those intervals fall short; `control`, the
+        mean of the random sets over the same examples, with `control_low` and `control_high`, between which one more
+        random set of the same users lies with probability `level`; `difference` from their mean, its interval over
+        users and draws; `p`, the share of random sets that do as much, and `p_less`, that do as little, one-sided and
+        counting the chosen set itself. 95% needs 39 random sets for the range and 19 for a p; with fewer there is none.
+        `controls` says whether the random sets are of the `same layers`, or partly of the `nearest layers` where a
+        layer has too few other heads.
 
         Args:
             part: `"all"` tokens, the `"copied"` ones, or the `"rest"`; the two add up to all.
@@ -153,6 +165,7 @@ class SetEffects(Result):
         row: dict[str, Any] = interval(values, level)
         percent = ratio_interval(values, gain, level) if gain is not None else _NOTHING
         row |= columns("percent", {name: 100 * value for name, value in percent.items()})
+        row["skewness"] = skewness_of(values)
         if not self.draws or not all(name in self.draws for name in measure.weights):
             return row
         random = self._random(measure, family, k, part)
@@ -160,11 +173,12 @@ class SetEffects(Result):
             random = gain - random
         row |= {"control": float(random.mean()), "controls": self._controls(family, k)}
         row |= columns("difference", crossed_interval(values - random, level))
-        if len(random) >= MIN_DRAWS:
-            means, tail = random.mean(1), (1 - level) / 2
-            low, high = np.quantile(means, [tail, 1 - tail])
-            row |= {"control_low": float(low), "control_high": float(high)}
-            row["p"] = add_one_p(-values.mean(), -means) if measure.left else add_one_p(values.mean(), means)
+        means = random.mean(1)
+        if len(random) >= sets_for_p(level):
+            p = add_one_p(values.mean(), means), add_one_p(-values.mean(), -means)
+            row |= dict(zip(("p_less", "p") if measure.left else ("p", "p_less"), p, strict=True))
+        if len(random) >= sets_for_range(level):
+            row |= dict(zip(("control_low", "control_high"), range_of_next(means, level), strict=True))
         return row
 
     def _levelled(self, draws: Float[np.ndarray, "draw user"]) -> Float[np.ndarray, "draw user"]:
@@ -204,10 +218,19 @@ class SetEffects(Result):
 
     def summary(self) -> str:
         k = ", ".join(map(str, self.ks))
-        return (
-            f"{len(self.user_ids)} examples of {len(set(self.user_ids))} users; {', '.join(self.families)}; K = {k}; "
-            f"{len(next(iter(self.draws.values()), ()))} random sets"
-        )
+        found = f"{len(self.user_ids)} examples of {len(set(self.user_ids))} users; {', '.join(self.families)}; K = {k}"
+        return "; ".join([found, f"{self.n_random} random sets", *([self.no_range] if self.no_range else [])])
+
+    @property
+    def n_random(self) -> int:
+        """Random sets of every family and K."""
+        return len(next(iter(self.draws.values()), ()))
+
+    @property
+    def no_range(self) -> str:
+        """Why there is no range of random sets at 95%; empty where there is one, or no random set."""
+        needed = sets_for_range(0.95)
+        return f"a 95% range of random sets needs {needed}" if 0 < self.n_random < needed else ""
 
     def sets(self, family: str | None = None, k: int | None = None) -> dict[str, HeadSet]:
         """The heads that each user was tested with; of the first family and the largest K by default."""
@@ -217,7 +240,13 @@ class SetEffects(Result):
         return {user: HeadSet.parse(sets[place], label=family) for user, sets in by_user.items()}
 
     def _which(self, family: str | None, k: int | None) -> tuple[str, int]:
-        return family or self.families[0], self.ks[-1] if k is None else k
+        family, k = family or self.families[0], self.ks[-1] if k is None else k
+        if family not in self.families or k not in self.ks:
+            raise ScoreError(
+                f"these effects hold no family {family!r} with K = {k}; families are {', '.join(self.families)}, and K "
+                f"{', '.join(map(str, self.ks))}"
+            )
+        return family, k
 
     def beside_random(self, family: str | None = None, k: int | None = None, level: float = 0.95) -> "pandas.DataFrame":
         """One set, its random sets and their difference: `ablated`, `measure`, `mean`, `low`, `high`.
@@ -260,40 +289,64 @@ class SetEffects(Result):
     def verdict(self, family: str | None = None, k: int | None = None, level: float = 0.95) -> str:
         """The sentences that the numbers support about one family and K, the first and the largest by default.
 
-        "More than random heads" needs both an interval over users and draws above 0 and a p over the random sets, which
-        holds its level where the chosen set is just one more of them.
+        "More than random heads" needs both an interval over users and draws above 0 and `p` of at most `1 − level`,
+        "less" an interval below 0 and such a `p_less`. Each sentence is a one-sided test, which holds that level where
+        the chosen set is just one more random set: the interval alone would not, as it is about the mean of all sets.
+
+        Raises:
+            ScoreError: no such family or K, or effects of another kind.
         """
         if self.loss != "NLL":
             return f"These are changes of {self.loss!r}; what they say is in the numbers alone."
+        if not {"gain_removed", "task_cost"} <= {*self.measures}:
+            raise ScoreError(
+                "verdict: it is about the gain that an ablation takes, as of ablation_cost; these effects hold "
+                f"{', '.join(self.measures)}"
+            )
         family, k = self._which(family, k)
-        frame = self.to_frame(level=level)
-        rows = {(row["family"], row["k"], row["measure"]): row for row in frame.to_dict("records")}
-        gain, removed, cost = rows[FULL, 0, "gain"], rows[family, k, "gain_removed"], rows[family, k, "task_cost"]
+        at = self.families.index(family), self.ks.index(k)
+        gain = interval(self._users(self.full, _GAIN, "all"), level)
+        removed, cost = (self._row(MEASURES[name], *at, "all", level) for name in ("gain_removed", "task_cost"))
         if math.isnan(gain["low"]):
             return "One user gives no interval over users, so nothing is claimed."
         if not gain["low"] > 0:
             return f"Here the profile does not reliably help the model (gain {_said(gain)}); there is little to remove."
-        n = len(next(iter(self.draws.values()), ()))
-        if n < MIN_DRAWS:
+        if not {"own", "no_profile"} <= {*self.draws} and self.draws:
+            return "Random sets were not measured both with and without the own profile, so nothing is claimed."
+        if self.n_random < (needed := sets_for_p(level)):
             return (
-                f"The profile helps the model (gain {_said(gain)}); {n} random sets are too few to claim anything of "
-                f"these heads, {MIN_DRAWS} are needed."
+                f"The profile helps the model (gain {_said(gain)}); {self.n_random} random sets are too few to claim "
+                f"anything of these heads at {level:.0%}, {needed} are needed."
             )
-        alpha, shown = 1 - level, f"the {k} heads of {family!r}"
-        by = _said(removed, "difference")
-        if removed["difference_low"] > 0 and removed["p"] <= alpha:
-            first = f"More of the gain goes with {shown} than with random heads of the same layers, by {by}."
-        elif removed["difference_high"] < 0:
-            first = f"Less of the gain goes with {shown} than with random heads of the same layers ({by})."
-        else:
-            first = f"Of the gain, {shown} cannot be told from random heads of the same layers ({by})."
-        by = _said(cost, "difference")
-        if cost["difference_low"] > 0 and cost["p"] <= alpha:
-            return f"{first} They also cost the same task without a profile more than random heads do ({by})."
-        return f"{first} Without a profile they cost the task no more than random heads ({by})."
+        said = _compared(f"the {k} heads of {family!r}", removed, cost, 1 - level)
+        return " ".join([*said, caveat(np.array(removed["skewness"]), len(set(self.user_ids)))]).strip()
 
 
-def _said(row: Mapping[Hashable, Any], name: str = "") -> str:
+def _compared(shown: str, removed: Mapping[str, Any], cost: Mapping[str, Any], alpha: float) -> list[str]:
+    """What a set takes and costs beside random sets, a sentence each."""
+    by = _said(removed, "difference")
+    takes = {
+        1: f"More of the gain goes with {shown} than with random heads of the same layers, by {by}.",
+        0: f"Of the gain, {shown} cannot be told from random heads of the same layers ({by}).",
+        -1: f"Less of the gain goes with {shown} than with random heads of the same layers ({by}).",
+    }
+    by = _said(cost, "difference")
+    costs = {
+        1: f"They also cost the same task without a profile more than random heads do ({by}).",
+        0: f"What they cost the task without a profile cannot be told from what random heads cost ({by}).",
+        -1: f"They cost the same task without a profile less than random heads do ({by}).",
+    }
+    return [takes[_beside(removed, alpha)], costs[_beside(cost, alpha)]]
+
+
+def _beside(row: Mapping[str, Any], alpha: float) -> int:
+    """1 where the chosen set does more than random ones, −1 where it does less, 0 where neither can be told."""
+    if row["difference_low"] > 0 and row["p"] <= alpha + 1e-12:
+        return 1
+    return -int(row["difference_high"] < 0 and row["p_less"] <= alpha + 1e-12)
+
+
+def _said(row: Mapping[str, Any], name: str = "") -> str:
     mean, low, high = (row[key] for key in ((name, f"{name}_low", f"{name}_high") if name else ("mean", "low", "high")))
     return f"{mean:.3f} nats per token, interval {low:.3f} to {high:.3f}"
 

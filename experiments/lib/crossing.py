@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import t
 from torch import Tensor
 
 from dps_lens.data import Example, PromptConfig, Shown, User, build_prompt
 from dps_lens.errors import DataError
 from dps_lens.model import HookedModel
 from dps_lens.model.runners import runner_of
+from dps_lens.scores import t_quantile
 from dps_lens.scoring import CleanRun
 from dps_lens.stats.intervals import user_means
 
@@ -77,5 +77,5 @@ def within_cells(values: Float[Tensor, " example"], cells: Sequence[str], level:
     freedom = len(cells) - len(counts)
     residual = sum(((numbers[owners == cell] - numbers[owners == cell].mean()) ** 2).sum() for cell in set(cells))
     error = (residual / freedom * sum(1 / n for n in counts)) ** 0.5 / len(counts) if freedom else float("nan")
-    half = float(t.ppf(0.5 + level / 2, freedom) * error) if freedom else float("nan")
+    half = float(t_quantile(freedom, level) * error) if freedom else float("nan")
     return {"mean": float(means.mean()), "low": float(means.mean()) - half, "high": float(means.mean()) + half}

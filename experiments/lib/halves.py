@@ -5,7 +5,9 @@ from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.stats import spearmanr, t
+from scipy.stats import spearmanr
+
+from dps_lens.scores import t_quantile
 
 Maps: TypeAlias = Float[np.ndarray, "user head"]
 
@@ -42,7 +44,7 @@ def jackknife(statistic: Callable[[list[int]], float], n_users: int, level: floa
     value = statistic(everybody)
     left = np.array([statistic([user for user in everybody if user != out]) for out in everybody])
     error = float(np.sqrt((n_users - 1) / n_users * ((left - left.mean()) ** 2).sum()))
-    half = float(t.ppf(0.5 + level / 2, n_users - 1)) * error
+    half = t_quantile(n_users - 1, level) * error
     return {"mean": value, "low": value - half, "high": value + half}
 
 
@@ -56,7 +58,7 @@ def leaving_quarters(
     out, rng = max(1, round(n_users / 4)), np.random.default_rng(seed)
     left = np.array([statistic(sorted(rng.permutation(n_users)[out:].tolist())) for _ in range(n)])
     value = statistic(list(range(n_users)))
-    half = float(t.ppf(0.5 + level / 2, n_users - 1) * np.sqrt((n_users - out) / out) * left.std())
+    half = float(t_quantile(n_users - 1, level) * np.sqrt((n_users - out) / out) * left.std())
     return {"mean": value, "low": max(0.0, value - half), "high": min(1.0, value + half)}
 
 

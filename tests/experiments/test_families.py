@@ -47,7 +47,7 @@ def test_output_slices_equal_the_plain_model(tinies, architecture, probe, short)
 
 def test_tables_show_what_the_effects_hold(llama, probe, short, tmp_path):
     families = {"a": HeadSet.parse("L1H2,L0H1"), "b": HeadSet.parse("L2H3,L1H0")}
-    options = {"ks": (2,), "n_random": 20, "prompt_config": short, "max_examples": 1}
+    options = {"ks": (2,), "n_random": 39, "prompt_config": short, "max_examples": 1}
     dps.ablation_curve(llama.hooked, probe[:3], families, out=tmp_path, **options)
     effects = dps.SetEffects.load(tmp_path)
     frame = effects.to_frame().set_index(["family", "k", "measure"])

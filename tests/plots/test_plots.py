@@ -101,7 +101,7 @@ def test_cost_table_and_verdict_follow_the_numbers():
     assert "cannot be told from random" in planted_cost(0.1, 0.1).verdict()
     assert "does not reliably help" in planted_cost(0.1, 0.1, gain=0.0).verdict()
     assert "nothing is claimed" in planted_cost(0.6, 0.1, users=1).verdict()
-    assert "too few to claim anything" in planted_cost(0.6, 0.1, draws=19).verdict()
+    assert "too few to claim anything" in planted_cost(0.6, 0.1, draws=18).verdict()
     assert "too few to claim anything" in planted_cost(0.6, 0.1, draws=0).verdict()
 
 

@@ -4,9 +4,21 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import skew, t, ttest_1samp
 
-from dps_lens.stats.intervals import add_one_p, crossed_interval, interval, ratio_interval, user_means
+from dps_lens.errors import ScoreError
+from dps_lens.scores import t_quantile
+from dps_lens.stats.intervals import (
+    add_one_p,
+    crossed_interval,
+    interval,
+    range_of_next,
+    ratio_interval,
+    sets_for_p,
+    sets_for_range,
+    user_means,
+)
+from dps_lens.stats.skew import caveat, is_skewed, skewness_of, usual_skewness
 
 N = 4000  # replicates: the standard error of a coverage of 95% is 0.34 points
 USERS = (12, 19, 26)
@@ -136,6 +148,55 @@ def test_p_value_counts_the_observation_itself():
     assert add_one_p(9.0, null) == pytest.approx(0.1)
     assert add_one_p(8.0, null) == pytest.approx(0.2)
     assert add_one_p(-1.0, null) == 1.0
+
+
+@pytest.mark.parametrize("shape", ["normal", "exponential"])
+@pytest.mark.parametrize("n_draws", [39, 50, 100])
+def test_the_range_of_random_sets_holds_one_more(n_draws, shape):
+    rng = np.random.default_rng(2)
+    drawn = np.array([effects_of(rng, n_draws + 1, shape) for _ in range(N)])
+    held = [low <= row[0] <= high for row in drawn for low, high in [range_of_next(row[1:])]]
+    assert abs(np.mean(held) - 0.95) <= 3 * (0.05 * 0.95 / N) ** 0.5
+
+
+def test_too_few_random_sets_have_no_range():
+    assert [sets_for_range(level) for level in (0.5, 0.9, 0.95, 0.99)] == [3, 19, 39, 199]
+    assert [sets_for_p(level) for level in (0.5, 0.9, 0.95, 0.99)] == [1, 9, 19, 99]
+    values = np.random.default_rng(0).permutation(np.arange(39.0))
+    assert range_of_next(values) == pytest.approx((0, 38)), "one of 40 places lies below, one above"
+    assert np.isnan(range_of_next(values[:38])).all()
+    assert range_of_next(np.arange(79.0)) == pytest.approx((1, 77))
+
+
+def test_a_quantile_of_t_for_every_interval(unchecked):
+    assert t_quantile(11, 0.95) == pytest.approx(t.ppf(0.975, 11))
+    for level in (95, 0, 1, -0.5):
+        with pytest.raises(ScoreError, match=f"found {level}"):
+            interval(np.arange(4.0), level)
+
+
+def test_skewness_is_named_beyond_chance_and_where_it_harms():
+    rng = np.random.default_rng(0)
+    values = rng.lognormal(size=12)
+    assert skewness_of(values) == pytest.approx(skew(values, bias=False))
+    assert np.isnan(skewness_of(np.ones(5)))
+    assert np.isnan(skewness_of(values[:2]))
+    for n in (6, 12, 40):
+        normal = np.abs(skew(rng.normal(size=(n, 20000)), axis=0, bias=False))
+        assert usual_skewness(n) == pytest.approx(normal.mean(), rel=0.04)
+        assert np.mean([is_skewed(np.array(value), n) for value in normal[:4000]]) == pytest.approx(0.05, abs=0.015)
+        assert not is_skewed(normal[:100], n)
+        assert is_skewed(skew(rng.exponential(size=(n, 100)), axis=0, bias=False), n)
+    assert not is_skewed(np.full(100, 1.0), 100), "0.1 of √n: a tail of 2.5% holds 3.3%"
+    assert is_skewed(np.full(100, 1.3), 100)
+    assert not is_skewed(np.array([np.nan]), 12)
+
+
+def test_what_is_said_beside_an_interval():
+    assert caveat(np.array(0.3), 12) == ""
+    assert "skewed over users (skewness 2.0, usual for 12 symmetric ones: 0.5)" in caveat(np.array(2.0), 12)
+    assert caveat(np.array(0.3), 5).startswith("5 users are too few to show skewed effects")
+    assert caveat(np.array(np.nan), 1) == "", "one user has no interval"
 
 
 def test_user_means_weigh_every_user_once():

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import skew
 
 import dps_lens as dps
+from dps_lens import plots
 from dps_lens.errors import ScoreError
 from dps_lens.plots import stability_curve
 from dps_lens.scores import HeadScores, NoiseFloor
+from dps_lens.stats import bootstrap_t_ci
 from dps_lens.stats.reliability import _chance
 
 
@@ -50,8 +53,14 @@ def test_max_t_p_values_equal_a_loop_over_all_flips():
     observed = largest(clusters)
     null = [largest(clusters * np.array(flip)[:, None]).max() for flip in itertools.product((1, -1), repeat=6)]
     exact = [(np.array(null) >= value - 1e-12).mean() for value in observed]
-    got = dps.significant_heads(scores, n_flips=20000).p.flatten().numpy()
-    assert np.abs(got - exact).max() < 0.02
+    found = dps.significant_heads(scores)
+    assert found.p.flatten().numpy() == pytest.approx(np.array(exact)), "all flips are taken"
+    assert found.manifest["smallest_p"] == 2 / 2**6
+    assert "no p below 0.031" in found.summary()
+    drawn = dps.significant_heads(scores, n_flips=31).p.flatten().numpy()
+    assert drawn.min() >= 1 / 32
+    assert np.abs(drawn - exact).max() < 0.3
+    assert not np.allclose(drawn, exact), "a pattern short of all, flips are drawn"
 
 
 def test_bh_agrees_with_the_step_up_rule():
@@ -76,9 +85,98 @@ def test_heads_within_the_noise_floor_are_never_significant():
     assert scores.noise_floor.of_mean(24) == pytest.approx(0.1 + 3 / 24**0.5)
 
 
-def test_few_users_support_no_claim():
-    with pytest.raises(ScoreError, match="4 users; at least 5"):
-        dps.significant_heads(planted([], users=4))
+def test_few_users_support_no_claim(unchecked):
+    with pytest.raises(ScoreError, match="5 users have 32 patterns of signs.*at least 6 users"):
+        dps.significant_heads(planted([], users=5))
+    with pytest.raises(ScoreError, match=r"6 users and n_flips=10000 lies below 0.031.*alpha=0.01"):
+        dps.significant_heads(planted([], users=6), alpha=0.01)
+    with pytest.raises(ScoreError, match=r"n_flips=9 lies below 0.1"):
+        dps.significant_heads(planted([], users=8), n_flips=9)
+    assert dps.significant_heads(planted([], users=6), alpha=0.01, correction="bh").manifest["smallest_p"] is None
+    with pytest.raises(ScoreError, match=r"'t' is unknown; use one of 'max_t', 'bh', 'bootstrap_t'"):
+        dps.significant_heads(planted([]), correction="t")
+
+
+def lognormal(users, *, heads=48, seed=0):
+    """Heads of mean 0 that a few users lift."""
+    values = np.random.default_rng(seed).lognormal(size=(users, 6, heads // 6)) - np.exp(0.5)
+    names = [str(user) for user in range(users)]
+    return HeadScores(torch.from_numpy(values), example_ids=names, user_ids=names)
+
+
+@pytest.mark.filterwarnings("ignore:significant_heads")
+@pytest.mark.parametrize("users", [6, 12, 20, 40])
+def test_bootstrap_t_calls_no_skewed_heads_where_sign_flips_do(users):
+    calls = {"max_t": 0, "bootstrap_t": 0}
+    for correction in calls:
+        for seed in range(60):
+            found = dps.significant_heads(lognormal(users, seed=seed), correction=correction, n_flips=500)
+            calls[correction] += bool(found.significant.any())
+            assert found.skewed
+            assert bool(found.caveat) == (correction == "max_t")
+    assert calls["bootstrap_t"] <= 7, "60 runs at 5%: 3, and 99% of the time at most 7"
+    assert calls["max_t"] > (40 if users > 6 else 10)
+
+
+def test_skewed_effects_are_named_where_heads_are_called():
+    scores = lognormal(20)
+    with pytest.warns(UserWarning, match=r"skewed over users \(mean \|skewness\| .*correction='bootstrap_t' does not"):
+        found = dps.significant_heads(scores)
+    assert found.caveat in found.summary()
+    assert "effects are skewed over users, dots too many" in plots.heatmap(scores, significance=found).layout.title.text
+    frame = found.to_frame().set_index("name")
+    assert frame.loc["L2H3", "skewness"] == pytest.approx(skew(scores.values[:, 2, 3], bias=False))
+    plain = dps.significant_heads(planted([3.0], users=20))
+    assert plain.caveat == ""
+    assert "skewed" not in plain.summary()
+
+
+def test_bootstrap_t_equals_a_loop_over_resamples():
+    values = np.random.default_rng(1).exponential(size=(9, 2, 2)) + 0.2
+    names = [str(user) for user in range(9)]
+    scores = HeadScores(torch.from_numpy(values), example_ids=names, user_ids=names)
+    flat, rng, drawn = values.reshape(9, -1), np.random.default_rng(5), []
+    error = flat.std(0, ddof=1) / 3
+    for _ in range(4000):
+        again = flat[rng.integers(9, size=9)]
+        drawn.append((again.mean(0) - flat.mean(0)) / (again.std(0, ddof=1) / 3))
+    drawn = np.array(drawn)
+    low, high = bootstrap_t_ci(scores)
+    above, below = np.quantile(drawn, [0.975, 0.025], axis=0)
+    assert ((flat.mean(0) - low.flatten().numpy()) / error) == pytest.approx(above, rel=0.15)
+    assert ((flat.mean(0) - high.flatten().numpy()) / error) == pytest.approx(below, rel=0.15)
+    observed = flat.mean(0) / error
+    p = 2 * np.minimum((drawn.max(1)[:, None] >= observed).mean(0), (drawn.min(1)[:, None] <= observed).mean(0))
+    got = dps.significant_heads(scores, correction="bootstrap_t").p.flatten().numpy()
+    assert got == pytest.approx(np.minimum(p, 1), abs=0.015)
+    assert p.min() < 0.5
+
+
+def test_bootstrap_t_of_few_units_is_unbounded_or_nothing(unchecked):
+    scores = lognormal(3)
+    low, high = bootstrap_t_ci(scores)
+    assert torch.isinf(low).all()
+    assert torch.isinf(high).all()
+    assert torch.isnan(bootstrap_t_ci(scores, user="0")[0]).all()
+    flat = HeadScores(torch.full((3, 1, 1), 0.7), example_ids=list("abc"), user_ids=list("abc"))
+    assert [float(end) for end in bootstrap_t_ci(flat)] == pytest.approx([0.7, 0.7])
+    with pytest.raises(ScoreError, match="level 95 must lie between 0 and 1"):
+        bootstrap_t_ci(scores, 95)
+    with pytest.raises(ScoreError, match="n_resamples 10 be 1000 or more"):
+        bootstrap_t_ci(scores, n_resamples=10)
+
+
+def test_equal_users_do_not_give_a_p_of_nothing():
+    flat = HeadScores(torch.full((8, 2, 2), 0.7), example_ids=list("abcdefgh"), user_ids=list("abcdefgh"))
+    assert dps.significant_heads(flat).p.flatten().tolist() == [2 / 2**8] * 4
+    assert dps.significant_heads(flat).caveat == ""
+
+
+def test_undefined_scores_support_no_claim():
+    scores = planted([])
+    scores.values[3, 1, 1] = torch.nan
+    with pytest.raises(ScoreError, match="significant_heads: these scores are not defined"):
+        dps.significant_heads(scores)
 
 
 def test_split_half_separates_signal_from_noise():

@@ -11,6 +11,7 @@ import toy
 from conftest import no_hooks_left
 from folders import digest
 from oracles import attention_modules, columns_replaced, edited_positions, output_projection, z_of
+from scipy.stats import skew
 from torch.nn.functional import cross_entropy
 
 import dps_lens as dps
@@ -157,7 +158,7 @@ def curve(tinies, users):
     """Two families on the llama, with everything that a curve can hold."""
     config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
     families = {"one": HEADS, "two": HeadSet.parse("L2H0,L1H1,L0H3")}
-    return dps.ablation_curve(tinies("llama").hooked, users, families, ks=(0, 2, 3), n_random=20, prompt_config=config)
+    return dps.ablation_curve(tinies("llama").hooked, users, families, ks=(0, 2, 3), n_random=39, prompt_config=config)
 
 
 def test_copied_and_rest_add_up_to_all(curve):
@@ -192,9 +193,9 @@ def test_random_sets_are_compared_on_the_examples_that_they_were_measured_on():
     """Sets that do what random sets do, on examples that differ much."""
     of_example = 10.0 * torch.arange(6, dtype=torch.float64)
     chosen = of_example[:, None, None, None].expand(6, 1, 1, 2)
-    rows = torch.tensor([[draw % 3, 3 + draw % 3] for draw in range(20)])
-    noise = 0.1 * torch.randn(20, 2, generator=torch.Generator().manual_seed(0)).double()
-    draws = (of_example[rows] + noise)[..., None, None, None].expand(20, 2, 1, 1, 2)
+    rows = torch.tensor([[draw % 3, 3 + draw % 3] for draw in range(40)])
+    noise = 0.1 * torch.randn(40, 2, generator=torch.Generator().manual_seed(0)).double()
+    draws = (of_example[rows] + noise)[..., None, None, None].expand(40, 2, 1, 1, 2)
     effects = SetEffects(
         ("one",),
         (1,),
@@ -207,16 +208,21 @@ def test_random_sets_are_compared_on_the_examples_that_they_were_measured_on():
     )
     row = effects.to_frame().set_index("measure").loc["gain_removed"]
     assert row["mean"] == 25
-    # Three examples a user: the mean of their levels, not of the draws, of which they have 7, 7 and 6.
+    # Three examples a user: the mean of their levels, not of the draws, of which they have 14, 13 and 13.
     levels = torch.stack([noise[start::3].mean(0) for start in range(3)])
     assert row["control"] == pytest.approx(25 + float(levels.mean()))
     assert row["difference"] == pytest.approx(-float(levels.mean()))
     assert 0.05 < row["control_high"] - row["control_low"] < 0.4, "as wide as the noise, not as the examples"
     residual = torch.cat(
-        [(noise[start::3] - levels[start]) * (m / (m - 1)) ** 0.5 for start, m in enumerate((7, 7, 6))]
+        [(noise[start::3] - levels[start]) * (m / (m - 1)) ** 0.5 for start, m in enumerate((14, 13, 13))]
     )
     above = int((levels.mean() + residual.mean(1) >= 0).sum())
-    assert row["p"] == pytest.approx((1 + above) / 21)
+    assert row["p"] == pytest.approx((1 + above) / 41)
+    assert row["p_less"] == pytest.approx((1 + 40 - above) / 41)
+    means = np.sort((25 + levels.mean() + residual.mean(1)).numpy())
+    # A new set is as likely in each of the 41 places between 40 sorted ones: 1.025 of them on either side.
+    assert row["control_low"] == pytest.approx(means[0] + 0.025 * (means[1] - means[0]))
+    assert row["control_high"] == pytest.approx(means[-1] - 0.025 * (means[-1] - means[-2]))
 
 
 def test_levelled_random_sets_keep_their_spread():
@@ -288,11 +294,15 @@ def test_every_draw_is_measured_once_for_every_user(llama, users, short, monkeyp
             assert taken["controls"].isin(["same layers"]).all()
             if n_random == 20:
                 assert taken["p"].between(1 / 21, 1).all()
+                assert "control_low" not in frame, "20 random sets have no 95% range"
+                assert "a 95% range of random sets needs 39" in effects.summary()
+                assert "a 95% range of random sets needs 39" in plot(effects).layout.title.text
             else:
-                assert "p" not in frame, "one random set gives no band"
+                assert "p" not in frame, "one random set gives no p"
                 assert "control_low" not in frame
         else:
             assert effects.draws == {}
+            assert "range" not in effects.summary()
             assert "control" not in frame
     assert "neutral_cost" not in effects.measures
     seen = {str(dps.random_heads(llama.hooked, HEADS, match="nearest", seed=draw)) for draw in range(5)}
@@ -696,7 +706,6 @@ def test_only_the_carrier_takes_the_gain(toy_model, toy_users, positions):
         assert abs(idle["percent"]) < 2
     taken = frame.loc[("carrier", 1, "gain_removed")]
     assert abs(taken["control"]) < 0.02 * gain
-    assert taken["control_high"] < 0.02 * gain
     assert taken["difference_low"] > 0.8 * gain
     assert taken["p"] == frame.loc[("carrier", 1, "gain_left"), "p"] == pytest.approx(1 / 21)
     assert frame.loc[("carrier", 0, "gain_left"), "percent"] == pytest.approx(100)
@@ -704,7 +713,7 @@ def test_only_the_carrier_takes_the_gain(toy_model, toy_users, positions):
 
 def test_the_carrier_is_necessary_and_sufficient(toy_model, toy_users):
     for patch_from, suffix in (("no_profile", ""), ("other_user", "_other")):
-        effects = dps.patch_heads(toy_model, toy_users, SETS, ks=(1,), n_random=20, max_examples=1, against=patch_from)
+        effects = dps.patch_heads(toy_model, toy_users, SETS, ks=(1,), n_random=39, max_examples=1, against=patch_from)
         assert effects.measures == (f"necessity{suffix}", f"sufficiency{suffix}")
         frame = effects.to_frame().set_index(["family", "measure"])
         gain = frame.loc[("full model", "gain" + suffix), "mean"]
@@ -714,7 +723,7 @@ def test_the_carrier_is_necessary_and_sufficient(toy_model, toy_users):
             assert carrier["percent"] == pytest.approx(100, abs=2)
             assert abs(other["percent"]) < 2
             assert max(abs(carrier["control_low"]), abs(carrier["control_high"])) < 0.02 * gain
-            assert carrier["p"] == pytest.approx(1 / 21)
+            assert carrier["p"] == pytest.approx(1 / 40)
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -909,38 +918,92 @@ def test_figure_shows_every_family(curve):
     assert lines == list(many.families)
 
 
-@pytest.mark.parametrize("spread_of_sets", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("n_users", [5, 12])
-def test_a_verdict_about_one_more_random_set_is_rarely_wrong(spread_of_sets, n_users):
-    """Simulated: the chosen set is exchangeable with its 20 random sets, each with a level of its own."""
-    rng, claims, runs, n = np.random.default_rng(0), 0, 300, 20
-    names = tuple(f"u{index}" for index in range(n_users))
+def random_set_effects(taken, cost, gain):
+    """Effects of one set (the first row of each) and of its random sets, a user an example."""
+    names = tuple(f"u{index}" for index in range(len(gain)))
 
     def both(values):
         values = torch.tensor(values)
         return torch.stack([values, torch.zeros_like(values)], dim=-1)
 
-    manifest = {
-        "spread": False,
-        "model": {"n_heads": 4},
-        "sets": {"heads": {name: ["L0H0"] for name in names}},
-    }
-    for _ in range(runs):
-        level = spread_of_sets * rng.standard_normal(n + 1)
-        user = 0.3 * rng.standard_normal(n_users)
-        taken = 0.3 + level[:, None] + user + 0.2 * rng.standard_normal((n + 1, n_users))
-        gain = 1 + 0.4 * rng.standard_normal(n_users)
-        still = np.zeros((n, n_users))
-        effects = SetEffects(
-            ("heads",),
-            (1,),
-            names,
-            names,
-            {"own": both(np.full(n_users, 3.0)), "no_profile": both(3 + gain)},
-            {"own": both(taken[0])[:, None, None], "no_profile": both(still[0])[:, None, None]},
-            {"own": both(taken[1:])[:, :, None, None], "no_profile": both(still)[:, :, None, None]},
-            manifest,
-        )
-        claims += effects.verdict().startswith("More of the gain")
-    # 5% of 300, and what a fair coin of that kind may add.
-    assert claims / runs <= 0.05 + 2.6 * (0.05 * 0.95 / runs) ** 0.5
+    own = taken + cost
+    return SetEffects(
+        ("heads",),
+        (1,),
+        names,
+        names,
+        {"own": both(np.full(len(gain), 3.0)), "no_profile": both(3 + gain)},
+        {"own": both(own[0])[:, None, None], "no_profile": both(cost[0])[:, None, None]},
+        {"own": both(own[1:])[:, :, None, None], "no_profile": both(cost[1:])[:, :, None, None]},
+        {"spread": False, "model": {"n_heads": 4}, "sets": {"heads": {name: ["L0H0"] for name in names}}},
+    )
+
+
+def claims_of(rng, n_users, spread_of_sets, n=20, more=0.0):
+    """What is said where the chosen set is one more random set, each with a level of its own, plus `more`."""
+
+    def drawn():
+        level, user = spread_of_sets * rng.standard_normal((n + 1, 1)), 0.3 * rng.standard_normal(n_users)
+        return 0.3 + level + user + 0.2 * rng.standard_normal((n + 1, n_users))
+
+    taken, cost = drawn(), drawn()
+    taken[0] += more
+    return random_set_effects(taken, cost, 3 + 0.4 * rng.standard_normal(n_users)).verdict()
+
+
+@pytest.mark.parametrize("spread_of_sets", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("n_users", [5, 12])
+def test_a_verdict_about_one_more_random_set_is_rarely_wrong(spread_of_sets, n_users):
+    rng, runs = np.random.default_rng(0), 200
+    said = [claims_of(rng, n_users, spread_of_sets) for _ in range(runs)]
+    claims = ("More of the gain", "Less of the gain", "profile more than random", "profile less than random")
+    for claim in claims:
+        # Each is a one-sided test at 5%, and what chance may add to it in 200 runs.
+        assert sum(claim in verdict for verdict in said) / runs <= 0.05 + 2.6 * (0.05 * 0.95 / runs) ** 0.5, claim
+    assert any("cannot be told from random heads" in verdict for verdict in said)
+    assert any("cannot be told from what random heads cost" in verdict for verdict in said)
+
+
+def test_a_verdict_about_a_real_effect_is_mostly_right():
+    rng = np.random.default_rng(0)
+    assert sum(claims_of(rng, 12, 0.3, more=1.0).startswith("More of the gain") for _ in range(40)) >= 34
+    assert sum(claims_of(rng, 12, 0.3, more=-1.0).startswith("Less of the gain") for _ in range(40)) >= 34
+
+
+def test_a_verdict_says_where_intervals_fall_short():
+    rng = np.random.default_rng(0)
+    assert "5 users are too few to show skewed effects" in claims_of(rng, 5, 0.0)
+    skewed = np.zeros((21, 12))
+    skewed[:] = rng.normal(size=12) * 0.1
+    skewed[:, 3] = 5.0
+    effects = random_set_effects(skewed, 0 * skewed, np.full(12, 3.0) + 0.1 * rng.normal(size=12))
+    assert "Effects are skewed over users (skewness 3." in effects.verdict()
+    row = effects.to_frame().set_index("measure").loc["gain_removed"]
+    assert row["skewness"] == pytest.approx(skew(skewed[0], bias=False))
+    assert "skewed" not in claims_of(rng, 30, 0.0)
+
+
+def test_a_verdict_is_about_what_was_measured(toy_model, toy_users):
+    patched = dps.patch_heads(toy_model, toy_users, SETS, ks=(1,), n_random=0, max_examples=1)
+    with pytest.raises(ScoreError, match="about the gain that an ablation takes.* these effects hold necessity"):
+        patched.verdict()
+    rng = np.random.default_rng(0)
+    taken = 0.3 + 0.1 * rng.standard_normal((21, 8))
+    effects = random_set_effects(taken, 0 * taken, np.full(8, 3.0) + 0.1 * rng.normal(size=8))
+    with pytest.raises(ScoreError, match="no family 'others' with K = 1; families are heads, and K 1"):
+        effects.verdict("others")
+    with pytest.raises(ScoreError, match="no family 'heads' with K = 5"):
+        effects.beside_random(k=5)
+    half = replace(effects, draws={"own": effects.draws["own"]})
+    assert "not measured both with and without" in half.verdict()
+
+
+def test_a_verdict_needs_random_sets_for_its_level():
+    rng = np.random.default_rng(0)
+    taken = 0.3 + 0.1 * rng.standard_normal((20, 8))
+    taken[0] += 3
+    effects = random_set_effects(taken, 0 * taken, np.full(8, 3.0) + 0.1 * rng.normal(size=8))
+    assert effects.verdict().startswith("More of the gain")
+    assert "19 random sets are too few to claim anything of these heads at 99%, 99 are needed" in effects.verdict(
+        level=0.99
+    )
