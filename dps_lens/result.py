@@ -186,11 +186,12 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
         return value in inner
-    if origin is not None:
-        return _holds(value, origin, inner)
+    if hasattr(hint, "_fields"):  # a named tuple is kept as a tuple
+        kinds = get_type_hints(hint).values()
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)
+    return hint is Any or (_holds(value, origin, inner) if origin is not None else isinstance(value, hint))
 
 
 def _holds(value: object, kind: type, inner: tuple[Any, ...]) -> bool:

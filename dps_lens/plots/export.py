@@ -114,11 +114,7 @@ def _colour_bars(figure: go.Figure) -> list[str]:
 def _axis(axis: Any, room: int) -> None:
     """Letters for print, and a title in lines that the axis has room for."""
     letters = max(12, int(0.62 * room / (0.55 * _LABELS)))
-    text = (
-        "<br>".join(wrap(axis.title.text, letters, break_long_words=False))
-        if axis.title.text
-        else axis.title.text
-    )
+    text = "<br>".join(wrap(axis.title.text, letters, break_long_words=False)) if axis.title.text else axis.title.text
     axis.update(
         tickfont={"size": _TICKS}, title={"text": text, "font": {"size": _LABELS}, "standoff": 4}, automargin=True
     )
