@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects
 
 _FORMAT = 2
-_UNREADABLE = (DPSLensError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+_UNREADABLE = (
+    DPSLensError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError
+)  # fmt: skip
 _ROWS = 8
 
 Self = TypeVar("Self", bound="Result")

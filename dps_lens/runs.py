@@ -65,9 +65,9 @@ class RunFolder:
         if changed:
             first = changed[0]
             raise RunError(
-                f"{self.path} was made with other settings: {first} was {_short(found.get(first))}, now "
+                f"{self.path} was made with other settings: {first[:60]} was {_short(found.get(first))}, now "
                 f"{_short(wanted.get(first))}"
-                + (f" (also {', '.join(changed[1:])})" if len(changed) > 1 else "")
+                + (f" (also {', '.join(changed[1:])[:200]})" if len(changed) > 1 else "")
                 + "; use another folder, or --force to start anew"
             )
 
