@@ -188,7 +188,7 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
         return value in inner
-    if hasattr(hint, "_fields"):  # a named tuple is kept as a tuple
+    if hasattr(hint, "_fields"):  # a named tuple, which may have been kept as a tuple
         kinds = get_type_hints(hint).values()
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if hint in (int, float):
@@ -217,6 +217,8 @@ def _packed(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         tagged = {"$": "heads", "names": str(value), "label": value.label, "shape": value.shape}
     elif hasattr(value, "to_dict") and hasattr(value, "columns"):
         tagged = {"$": "frame", **value.to_dict("split", index=False)}
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+        tagged = {"$": type(value).__name__, **value._asdict()}
     elif is_dataclass(value) and not isinstance(value, type):
         own = {one.name: _packed(getattr(value, one.name), f"{name}.{one.name}", tensors) for one in fields(value)}
         tagged = {"$": type(value).__name__, **own}

@@ -90,7 +90,7 @@ def test_a_field_of_another_type_is_named(saved):
                 type(result).load(file.parent)
 
 
-def test_axes_that_do_not_agree_are_noticed(tmp_path):
+def test_axes_that_do_not_agree_are_noticed(tmp_path, unchecked):
     scores = RESULTS["scores"]
     with pytest.raises(ScoreError, match=r"component own is \(2, 2, 3\), the values are \(6, 2, 3\)"):
         dps.HeadScores(
