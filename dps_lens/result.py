@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import plotly.graph_objects
 
 _FORMAT = 2
-_UNREADABLE = (DPSLensError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError)
+_UNREADABLE = (
+    DPSLensError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError
+)  # fmt: skip
 _ROWS = 8
 
 Self = TypeVar("Self", bound="Result")
@@ -186,11 +188,12 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
         return value in inner
-    if origin is not None:
-        return _holds(value, origin, inner)
+    if hasattr(hint, "_fields"):  # a named tuple, which may have been kept as a tuple
+        kinds = get_type_hints(hint).values()
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)
+    return hint is Any or (_holds(value, origin, inner) if origin is not None else isinstance(value, hint))
 
 
 def _holds(value: object, kind: type, inner: tuple[Any, ...]) -> bool:
@@ -214,6 +217,8 @@ def _packed(value: object, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         tagged = {"$": "heads", "names": str(value), "label": value.label, "shape": value.shape}
     elif hasattr(value, "to_dict") and hasattr(value, "columns"):
         tagged = {"$": "frame", **value.to_dict("split", index=False)}
+    elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+        tagged = {"$": type(value).__name__, **value._asdict()}
     elif is_dataclass(value) and not isinstance(value, type):
         own = {one.name: _packed(getattr(value, one.name), f"{name}.{one.name}", tensors) for one in fields(value)}
         tagged = {"$": type(value).__name__, **own}

@@ -207,7 +207,7 @@ def run_folder(folder: Path) -> Any:
     run = RunFolder(folder, FINGERPRINT)
     run.made  # noqa: B018
     unit = run.get("a")
-    return None if unit is None else [unit["values"].tolist()]
+    assert unit is None or unit["values"].tolist() == [0.0, 1.0, 2.0, 3.0], "a damaged unit is made again"
 
 
 def merged(folder: Path) -> Any:

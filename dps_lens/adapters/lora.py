@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dps_lens.errors import SteeringError
-from dps_lens.files import write_json, write_tensors
+from dps_lens.files import as_json, replacing, write_tensors
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import AblationLike, Mean, Zero, find_ablation
 from dps_lens.model import HookedModel, hf_model_of, is_bridge, loader_of
@@ -96,12 +96,11 @@ def export_lora(
         transposed = not isinstance(projection, torch.nn.Linear)
     path = Path(path)
     _check_folder(path)
-    # Without its config an adapter is not read, so old and new halves never meet.
-    (path / "adapter_config.json").unlink(missing_ok=True)
-    write_tensors(path / "adapter_model.safetensors", tensors, {"format": "pt", "heads": str(heads)})
-    write_json(
-        path / "adapter_config.json", _config(model, rank, targets, fan_in_fan_out=transposed, bias=mean is not None)
-    )
+    config = _config(model, rank, targets, fan_in_fan_out=transposed, bias=mean is not None)
+    # Both are written before either takes its place: a disk that fills up leaves the former adapter whole.
+    with replacing(path / "adapter_config.json") as new:
+        new.write_text(as_json(config), encoding="utf-8")
+        write_tensors(path / "adapter_model.safetensors", tensors, {"format": "pt", "heads": str(heads)})
     return path
 
 

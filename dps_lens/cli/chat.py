@@ -34,6 +34,9 @@ def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = No
             line = input("> ").strip()
         except EOFError:
             return
+        except UnicodeDecodeError:
+            typer.echo("that was not UTF-8 text", err=True)
+            continue
         command, _, value = line.partition(" ")
         name = command.removeprefix("/")
         if command == "/quit":

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dps_lens.cli.checks import numbers, words
+from dps_lens.cli.checks import words
 from dps_lens.cli.options import METHODS
 from dps_lens.errors import EvaluationError
 from dps_lens.files import read_text, reason
@@ -47,19 +47,23 @@ class EvaluateConfig(BaseModel):
         """Comma-separated, as on the command line."""
         return words(value) if isinstance(value, str) else value
 
-    @field_validator("strengths", mode="before")
+    @field_validator("strengths", "ks", "layers", mode="before")
     @classmethod
     def _split_numbers(cls, value: object) -> Any:
-        return numbers("strengths", value, float) if isinstance(value, str) else value
-
-    @field_validator("ks", "layers", mode="before")
-    @classmethod
-    def _split_whole_numbers(cls, value: object) -> Any:
-        return numbers("ks and --layers", value, int) if isinstance(value, str) else value
+        return list(map(_number, words(value))) if isinstance(value, str) else value
 
     def as_yaml(self) -> str:
         """As a file that `read_config` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _number(word: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
 
 
 def read_config(path: Path | None, given: Mapping[str, Any]) -> EvaluateConfig:

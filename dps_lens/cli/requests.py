@@ -148,15 +148,20 @@ def _example(where: str, line: _Line, users: "Mapping[str, User]") -> "Example":
 
     user = users.get(str(line.user))
     if user is None:
-        raise DataError(f"{where}: field 'user' is {line.user!r}, who is not among --users")
+        raise DataError(f"{where}: field 'user' is {_short(line.user)}, who is not among --users")
     examples = {example.id: example for example in user.examples}
     if line.example is None:
         if not examples:
             raise DataError(f"{where}: field 'user' is {line.user!r}, who has no evaluation example")
         return user.examples[-1]
     if line.example not in examples:
-        raise DataError(f"{where}: field 'example' is {line.example!r}; the user has {', '.join(examples)}")
+        known = ", ".join(examples)[:200]
+        raise DataError(f"{where}: field 'example' is {_short(line.example)}; the user has {known}")
     return examples[line.example]
+
+
+def _short(value: object) -> str:
+    return repr(value)[:200]
 
 
 class Lines:
@@ -248,8 +253,8 @@ class Lines:
             changed = [name for name, value in row.items() if kept.get(name) != value]
             if changed:
                 raise RunError(
-                    f"{out}, line {number}: {changed[0]} was {kept.get(changed[0])!r}, now "
-                    f"{row[changed[0]]!r}; use another file, or --force to start anew"
+                    f"{out}, line {number}: {changed[0]} was {_short(kept.get(changed[0]))}, now "
+                    f"{_short(row[changed[0]])}; use another file, or --force to start anew"
                 )
         if len(whole) > len(requests):
             raise RunError(f"{out} holds {len(whole)} lines for {len(requests)} requests; use another file")

@@ -80,6 +80,8 @@ def steer(
     chosen_rule = find_rule(rule_of(rule))
     if chosen_rule.has("shifted"):
         raise SteeringError("steer: vectors are made in Python: dps.generate(…, rule='vector', vectors=…)")
+    if prompt is not None and not _is_text(prompt):
+        raise SteeringError("steer: the text is not UTF-8")
     if sum((prompt is not None, requests is not None, chat)) > 1:
         raise SteeringError("steer: give one of a text, --requests and --chat")
     own_heads = requests is not None and run is None
@@ -141,6 +143,11 @@ def _decided_by(model: "HookedModel", rule: "Rule", config: "DecodeConfig") -> d
     inputs.pop("data")
     ablation = find_ablation(config.ablation).settings() if config.ablation is not None else None
     return {"call": "steer", "rule": rule.settings(), "ablation": ablation, **inputs}
+
+
+def _is_text(prompt: str) -> bool:
+    """Bytes of the shell that are no UTF-8 arrive as halves of characters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in prompt)
 
 
 def _asked(

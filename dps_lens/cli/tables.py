@@ -39,7 +39,7 @@ def print_top(scores: "HeadScores", k: int) -> None:
     title = printable(f"Top {k} heads ({unit}, 95% interval over {len(scores.users)} users)")
     table = Table(title=title, caption=about or None)
     for column in ("head", "score", "interval", *scores.components):
-        table.add_column(column, justify="left" if column == "head" else "right")
+        table.add_column(printable(column), justify="left" if column == "head" else "right")
     for row in scores.to_frame().head(k).to_dict("records"):
         parts = [f"{row[name]:.4f}" for name in scores.components]
         _add(table, row["name"], f"{row['mean']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}", *parts)
@@ -53,7 +53,7 @@ def print_cost(cost: "SetEffects") -> None:
         title="Held-out examples: nats per token, 95% interval over users (of a difference, also over random sets)"
     )
     for column in ("ablated", "measure", "mean", "interval"):
-        table.add_column(column, justify="left" if column in ("ablated", "measure") else "right")
+        table.add_column(printable(column), justify="left" if column in ("ablated", "measure") else "right")
     for row in cost.beside_random().to_dict("records"):
         _add(table, row["ablated"], row["measure"], f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
     console = _console()
@@ -67,7 +67,7 @@ def print_overlap(overlap: "Overlap", title: str) -> None:
 
     table = Table(title=printable(title))
     for column in ("pair", "Jaccard", "chance (95%)", "p", "rank correlation"):
-        table.add_column(column, justify="left" if column == "pair" else "right")
+        table.add_column(printable(column), justify="left" if column == "pair" else "right")
     for row in overlap.to_frame().to_dict("records"):
         _add(
             table,
@@ -93,7 +93,7 @@ def print_effects(effects: "SetEffects") -> None:
     for measure in shown:
         table = Table(title=f"{measure}, nats per token, 95% intervals over users")
         for column in ("family", "K", "mean", "interval", "next random set (95%)", "difference", "interval ", "p"):
-            table.add_column(column, justify="left" if column == "family" else "right")
+            table.add_column(printable(column), justify="left" if column == "family" else "right")
         for row in frame[(frame["measure"] == measure) & (frame["family"] != "full model")].to_dict("records"):
             cells = [row["family"], str(row["k"]), f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
             cells += [
@@ -119,7 +119,7 @@ def print_evaluation(evaluation: "Evaluation", baseline: str) -> None:
     table = Table(title=printable(f"{evaluation.task.name}: means over users, 95% intervals"))
     for column in ("method", first, f"to {baseline}", *shown[1:], "s a token"):
         name = column == "method"  # import paths are long
-        table.add_column(column, justify="left" if name else "right", no_wrap=not name, overflow="fold")
+        table.add_column(printable(column), justify="left" if name else "right", no_wrap=not name, overflow="fold")
     seconds = evaluation.costs.set_index("method")["seconds a token"]
     for method in evaluation.methods:
         change = changes.get((method, first))

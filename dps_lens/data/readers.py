@@ -16,6 +16,7 @@ from dps_lens.errors import DataError
 from dps_lens.files import parse_json, read_text, reason
 
 N_NEWEST = 2
+_LONGEST = 500  # letters of a message, which may quote a field
 _USER_FIELDS = ("user_id", "name", "author", "reviewerId")
 
 
@@ -68,7 +69,7 @@ class _Record:
     value: Any
 
     def error(self, message: str) -> DataError:
-        return DataError(f"{self.file}, record {self.index}: {message}")
+        return DataError(f"{self.file}, record {self.index}: {message[:_LONGEST]}")
 
     def has(self, name: str) -> bool:
         if not isinstance(self.value, Mapping):
@@ -139,8 +140,8 @@ def _golds(source: Any, outputs: str | Path | None) -> tuple[dict[str, str], str
         )
     loaded = parse_json(_read(path), path.name, DataError)
     task, rows = (loaded.get("task"), loaded.get("golds")) if isinstance(loaded, Mapping) else (None, loaded)
-    if not isinstance(rows, list):
-        raise DataError(f"{path.name}: expected a list of answers, or an object with 'golds'")
+    if not isinstance(rows, list) or not isinstance(task, str | None):
+        raise DataError(f"{path.name}: expected a list of answers, or an object with 'golds' and a 'task' by name")
     records = [_Record(path.name, index, row) for index, row in enumerate(rows)]
     return {str(record.field("id")): str(record.field("output")) for record in records}, task
 
@@ -163,6 +164,8 @@ def _user_id(record: _Record) -> str:
 def _profile(record: _Record) -> list[Any]:
     """The profile's items; LongLaMP topics that are called `input` and `output` get their usual names."""
     items = record.field("profile", list)
+    for index, item in enumerate(items):
+        _Record(f"{record.file}, record {record.index}, profile", index, item).has("id")
     if all(isinstance(item, Mapping) and {"input", "output"} <= item.keys() for item in items):
         return [{**item, "summary": item["input"], "content": item["output"]} for item in items]
     return items
@@ -224,7 +227,8 @@ def _from_documents(items: list[_Record], hint: str | None) -> list[User]:
     for record in items:
         fields = {name: record.field(name) for name in task.fields}
         user_id, date = str(record.field("user_id")), record.value.get("date")
-        document, own = Document(_id_of(record.value, fields), fields, date), grouped.setdefault(user_id, [])
+        document = Document(_id_of(record.value, fields), fields, str(date) if date else None)
+        own = grouped.setdefault(user_id, [])
         if any(document.id == other.id for other, _ in own):
             raise record.error(f"document {document.id!r} of user {user_id!r} stands twice")
         own.append((document, record))

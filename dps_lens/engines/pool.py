@@ -10,6 +10,7 @@ from warnings import warn
 from dps_lens.engines.worker import Ready, Worker
 from dps_lens.errors import RunError
 from dps_lens.extensions import loaded_files
+from dps_lens.files import append_line
 from dps_lens.model import HookedModel
 from dps_lens.runs import changes
 from dps_lens.work import Failure
@@ -49,9 +50,7 @@ class Slot:
     def write(self, folder: Path | None) -> None:
         """Write the lines to the log in a run folder."""
         if folder is not None and self.log:
-            (folder / "logs").mkdir(parents=True, exist_ok=True)
-            with (folder / "logs" / f"worker-{self.number}.log").open("a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in self.log)
+            append_line(folder / "logs" / f"worker-{self.number}.log", "\n".join(self.log))
         self.log.clear()
 
 

@@ -85,13 +85,15 @@ def merge_runs(parts: Sequence[str | Path], out: str | Path) -> int:
     for part, manifest in zip(parts, manifests, strict=True):
         changed = [name for name, _, _ in changes(manifest, manifests[0])]
         if changed:
-            raise RunError(f"merge_runs: {part} is of another run than {parts[0]}: {', '.join(changed)} differ")
+            raise RunError(f"merge_runs: {part} is of another run than {parts[0]}: {', '.join(changed)[:200]} differ")
     folder = RunFolder(out, manifests[0])
     for part in parts:
         folder.adopt(Path(part))
     if manifests[0].get("call") == "score_heads":
-        scores = [_scores(Path(part), manifests[0]) for part in parts]
-        _merged(scores, manifests[0].get("examples") or ()).save(folder.path)
+        examples = manifests[0].get("examples")
+        if not isinstance(examples, list) or not all(isinstance(one, str) for one in examples):
+            raise RunError(f"merge_runs: {parts[0]} does not say which examples its run has; make it anew")
+        _merged([_scores(Path(part), manifests[0]) for part in parts], examples).save(folder.path)
     return folder.n_units
 
 

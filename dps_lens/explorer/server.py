@@ -11,6 +11,7 @@ from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.errors import DPSLensError, SteeringError
 from dps_lens.explorer.content import ranked_for
 from dps_lens.explorer.page import Exploration, page
+from dps_lens.files import parse_json
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
 from dps_lens.steering import DecodeConfig, generate
@@ -36,6 +37,7 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration) -> A
     if found.grid is None:
         raise SteeringError("explore: the exploration holds no texts to steer; make it with a grid")
     app, writer = Flask("dps_lens"), Writer(model, users, found)
+    app.config["MAX_CONTENT_LENGTH"] = 2**20
     shown = page(found, live=True)
 
     @app.before_request
@@ -51,9 +53,10 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration) -> A
 
     @app.post("/steer")
     def steer() -> Any:
-        asked = request.get_json(silent=True)  # other sites cannot send JSON without being asked for permission
+        # Other sites cannot send JSON without being asked for permission.
+        text = request.get_data(as_text=True) if request.is_json else "null"
         try:
-            example, heads, gamma = writer.asked(asked)
+            example, heads, gamma = writer.asked(parse_json(text, "steer", SteeringError))
         except DPSLensError as error:
             return jsonify(error=str(error)), 400
         lines = (json.dumps(line) + "\n" for line in writer.write(example, heads, gamma))
@@ -95,13 +98,13 @@ class Writer:
         if not isinstance(request, dict):
             raise SteeringError("steer: send a JSON object with example, gamma and k")
         example, gamma, k = (request.get(name) for name in ("example", "gamma", "k"))
-        if example not in self._examples:
-            raise SteeringError(f"steer: example {example!r} is not on this page")
+        if not isinstance(example, str) or example not in self._examples:
+            raise SteeringError(f"steer: example {example!r:.80} is not on this page")
         if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not -1 <= gamma <= 1000:
-            raise SteeringError(f"steer: gamma {gamma!r} is not a number of at least −1")
+            raise SteeringError(f"steer: gamma {gamma!r:.80} is not a number of at least −1")
         heads = self._heads[self._examples[example].user_id]
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= len(heads):
-            raise SteeringError(f"steer: k {k!r} is not a whole number from 1 to {len(heads)}")
+            raise SteeringError(f"steer: k {k!r:.80} is not a whole number from 1 to {len(heads)}")
         return self._examples[example], heads[:k], float(gamma)
 
     def write(self, example: Example, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import urllib.request
 import warnings
 
 import pytest
+import torch
 from conftest import write_jsonl
 
 import dps_lens as dps
@@ -330,6 +332,13 @@ def test_a_report_does_not_replace_another_file(scored, model, tmp_path):
         ({"prompt": "x", "heads": "L0X"}, "line 1: Head.parse: 'L0X' is not a head"),
         ({"prompt": "x", "gamma": -2}, "line 1: gamma -2.0 is not a number from -1 up"),
         ({"prompt": "x", "do_sample": True, "top_k": 0}, "line 1: Sampling: top_k 0 is not a whole number from 1 up"),
+        ({"prompt": "x", "gamma": float("nan")}, "line 1: field 'gamma' is nan: Input should be a finite number"),
+        ({"prompt": "x", "temperature": float("inf")}, "line 1: field 'temperature' is inf: Input should be a finite"),
+        ({"prompt": "x", "gamma": None}, "line 1: field 'gamma' is None: Input should be a valid number"),
+        ({"prompt": "x", "heads": None}, "line 1: field 'heads' is None: Input should be a valid string"),
+        ({"prompt": "x", "seed": 2**70}, "line 1: field 'seed' is 1180591620717411303424: Input should be less"),
+        ({"prompt": "\ud800"}, "line 1: a text holds half of a character"),
+        (["x"], "line 1: Input should be a valid dictionary"),
     ],
 )
 def test_a_malformed_request_names_its_field(record, message, tmp_path):
@@ -456,6 +465,101 @@ def test_explore_serves_the_page_here_only(scored, model, interruptible):
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(timeout=900) == 0, "Ctrl-C is how it ends"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: true", "seed: Input should be a valid integer, found True"),
+        ("seed: '1'", "seed: Input should be a valid integer, found '1'"),
+        ("strengths: [.nan]", "strengths.0: Input should be a finite number, found nan"),
+        ("strengths: [.inf]", "strengths.0: Input should be a finite number, found inf"),
+        ("strengths: [true]", "strengths.0: Input should be a valid number, found True"),
+        ("strengths: ['0.5']", "strengths.0: Input should be a valid number, found '0.5'"),
+        ("ks: 3.0,5", "ks.0: Input should be a valid integer, found 3.0"),
+        ("ks: [" + "9" * 5000 + "]", "holds what no setting is"),
+        ("seed: 1\nseed: 2", "not valid YAML (line 1: a name stands twice)"),
+        ("seed: 2001-99-99", "holds what no setting is"),
+        ("users: &a [x]\nmethods: [*a, *a]", "not valid YAML (line 2: aliases (*name) are not read)"),
+        ("users: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("[" * 3000, "config.yaml: "),
+        ("- a", "expected fields such as"),
+        ("\x00", "not valid YAML"),
+    ],
+)
+def test_a_config_that_is_none_is_named(text, message, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    done = run("evaluate", "--config", config, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "config.yaml: " in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    config.write_bytes("seed: 1".encode("utf-16"))
+    assert "UTF-16 text; save it as UTF-8" in run("evaluate", "--config", config, "--out", tmp_path / "out").stderr
+    assert "cannot be read (Is a directory)" in run("evaluate", "--config", tmp_path, "--out", tmp_path / "out").stderr
+
+
+def test_ctrl_c_says_how_to_go_on(scored, model, tmp_path, monkeypatch):
+    from dps_lens.scoring import sweep
+
+    out, measured, real = tmp_path / "it's a run", [], sweep.Sweep.make
+
+    def make(self, key, given=None):
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(key)
+        return real(self, key, given)
+
+    command = ["score", "--out", out, "--model", model, "--max-users", 3, "--max-examples", 1, "--top", 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.Sweep, "make", make)
+        done = run(*command, "--force")
+    assert done.returncode == 130
+    said = " ".join(done.stderr.split())
+    assert f"interrupted; what is finished is in {out}; the same command goes on" in said
+    assert "without --force" in said
+    again = shlex.split(done.stderr.strip().splitlines()[-1])
+    assert again == ["dps-lens", *map(str, command)]
+    assert "Traceback" not in done.stderr
+    kept = sorted((out / "units").iterdir())
+    assert len(kept) == 1
+    written = kept[0].stat().st_mtime_ns
+    assert run(*again[1:]).returncode == 0
+    assert kept[0].stat().st_mtime_ns == written, "what was finished is read"
+    whole, found = (dps.HeadScores.load(folder) for folder in (scored[0], out))
+    assert torch.equal(found.values, whole.values)
+
+
+def test_a_full_disk_gets_one_line(model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dps_lens.files.save_file", full)
+    done = run("score", "--out", tmp_path, "--model", model, "--max-users", 1, "--max-examples", 1)
+    assert done.returncode == 2
+    assert "could not be written (No space left on device); what was there before is kept; make room" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_are_no_markup_on_the_terminal(capsys):
+    from dps_lens.cli.tables import print_overlap, print_top, printable
+
+    evil = "[bold]u[/nothing] :smile: \x1b[2J"
+    values = torch.randn(4, 2, 3)
+    scores = dps.HeadScores(
+        values,
+        example_ids=list("abcd"),
+        user_ids=[evil, evil, "v", "v"],
+        components={evil: values},
+        manifest={"unit": evil},
+    )
+    print_top(scores, 2)
+    print_overlap(dps.overlap(scores, k=2, n_null=5, n_splits=2), evil)
+    shown = "".join(capsys.readouterr().out.split())
+    assert shown.count("[bold]u[/nothing]:smile:\\x1b[2J") >= 2
+    assert "\x1b[2J" not in shown
+    assert printable("a\u202eb") == "a\\u202eb"
 
 
 @pytest.mark.parametrize(

@@ -414,10 +414,15 @@ def test_only_this_machine_may_ask(explored, llama, probe):
     assert client.get("/", base_url="http://evil.example:8050").status_code == 403
     assert client.post("/steer", json=asked, base_url="http://evil.example").status_code == 403
     assert client.post("/steer", data=json.dumps(asked), content_type="text/plain", **base).status_code == 400
-    for field, value in (("gamma", "x"), ("gamma", -2), ("k", 0), ("k", 1.5), ("k", True), ("example", "no")):
+    for field, value in (
+        ("gamma", "x"), ("gamma", -2), ("k", 0), ("k", 1.5), ("k", True), ("example", "no"), ("example", ["no"]),
+        ("gamma", 10**4000),
+    ):  # fmt: skip
         reply = client.post("/steer", json=asked | {field: value}, **base)
         assert reply.status_code == 400
         assert field in reply.get_json()["error"]
+    for body, status in (("[" * 100_000, 400), ('{"gamma": ' + "1" * 5000, 400), (b"\xff", 400), ("x" * 2**21, 413)):
+        assert client.post("/steer", data=body, content_type="application/json", **base).status_code == status
     assert b'"done"' in client.post("/steer", json=asked, **base).data
     with pytest.raises(SteeringError, match="no texts"):
         make_app(llama.hooked, probe[:6], Exploration(scores=explored.scores, heads=explored.heads))
