@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import TypeVar
 
+from dps_lens.data.documents import Profile
 from dps_lens.data.records import Example, User
 from dps_lens.errors import DataError, ScoreError
 
@@ -36,18 +37,38 @@ def held_out_examples(call: str, users: Sequence[User], n: int | None) -> list[E
     return [example for user in users for example in newest(user.examples, n)]
 
 
+def key_of(*names: str) -> str:
+    """Names put together so that no two lists of names give one key, whatever the names hold.
+
+    >>> key_of("a", "b"), key_of("a|b")
+    ('a|b', 'a\\\\|b')
+    """
+    return "|".join(name.replace("\\", "\\\\").replace("|", "\\|") for name in names)
+
+
 def unit_key(example: Example) -> str:
-    """The key of what is measured on an example."""
-    return f"{example.user_id}|{example.id}"
+    """The key of what is measured on an example: its user and its id, which is unique within the user only."""
+    return key_of(example.user_id, example.id)
 
 
 def by_key(examples: Sequence[Example]) -> dict[str, Example]:
-    """Examples by the keys of their units."""
-    return {unit_key(example): example for example in examples}
+    """Examples by the keys of their units.
+
+    Raises:
+        DataError: a user has two examples with one id.
+    """
+    found: dict[str, Example] = {}
+    for example in examples:
+        if unit_key(example) in found:
+            raise DataError(
+                f"example {example.id!r} of user {example.user_id!r} stands twice; give each an id of its own"
+            )
+        found[unit_key(example)] = example
+    return found
 
 
 def data_digest(users: Sequence[User], examples: Sequence[Example]) -> str:
     """A digest of every text that results depend on."""
-    texts = [[u.id, [[d.id, d.date, dict(d.fields)] for d in u.history]] for u in users]
-    asked = [[e.id, e.input, e.reference, [d.id for d in e.profile]] for e in examples]
-    return hashlib.sha256(json.dumps([texts, asked], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    texts = [[user.id, user.pool.digest] for user in users]
+    asked = [[unit_key(e), e.input, e.reference, Profile.of(e.profile, e.task).digest()] for e in examples]
+    return hashlib.sha256(json.dumps([texts, asked]).encode()).hexdigest()[:16]
