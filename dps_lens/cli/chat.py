@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,20 @@ if TYPE_CHECKING:
 HELP = "/plain answers the last message unsteered, /gamma 2 and /alpha 1 set strengths, /new starts over, /quit ends."
 
 
-def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = None) -> None:
+def chat(
+    model: "HookedModel",
+    options: Mapping[str, Any],
+    out: Path | None = None,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
     """Read messages until the input ends; answers come as they are written.
 
     Args:
         model: a hooked model.
         options: of `dps_lens.generate`.
         out: gets a JSON line for every answer, with its settings.
+        chat_template_kwargs: for the chat template.
     """
     import dps_lens as dps
     from dps_lens.errors import DPSLensError
@@ -30,6 +38,7 @@ def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = No
 
     options, message = dict(options), ""
     turns: list[tuple[str, str]] = []
+    ask = partial(dps.chat_prompt, model, chat_template_kwargs=chat_template_kwargs)
     typer.echo(HELP, err=True)
     while True:
         try:
@@ -53,13 +62,13 @@ def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = No
                 typer.echo("there is no message yet", err=True)
                 continue
             unsteered = options | _UNSTEERED
-            stream = dps.generate(model, dps.chat_prompt(model, message, turns[:-1]), **unsteered, stream=True)
+            stream = dps.generate(model, ask(message, turns[:-1]), **unsteered, stream=True)
             _note(out, message, _say(stream), unsteered)
         elif command.startswith("/"):
             typer.echo(HELP, err=True)
         elif line:
             try:
-                stream = dps.generate(model, dps.chat_prompt(model, line, turns), **options, stream=True)
+                stream = dps.generate(model, ask(line, turns), **options, stream=True)
             except DPSLensError as error:
                 typer.secho(f"error: {error}", fg="red", err=True)
                 continue

@@ -4,12 +4,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from typing import TypeVar
+from warnings import warn
 
 from dps_lens.data.documents import Profile
-from dps_lens.data.records import Example, User
+from dps_lens.data.records import MIN_PROFILE, Example, User
 from dps_lens.errors import DataError, ScoreError
+from dps_lens.literals import Discovery
 
 T = TypeVar("T")
+_NAMED = 3
 
 
 def newest(items: Sequence[T], n: int | None) -> Sequence[T]:
@@ -24,17 +27,52 @@ def newest(items: Sequence[T], n: int | None) -> Sequence[T]:
 
 
 def held_out_examples(call: str, users: Sequence[User], n: int | None) -> list[Example]:
-    """The newest `n` evaluation examples of each user, user by user.
+    """The newest `n` evaluation examples of each user, user by user; users without one are left out with a warning.
 
     Raises:
-        ScoreError: there is no user, or one without an evaluation example.
+        ScoreError: there is no user, or none with an evaluation example.
     """
     if not users:
         raise ScoreError(f"{call}: give at least one user")
-    for user in users:
-        if not user.examples:
-            raise ScoreError(f"{call}: user {user.id!r} has no evaluation example; leave the user out")
-    return [example for user in users for example in newest(user.examples, n)]
+    kept = [user for user in users if user.examples]
+    if not kept:
+        raise ScoreError(f"{call}: user {users[0].id!r} has no evaluation example, and no other user has one")
+    if len(kept) < len(users):
+        warn(f"{call}: {left_out(users, kept)}, without an evaluation example", stacklevel=3)
+    return [example for user in kept for example in newest(user.examples, n)]
+
+
+def with_examples(
+    call: str, users: Sequence[User], discovery: Discovery = "history", *, strict: bool = False
+) -> list[User]:
+    """The users with at least one discovery example; the others are left out with a warning.
+
+    Raises:
+        ScoreError: no user has one, or, with `strict`, one has none.
+    """
+    kept = [user for user in users if user.discovery_examples(discovery)]
+    short = [user for user in users if not user.discovery_examples(discovery)]
+    if short and (strict or not kept):
+        raise ScoreError(
+            f"{call}: user {short[0].id!r} has no discovery example (a dated history needs more than {MIN_PROFILE} "
+            f"different documents, this one has {len(short[0].discovery_pool)}); leave the user out"
+        )
+    if short:
+        warn(f"{call}: {left_out(users, kept)}, with too short a history to find heads on", stacklevel=3)
+    return kept
+
+
+def left_out(users: Sequence[User], kept: Sequence[User]) -> str:
+    """How many users are left out, and the first of them."""
+    there = {user.id for user in kept}
+    return count_of([user.id for user in users if user.id not in there])
+
+
+def count_of(user_ids: Sequence[str]) -> str:
+    """How many users are left out, and the first of them by name."""
+    named = ", ".join(map(repr, user_ids[:_NAMED]))
+    more = f" and {len(user_ids) - _NAMED} more" if len(user_ids) > _NAMED else ""
+    return f"{len(user_ids)} user{'s are' if len(user_ids) > 1 else ' is'} left out ({named}{more})"
 
 
 def key_of(*names: str) -> str:

@@ -13,6 +13,7 @@ from warnings import warn
 
 from dps_lens.data.dates import is_missing, iso_dates
 from dps_lens.data.documents import Document, Pool, Profile
+from dps_lens.data.examples import count_of
 from dps_lens.data.fetch import folder_of
 from dps_lens.data.records import Example, User
 from dps_lens.data.tasks import TASKS, Task, find_task
@@ -22,7 +23,6 @@ N_NEWEST = 2
 _USER_FIELDS = ("user_id", "name", "author", "reviewerId")
 _DATE_FIELDS = ("date", "year")
 _NO_USER = "field 'user_id' is missing"
-_NAMED = 3
 
 
 def load_users(
@@ -87,7 +87,7 @@ def _usable(name: str, users: Mapping[str, Callable[[], User]], limit: int | Non
     if short and not found:
         raise next(iter(short.values()))
     if short:
-        warn(f"{name}: {left_out(list(short))}; {next(iter(short.values()))}", stacklevel=3)
+        warn(f"{name}: {count_of(list(short))}; {next(iter(short.values()))}", stacklevel=3)
     if partly := [user.id for user in found if not user.dated and any(one.date for one in user.history)]:
         warn(
             f"{name}: {len(partly)} users, {partly[0]!r} first, have documents without a date; their histories stay in "
@@ -95,13 +95,6 @@ def _usable(name: str, users: Mapping[str, Callable[[], User]], limit: int | Non
             stacklevel=3,
         )
     return found
-
-
-def left_out(user_ids: list[str]) -> str:
-    """How many users are left out, and the first of them."""
-    named = ", ".join(map(repr, user_ids[:_NAMED]))
-    more = f" and {len(user_ids) - _NAMED} more" if len(user_ids) > _NAMED else ""
-    return f"{len(user_ids)} user{'s are' if len(user_ids) > 1 else ' is'} left out ({named}{more})"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dps_lens.data.examples import key_of
 from dps_lens.errors import RunError
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
@@ -107,8 +108,9 @@ def _merged(parts: Sequence[HeadScores], examples: Sequence[str]) -> HeadScores:
     manifest = {name: value for name, value in parts[0].manifest.items() if name not in ("shard", "quarantined")}
     quarantined = {key: reason for part in parts for key, reason in part.manifest.get("quarantined", {}).items()}
     whole = HeadScores.join(parts)
-    place = {example: index for index, example in enumerate(examples)}
-    merged = whole.take(sorted(range(len(whole.example_ids)), key=lambda row: place[whole.example_ids[row]]))
+    place = {key: index for index, key in enumerate(examples)}
+    rows = [place[key_of(*row)] for row in zip(whole.user_ids, whole.example_ids, strict=True)]
+    merged = whole.take(sorted(range(len(rows)), key=rows.__getitem__))
     if missing := len(examples) - len(merged.example_ids) - len(quarantined):
         shards = ", ".join(str(part.manifest.get("shard", "all")) for part in parts)
         raise RunError(f"merge_runs: {missing} of {len(examples)} examples are missing; these are shards {shards}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dps_lens.adapters.tuning import UserLora, tune_lora
 from dps_lens.data import Example, Note, PromptConfig, User, build_prompt
+from dps_lens.data.examples import key_of
 from dps_lens.evaluation.methods import Kind
 from dps_lens.model import HookedModel
 from dps_lens.steering import SteeringVector, generate
@@ -51,12 +52,12 @@ class Artifacts:
     def parts(self, kind: Kind, user_id: str, leave_out: int = 0) -> dict[str, Callable[[], Part]]:
         """The parts of a kind, without the newest `leave_out` discovery examples, and how each is made."""
         if kind == "description":
-            return {f"description|{user_id}": partial(self._describe, self._users[user_id])}
+            return {key_of("description", user_id): partial(self._describe, self._users[user_id])}
         examples = self._examples(user_id, leave_out)
         if kind == "style":
-            return {f"style|{user_id}|{one.id}": partial(self._difference, one) for one in examples}
+            return {key_of("style", user_id, one.id): partial(self._difference, one) for one in examples}
         make = self._driven if kind == "steerx" else self._tuned
-        return {f"{kind}|{user_id}|{examples[0].id}|{examples[-1].id}": partial(make, examples)}
+        return {key_of(kind, user_id, examples[0].id, examples[-1].id): partial(make, examples)}
 
     def vector(self, kind: Kind, user_id: str, layer: int, leave_out: int = 0) -> SteeringVector:
         """The `style` or `steerx` vector of a user without the newest `leave_out` discovery examples.

@@ -89,7 +89,7 @@ class Bench(Work):
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
         """What answers are measured by; settings are chosen by the first."""
-        return self.asked_metrics or metrics_of(self.task)
+        return self.asked_metrics or metrics_of(self.task, [example.reference for example in self.examples])
 
     def discovery(self, user: User) -> tuple[Example, ...]:
         return user.discovery_examples() if self.task.has_pairs else ()
@@ -137,7 +137,7 @@ class Bench(Work):
             "metrics": [metric.name for metric in self.metrics],
             "better": {metric.name: metric.better for metric in self.metrics},
             "model": describe_model(self.model),
-            "examples": [example.id for example in self.examples],
+            "examples": [unit_key(example) for example in self.examples],
             "data": data_digest(self.users, self.examples),
         }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import prompts_in
-from dps_lens.data.examples import by_key, data_digest, newest
+from dps_lens.data.examples import by_key, data_digest, newest, unit_key, with_examples
 from dps_lens.errors import PromptError, ScoreError
 from dps_lens.intervene import Ablation, Context, Mean, Patch, Where, record_z
 from dps_lens.literals import AGAINST, METHODS, POSITIONS, Against, Discovery, Positions, ScoreMethod
@@ -35,12 +35,14 @@ class ScoreConfig:
         n_donors: other users for `against="other_user"`, drawn with `seed`.
         exact_layers: for `"screened"`, layers that are always exact.
         confirm: for `"screened"`, share of all heads that estimates may choose beyond these layers.
+        strict: refuse a user without a discovery example, who else is left out with a warning.
     """
 
     discovery: Discovery = "history"
     n_donors: int = 3
     exact_layers: int = 2
     confirm: float = 0.15
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.exact_layers < 0 or not 0 <= self.confirm <= 1:
@@ -116,16 +118,10 @@ class Sweep(Work):
 
     @cached_property
     def examples(self) -> list[Example]:
-        examples: list[Example] = []
-        for user in self.users:
-            own = user.discovery_examples(self.config.discovery)
-            if not own:
-                raise ScoreError(
-                    f"score_heads: user {user.id!r} has no discovery example (a dated history needs more than 3 "
-                    f"documents, this one has {len(user.discovery_pool)}); leave the user out"
-                )
-            examples.extend(newest(own, self.max_examples))
-        return examples
+        discovery = self.config.discovery
+        users = with_examples("score_heads", self.users, discovery, strict=self.config.strict)
+        found = (newest(user.discovery_examples(discovery), self.max_examples) for user in users)
+        return [example for own in found for example in own]
 
     @cached_property
     def by_key(self) -> dict[str, Example]:
@@ -256,7 +252,7 @@ class Sweep(Work):
             **more,
             "prompt_config": self.prompt_config.to_dict(),
             "model": describe_model(self.model),
-            "examples": [example.id for example in self.examples],
+            "examples": [unit_key(example) for example in self.examples],
             "data": data_digest(self.users, self.examples),
         }
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.data import Prompt
+from dps_lens.data.tokenizer import start_token
 from dps_lens.errors import SteeringError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Ablation, Zero
@@ -160,7 +161,7 @@ def _ids(model: HookedModel, prompt: Prompt | str) -> Int[Tensor, " pos"]:
         ids = prompt.prompt_tokens
     else:
         ids = torch.tensor(model.tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.long)
-        bos = model.tokenizer.bos_token_id
+        bos = start_token(model.tokenizer)
         # A chat template opens with its own marker, which for some models is the BOS token.
         if bos is not None and ids[:1].tolist() != [bos]:
             ids = torch.cat([torch.tensor([bos]), ids])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.data.conditions import donors_of
+from dps_lens.data.examples import key_of
 from dps_lens.errors import HeadError
 from dps_lens.intervene import Zero
 from dps_lens.literals import Select
@@ -150,7 +151,7 @@ class VectorWork(EditWork):
 
 
 def _key(user: str) -> str:
-    return f"vector|{user}"
+    return key_of("vector", "", user)  # one name more than an example's
 
 
 @torch.inference_mode()

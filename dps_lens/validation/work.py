@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dps_lens.data import Example, Prompt, PromptConfig, Shown, User, build_prompt
-from dps_lens.data.examples import by_key, data_digest, held_out_examples
+from dps_lens.data.examples import by_key, data_digest, held_out_examples, unit_key
 from dps_lens.errors import ScoreError
 from dps_lens.files import tensor_digest
 from dps_lens.heads import HeadSet
@@ -246,7 +246,7 @@ class HeldOutWork(Work):
             "families": list(sets),
             "sets": tested,
             "undefined": undefined,
-            "examples": [example.id for example in self.examples],
+            "examples": [unit_key(example) for example in self.examples],
             "data": data_digest(self.users, self.examples),
         }
 
