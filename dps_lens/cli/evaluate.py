@@ -72,7 +72,8 @@ def evaluate(
     from dps_lens.files import write_text
 
     given = {
-        "run": run, "users": users, "outputs": outputs, "max_users": max_users, "strict": strict or None, "methods": methods,
+        "run": run, "users": users, "outputs": outputs, "max_users": max_users,
+        "strict": strict or None, "methods": methods,
         "metrics": metrics, "strengths": strengths, "ks": ks, "layers": layers, "choose_on": choose_on,
         "max_examples": max_examples,
         "max_new_tokens": max_new_tokens, "baseline": baseline, "seed": seed, "model": model, "device": device,
