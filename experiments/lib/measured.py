@@ -38,7 +38,7 @@ def changes(
     """Measure every condition of every example; `about` says what decides the numbers, beside model and heads."""
     heads = repr([masks(example).flatten(1).nonzero().tolist() for example in examples])
     settings = {"heads": hashlib.sha256(heads.encode()).hexdigest()[:16], "model": describe_model(model)}
-    settings["examples"] = [example.id for example in examples]
+    settings["examples"] = [unit_key(example) for example in examples]
     folder, units = RunFolder(out, settings | dict(about)), []
 
     def unit(example: Example) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def changes(
         return found
 
     for example in tqdm(examples, desc=out.name, unit="example", disable=None):
-        units.append(kept(folder, f"{example.user_id}|{example.id}", partial(unit, example)))
+        units.append(kept(folder, unit_key(example), partial(unit, example)))
     names = [name for name in units[0] if not name.startswith("nll.")]
     return Changes(
         {name: torch.stack([found[name] for found in units]) for name in names},

@@ -183,8 +183,8 @@ def test_digests_follow_the_documents_that_are_shown():
 
 def seconds_for(n):
     records = [
-        {"user_id": "u", "id": str(i), "date": f"{1900 + i // 300}-{1 + i % 300 // 28}-{1 + i % 28}", "title": f"No {i}",
-         "text": f"Entry {i}: " + " ".join(TEXTS[(i * k) % 8] for k in range(1, 5))}
+        {"user_id": "u", "id": str(i), "date": f"{1900 + i // 300}-{1 + i % 300 // 28}-{1 + i % 28}",
+         "title": f"No {i}", "text": f"Entry {i}: " + " ".join(TEXTS[(i * k) % 8] for k in range(1, 5))}
         for i in range(n)
     ]  # fmt: skip
     begun = time.process_time()

@@ -118,7 +118,7 @@ def test_what_ends_a_turn():
         ("{% for m in messages %}{{ m['content'] }}</turn><|im_end|>\n{% endfor %}", ["</turn>", "<|im_end|>"]),
         ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", []),
         (
-            "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ raise_exception('no') }}{% endif %}{% endfor %}",
+            "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('no') }}{% endif %}{% endfor %}",
             [],
         ),
     ):
