@@ -34,7 +34,7 @@ def start_token(tokenizer: Any) -> int | None:
 
     A bridge gives a tokenizer without one its end token instead; that is not the tokenizer's own.
     """
-    lent = tokenizer.bos_token == tokenizer.eos_token and tokenizer.init_kwargs.get("bos_token") is None
+    lent = tokenizer.bos_token == tokenizer.eos_token and getattr(tokenizer, "init_kwargs", {}).get("bos_token") is None
     return None if lent else tokenizer.bos_token_id
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 import dps_lens as dps
 from dps_lens.data import Example, User
+from dps_lens.data.examples import unit_key
 from dps_lens.model import HookedModel, describe_model
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scores import HeadScores
