@@ -56,7 +56,7 @@ def iso_dates(values: Sequence[Any], error: Callable[[int, str], Exception]) -> 
     """
     readings: dict[int, _Reading] = {}
     for index, value in enumerate(values):
-        if not is_missing(value) and value != "":
+        if not is_missing(value) and not (isinstance(value, str) and not value.strip()):
             try:
                 readings[index] = _read(value)
             except (ValueError, OverflowError):

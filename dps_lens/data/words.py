@@ -11,7 +11,8 @@ RetrievalTokens: TypeAlias = Literal["auto", "whitespace", "script"]
 
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\u3005-\u3007\u30FC"
 """Scripts that are written without spaces between words; 々, 〇 and ー belong to none."""
-_CHARACTER = rf"(?:(?=[{_UNSPACED}])(?=[\p{{L}}\p{{N}}])\X)"
+# Some vowel signs are characters of their own to Unicode; they belong to what stands before them.
+_CHARACTER = rf"(?:(?=[{_UNSPACED}])(?=[\p{{L}}\p{{N}}])\X(?:(?=[{_UNSPACED}])\p{{M}})*)"
 _RUNS = regex.compile(rf"({_CHARACTER}+)|[[\p{{L}}\p{{N}}\p{{M}}]--[{_UNSPACED}]]+", regex.V1)
 _CHARACTERS = regex.compile(_CHARACTER, regex.V1)
 _LETTERS = regex.compile(r"\p{L}")

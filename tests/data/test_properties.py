@@ -5,16 +5,22 @@ import random
 import hypothesis.strategies as st
 from conftest import make_tokenizer
 from hypothesis import HealthCheck, assume, given, settings
-from test_tokenizer import Holder
 
 from dps_lens.data import PromptConfig, build_prompt, load_users
 from dps_lens.data.conditions import donors_of
 from dps_lens.data.examples import by_key, data_digest
 from dps_lens.data.same import normalised
 
-MODEL = Holder(make_tokenizer())
-CONFIG = PromptConfig(items=8, profile_tokens=1500, task_tokens=None, response_tokens=None)
-DERANDOMIZED = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+class Holder:
+    """A model, as far as prompt building looks at it."""
+
+    tokenizer, cfg = make_tokenizer(), type("Config", (), {"n_ctx": 10**6})()
+
+
+MODEL = Holder()
+CONFIG = PromptConfig(items=6, profile_tokens=900, task_tokens=None, response_tokens=None)
+DERANDOMIZED = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 WORDS = {
     "latin": ["river", "stone", "window", "garden", "paper", "letter", "wheel", "bread", "cloud", "ladder"],
     "cyrillic": ["река", "камень", "окно", "сад", "бумага", "письмо", "колесо", "хлеб", "облако", "лестница"],
@@ -43,14 +49,17 @@ DATES = (
 def histories(draw, user):
     """The records of a user; some texts stand there twice, changed in ways that leave them the same."""
     words, date = draw(st.sampled_from(sorted(WORDS))), draw(st.sampled_from(DATES))
-    ids = draw(st.lists(IDS, min_size=5, max_size=9, unique=True))
+    ids = draw(st.lists(IDS, min_size=5, max_size=7, unique=True))
     seed, between = random.Random(draw(st.integers(0, 2**20))), "" if words == "han" else " "
     records: list[dict] = []
+    originals: list[dict] = []
     for name in ids:
         title, text = (between.join(seed.choices(WORDS[words], k=k)) for k in (24, 30))
-        if records and draw(st.booleans()):
-            source, change = draw(st.sampled_from(records)), draw(st.sampled_from(CHANGES))
+        if originals and draw(st.booleans()):
+            source, change = draw(st.sampled_from(originals)), draw(st.sampled_from(CHANGES))
             title, text = draw(st.sampled_from([(change(source["title"]), text), (title, change(source["text"]))]))
+        else:
+            originals.append({"title": title, "text": text})
         dated = {"date": date(seed.randrange(9))} if date else {}
         records.append({"user_id": user, "id": name, "title": title, "text": text, **dated})
     return records
@@ -63,7 +72,7 @@ def everything(users):
     """Examples of both kinds, and what is shown for each."""
     for user in users:
         for example in (*user.discovery_examples(), *user.examples):
-            yield example, ["own", *donors_of(example, users, 2, 0)]
+            yield example, ["own", *donors_of(example, users, 1, 0)]
 
 
 def prompt_of(example, shown):
@@ -122,6 +131,5 @@ def test_a_profile_is_strictly_older_where_there_are_dates(records):
     assert [*dates.values()] == sorted(dates.values())
     for example in user.discovery_examples():
         assert all(document.date < dates[example.id] for document in example.profile)
-    shuffled = load_users(sorted(records, key=lambda record: record["title"]))[0]
-    assume(len({record["date"] for record in records}) == len(records))
-    assert shuffled.history == user.history
+    if len({record["date"] for record in records}) == len(records):
+        assert load_users(sorted(records, key=lambda record: record["title"]))[0].history == user.history

@@ -28,7 +28,12 @@ TEXTS = [
 
 def documents(user="u", n=8, **more):
     return [
-        {"user_id": user, "id": f"d{i}", "title": f"Heading number {i}", "text": TEXTS[i % 8] + f" So it was, {user}."}
+        {
+            "user_id": user,
+            "id": f"d{i}",
+            "title": f"Heading number {i} of {user}",
+            "text": TEXTS[i % 8] + f" So it was, {user}.",
+        }
         | more
         for i in range(n)
     ]
@@ -37,7 +42,7 @@ def documents(user="u", n=8, **more):
 def test_a_text_under_another_id_never_stands_in_its_own_prompt(llama):
     records = documents()
     records[3] = records[1] | {"id": "d3"}
-    records[7] = {**records[2], "id": "d7", "title": "HEADING — number 2!", "text": records[2]["text"].upper()}
+    records[7] = {**records[2], "id": "d7", "title": "HEADING — number 2, of u!", "text": records[2]["text"].upper()}
     user, other = load_users(records + documents("v"))
     thief = load_users([{**record, "user_id": "w"} for record in records] + documents("v"))[0]
     config = PromptConfig(items=8, profile_tokens=800)

@@ -32,7 +32,7 @@ from dps_lens.errors import DataError
 )
 def test_words_of_a_script(text, words, pairs):
     if words is None:
-        assert all(len(word) <= 4 for word in script_words(text)), "single characters with their marks"
+        assert all(len(word) <= 5 for word in script_words(text)), "single characters with their marks"
         assert "".join(script_words(text)) == text.replace(" ", "")
     else:
         assert script_words(text) == words
