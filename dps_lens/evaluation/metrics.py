@@ -121,7 +121,7 @@ def _rouge(any_script: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import Tokenizer
 
-    class ScriptTokenizer(Tokenizer):  # type: ignore[misc]
+    class ScriptTokenizer(Tokenizer):
         def tokenize(self, text: str) -> list[str]:
             return script_words(text)
 
