@@ -135,7 +135,12 @@ class Profile(Sequence[Document]):
     @overload
     def __getitem__(self, index: slice) -> tuple[Document, ...]: ...
     def __getitem__(self, index: int | slice) -> Document | tuple[Document, ...]:
-        return tuple(self)[index]
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        place = range(len(self))[index]
+        for left_out in self.left_out:
+            place += left_out <= place
+        return self.pool.documents[place]
 
     def __eq__(self, other: object) -> bool:
         return tuple(self) == tuple(other) if isinstance(other, Profile | tuple) else NotImplemented

@@ -68,6 +68,7 @@ def test_profiles_of_one_pool_share_its_counts(monkeypatch):
     for left in range(6):
         profile = Profile(pool, without=[frozenset([left])])
         found = retrieve(profile, f"number {left}", 5, task=task)
+        assert [profile[place] for place in range(-5, 5)] == 2 * [*profile]
         assert found == retrieve([d for d in documents if d.id != str(left)], f"number {left}", 5, task=task)
     assert made.count(6) == 1
 
@@ -75,7 +76,7 @@ def test_profiles_of_one_pool_share_its_counts(monkeypatch):
 CHINESE = ["今天下雨我在家看书", "周末我们去爬山", "新买的自行车坏了", "妈妈做的饺子很好吃", "昨天的电影太长了"]
 
 
-def test_retrieval_finds_words_where_there_are_no_spaces():
+def test_retrieval_finds_words_where_there_are_no_spaces(unchecked):
     records = [{"user_id": "u", "id": f"d{i}", "title": f"第{i}篇", "text": text} for i, text in enumerate(CHINESE * 2)]
     history = load_users(records)[0].history[:5]
     task = TASKS["lamp-4"]
