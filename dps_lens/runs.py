@@ -140,11 +140,6 @@ class RunFolder:
         return self._quarantine(key)
 
 
-def key_of(*parts: str) -> str:
-    """Parts as one key that no other parts have, whatever they hold."""
-    return "|".join(part.replace("\\", "\\\\").replace("|", "\\|") for part in parts)
-
-
 def is_run(path: str | Path) -> bool:
     """Whether a folder holds a run."""
     return (Path(path) / _MANIFEST).is_file()

@@ -90,9 +90,9 @@ def measure(config: Samples, lab: Lab) -> Findings:
 
 def levels(example: Example, users: list[User], config: Samples) -> dict[str, tuple[Example, Shown, int]]:
     """Condition → the example with the profile that is shown, whether one is shown, and how many items."""
-    own = best(example, example.profile, max(*config.items, config.mixed))
+    own = best(example, example.showable, max(*config.items, config.mixed))
     donor = donors_of(example, users, 1, config.seed)[0]
-    foreign = best(example, [d for d in donor.history if d.id not in {x.id for x in example.profile}], config.mixed)
+    foreign = best(example, example.showable_of(donor), config.mixed)
     found: dict[str, tuple[Example, Shown, int]] = {NONE: (example, "none", 1)}
     for n in config.items:
         found[f"{n} items"] = (replace(example, profile=own[:n]), "own", n)

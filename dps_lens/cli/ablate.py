@@ -20,6 +20,7 @@ from dps_lens.cli.options import (
     Outputs,
     OwnHeads,
     Run,
+    Strict,
     Users,
 )
 from dps_lens.cli.tables import print_effects
@@ -34,6 +35,7 @@ def ablate(
     users: Users = "probe",
     outputs: Outputs = None,
     max_users: MaxUsers = None,
+    strict: Strict = False,
     max_examples: HeldOutExamples = None,
     kinds: Kinds = "induction,retrieval,function_vector",
     ks: Annotated[str, typer.Option(help="Sizes of the sets.")] = "1,5,10,20",
@@ -66,7 +68,7 @@ def ablate(
         loaded = load_for(engine, model, device, dtype)
         check_same_model("ablate", scores, loaded)
         sets = {"preference": scores, **dps.reference_heads(loaded, families(kinds), engine=engine)}
-        tested = dps.load_users(users, outputs=outputs, max_users=max_users)
+        tested = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
         options: dict[str, Any] = {
             "ks": numbers("ks", ks, int),
             "n_random": n_random,
@@ -80,7 +82,7 @@ def ablate(
             ),
             "run_config": dps.RunConfig(force=force, batch_size=batch_size or "auto"),
         }
-        tested = with_discovery(tested) if select == "user" else tested
+        tested = with_discovery("ablate", tested, strict=strict) if select == "user" else tested
         if patch:
             effects = dps.patch_heads(loaded, tested, sets, against=against, **options)
         else:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,27 +17,31 @@ if TYPE_CHECKING:
 HELP = "/plain answers the last message unsteered, /gamma 2 and /alpha 1 set strengths, /new starts over, /quit ends."
 
 
-def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = None) -> None:
+def chat(
+    model: "HookedModel",
+    options: Mapping[str, Any],
+    out: Path | None = None,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
     """Read messages until the input ends; answers come as they are written.
 
     Args:
         model: a hooked model.
         options: of `dps_lens.generate`.
         out: gets a JSON line for every answer, with its settings.
+        chat_template_kwargs: for the chat template.
     """
     from dps_lens.steering.rules import check_strength
 
     options, message = dict(options), ""
     turns: list[tuple[str, str]] = []
+    answer_to = partial(_answer, model, chat_template_kwargs)
     typer.echo(HELP, err=True)
     while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
+        line = _read()
+        if line is None:
             return
-        except UnicodeDecodeError:
-            typer.echo("that was not UTF-8 text", err=True)
-            continue
         command, _, value = line.partition(" ")
         name = command.removeprefix("/")
         if command == "/quit":
@@ -54,13 +59,13 @@ def chat(model: "HookedModel", options: Mapping[str, Any], out: Path | None = No
                 typer.echo("there is no message yet", err=True)
                 continue
             unsteered = options | _UNSTEERED
-            answer = _answer(model, message, turns[:-1], unsteered)
+            answer = answer_to(message, turns[:-1], unsteered)
             if answer is not None:
                 _note(out, message, answer, unsteered)
         elif command.startswith("/"):
             typer.echo(HELP, err=True)
         elif line:
-            answer = _answer(model, line, turns, options)
+            answer = answer_to(line, turns, options)
             if answer is not None:
                 message, turns = line, [*turns, (line, answer)]
                 _note(out, line, answer, options)
@@ -89,15 +94,31 @@ def check_answers(out: Path) -> None:
 _UNSTEERED = {"rule": "greedy", "decode_config": None}
 
 
+def _read() -> str | None:
+    """The next line; None where the input ends."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return None
+    except UnicodeDecodeError:
+        typer.echo("that was not UTF-8 text", err=True)
+        return ""
+
+
 def _answer(
-    model: "HookedModel", message: str, turns: Sequence[tuple[str, str]], options: Mapping[str, Any]
+    model: "HookedModel",
+    chat_template_kwargs: Mapping[str, Any] | None,
+    message: str,
+    turns: Sequence[tuple[str, str]],
+    options: Mapping[str, Any],
 ) -> str | None:
     """What is answered to a message after earlier turns, shown as it is written; None where that fails."""
     import dps_lens as dps
     from dps_lens.errors import DPSLensError
 
     try:
-        return _say(dps.generate(model, dps.chat_prompt(model, message, turns), **options, stream=True))
+        prompt = dps.chat_prompt(model, message, turns, chat_template_kwargs=chat_template_kwargs)
+        return _say(dps.generate(model, prompt, **options, stream=True))
     except DPSLensError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         return None

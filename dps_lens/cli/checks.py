@@ -1,7 +1,9 @@
 """What commands check before they start."""
 
+import json
 import re
-from typing import TYPE_CHECKING, TypeVar
+import warnings
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -18,17 +20,29 @@ if TYPE_CHECKING:
 N = TypeVar("N", int, float)
 
 
-def with_discovery(users: "list[User]") -> "list[User]":
-    """The users with at least one discovery example; says who is left out."""
-    from dps_lens.errors import DataError
+def with_discovery(command: str, users: "list[User]", *, strict: bool = False) -> "list[User]":
+    """The users with at least one discovery example; says how many are left out, or refuses that."""
+    from dps_lens.data.examples import left_out, with_examples
 
-    kept = [user for user in users if user.discovery_examples()]
-    for user in users:
-        if user not in kept:
-            typer.echo(f"left out: user {user.id} has too short a history to find heads on", err=True)
-    if not kept:
-        raise DataError("no user has a history long enough to find heads on (more than 3 documents when dated)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is said in a line of its own
+        kept = with_examples(command, users, strict=strict)
+    if len(kept) < len(users):
+        typer.echo(f"{left_out(users, kept)}, with too short a history to find heads on", err=True)
     return kept
+
+
+def template_kwargs(text: str | None) -> dict[str, Any]:
+    """Keywords of the chat template."""
+    from dps_lens.errors import PromptError
+
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise PromptError(f"--chat-template-kwargs {text!r} is not valid JSON ({error.msg})") from None
+    if not isinstance(found, dict):
+        raise PromptError(f"--chat-template-kwargs {text!r} is no JSON object")
+    return found
 
 
 def check_same_model(command: str, scores: "HeadScores", model: "HookedModel") -> None:

@@ -29,6 +29,8 @@ class EvaluateConfig(BaseModel):
     users: str = "probe"
     outputs: Path | None = None
     max_users: Whole | None = Field(None, ge=1)
+    strict: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
     run: Path | None = None
     methods: tuple[str, ...] = METHODS
     metrics: tuple[str, ...] = ()

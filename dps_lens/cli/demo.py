@@ -37,7 +37,7 @@ def demo(
     from dps_lens.errors import HeadError
 
     started = time.monotonic()
-    loaded = with_discovery(dps.load_users(users, outputs=outputs, max_users=max_users))
+    loaded = with_discovery("demo", dps.load_users(users, outputs=outputs, max_users=max_users))
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
     total = loaded_model.cfg.n_layers * loaded_model.cfg.n_heads
     if 2 * k > total:

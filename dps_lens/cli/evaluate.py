@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, families, rule_of, with_discovery
+from dps_lens.cli.checks import check_same_model, families, rule_of, template_kwargs, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
-from dps_lens.cli.options import METHODS, Device, Force, HeldOutExamples
+from dps_lens.cli.options import METHODS, Device, Force, HeldOutExamples, Strict, TemplateKwargs
 from dps_lens.cli.tables import print_evaluation
 from dps_lens.extensions import is_path, load_object
 
 if TYPE_CHECKING:
     from dps_lens.cli.config import EvaluateConfig
-    from dps_lens.data import User
+    from dps_lens.data import PromptConfig, User
     from dps_lens.heads import HeadSet
     from dps_lens.model import HookedModel
     from dps_lens.scores import HeadScores
@@ -35,6 +35,8 @@ def evaluate(
     ] = None,
     outputs: Annotated[Path | None, typer.Option(help="LaMP outputs, when not beside the questions.")] = None,
     max_users: Annotated[int | None, typer.Option(min=1, help="Use the first so many users.")] = None,
+    strict: Strict = False,
+    chat_template_kwargs: TemplateKwargs = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -70,17 +72,19 @@ def evaluate(
     from dps_lens.files import write_text
 
     given = {
-        "run": run, "users": users, "outputs": outputs, "max_users": max_users, "methods": methods,
+        "run": run, "users": users, "outputs": outputs, "max_users": max_users,
+        "strict": strict or None, "methods": methods,
         "metrics": metrics, "strengths": strengths, "ks": ks, "layers": layers, "choose_on": choose_on,
         "max_examples": max_examples,
         "max_new_tokens": max_new_tokens, "baseline": baseline, "seed": seed, "model": model, "device": device,
         "dtype": dtype,
+        "chat_template_kwargs": template_kwargs(chat_template_kwargs) if chat_template_kwargs else None,
     }  # fmt: skip
     wanted = read_config(config, {name: value for name, value in given.items() if value is not None})
     with engine_of(workers, ray, cpus, gpus, shard) as engine:
         loaded = load_for(engine, wanted.model, wanted.device, wanted.dtype)
-        people = dps.load_users(wanted.users, outputs=wanted.outputs, max_users=wanted.max_users)
-        people = with_discovery(people) if people[0].task.has_pairs else people
+        people = dps.load_users(wanted.users, outputs=wanted.outputs, max_users=wanted.max_users, strict=wanted.strict)
+        people = with_discovery("evaluate", people, strict=wanted.strict) if people[0].task.has_pairs else people
         table = dps.evaluate(
             loaded,
             people,
@@ -90,6 +94,7 @@ def evaluate(
             ks=wanted.ks,
             max_examples=wanted.max_examples,
             max_new_tokens=wanted.max_new_tokens,
+            prompt_config=_prompt_config(wanted),
             evaluate_config=dps.EvaluateConfig(layers=wanted.layers, choose_on=wanted.choose_on),
             seed=wanted.seed,
             out=out,
@@ -103,6 +108,14 @@ def evaluate(
     write_text(out / "evaluation.html", table.plot(baseline=baseline).to_html(include_plotlyjs=True))
     say_shard(shard, out)
     typer.echo(f"answers.csv, evaluation.json, evaluation.html and config.yaml are in {out}")
+
+
+def _prompt_config(wanted: "EvaluateConfig") -> "PromptConfig | None":
+    """None lets the scores' own hold."""
+    from dps_lens.data import PromptConfig
+
+    kwargs = wanted.chat_template_kwargs
+    return None if kwargs is None else PromptConfig(chat_template_kwargs=kwargs)
 
 
 def _methods(

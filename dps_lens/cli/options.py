@@ -16,6 +16,13 @@ MaxUsers = Annotated[int | None, typer.Option(min=1, help="Use the first so many
 HeldOutExamples = Annotated[
     int | None, typer.Option("--max-examples", min=1, help="Newest evaluation examples of each user; all by default.")
 ]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse a user with too short a history instead of leaving the user out.")
+]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option("--chat-template-kwargs", help="JSON for the chat template, such as '{\"enable_thinking\": false}'."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; by default the GPU when there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows a batch; chosen by device when not given.")]

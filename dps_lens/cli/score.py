@@ -6,9 +6,22 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import ablation_of, with_discovery
+from dps_lens.cli.checks import ablation_of, template_kwargs, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
-from dps_lens.cli.options import Ablation, Against, BatchSize, Device, Dtype, Force, MaxUsers, Model, Outputs, Users
+from dps_lens.cli.options import (
+    Ablation,
+    Against,
+    BatchSize,
+    Device,
+    Dtype,
+    Force,
+    MaxUsers,
+    Model,
+    Outputs,
+    Strict,
+    TemplateKwargs,
+    Users,
+)
 from dps_lens.cli.tables import print_top
 from dps_lens.extensions import load_object
 from dps_lens.literals import Discovery, Positions, ScoreMethod
@@ -21,6 +34,8 @@ def score(
     model: Model = "smollm2-135m",
     outputs: Outputs = None,
     max_users: MaxUsers = None,
+    strict: Strict = False,
+    chat_template_kwargs: TemplateKwargs = None,
     max_examples: Annotated[
         int | None, typer.Option(min=1, help="Newest discovery examples of each user; all by default.")
     ] = None,
@@ -52,9 +67,9 @@ def score(
     import dps_lens as dps
     from dps_lens.files import write_text
 
-    loaded = dps.load_users(users, outputs=outputs, max_users=max_users)
+    loaded = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
     if discovery == "history":
-        loaded = with_discovery(loaded)
+        loaded = with_discovery("score", loaded, strict=strict)
     with engine_of(workers, ray, cpus, gpus, shard) as engine:
         scores = dps.score_heads(
             load_for(engine, model, device, dtype),
@@ -65,7 +80,8 @@ def score(
             positions=positions,
             method=method,
             max_examples=max_examples,
-            score_config=dps.ScoreConfig(discovery=discovery),
+            prompt_config=dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs)),
+            score_config=dps.ScoreConfig(discovery=discovery, strict=strict),
             seed=seed,
             out=out,
             engine=engine,

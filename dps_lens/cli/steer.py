@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 from dps_lens.cli.app import app
 from dps_lens.cli.chat import chat as talk
 from dps_lens.cli.chat import check_answers
-from dps_lens.cli.checks import ablation_of, check_same_model, rule_of
-from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Users
+from dps_lens.cli.checks import ablation_of, check_same_model, rule_of, template_kwargs
+from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Strict, TemplateKwargs, Users
 from dps_lens.cli.requests import Lines, Request, read_requests, sampling_of
 from dps_lens.literals import Positions
 
 if TYPE_CHECKING:
-    from dps_lens.data import Prompt
+    from dps_lens.data import Prompt, PromptConfig
     from dps_lens.model import HookedModel
     from dps_lens.steering import DecodeConfig
     from dps_lens.steering.rules import Rule
@@ -51,6 +51,8 @@ def steer(
     max_users: Annotated[
         int | None, typer.Option(min=1, help="Use the first so many users; 3 without --requests.")
     ] = None,
+    strict: Strict = False,
+    chat_template_kwargs: TemplateKwargs = None,
     model: Model = "smollm2-135m",
     positions: Annotated[Positions, typer.Option(help="Where the second branch lacks the heads.")] = "response",
     ablation: Annotated[
@@ -94,9 +96,10 @@ def steer(
     sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     defaults = {"heads": str(chosen), "gamma": gamma, "alpha": alpha, **sampling}
     sampling_of(defaults)
+    config_of_prompts = dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs))
     config = dps.DecodeConfig(ablation=ablation_of(ablation), min_p=min_p, max_kl=max_kl)
     shared: dict[str, Any] = {"rule": chosen_rule, "positions": positions, "max_new_tokens": max_new_tokens}
-    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, defaults, chosen_rule)
+    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, strict, defaults, chosen_rule)
     if chat and out is not None and not force:
         check_answers(out)
     about = {
@@ -107,6 +110,7 @@ def steer(
         "ablation": ablation,
         "min_p": min_p,
         "max_kl": max_kl,
+        **({"chat_template_kwargs": config_of_prompts.chat_template_kwargs} if chat_template_kwargs else {}),
     }
     lines = Lines(None if chat else out, asked, about, force=force)
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
@@ -117,9 +121,9 @@ def steer(
         options = {**shared, **strengths, "heads": chosen, "sampling": sampling_of(defaults), "decode_config": config}
         if out is not None and force:
             out.unlink(missing_ok=True)
-        talk(loaded_model, options, out)
+        talk(loaded_model, options, out, chat_template_kwargs=config_of_prompts.chat_template_kwargs)
         return
-    lines.begin(_decided_by(loaded_model, chosen_rule, config))
+    lines.begin(_decided_by(loaded_model, chosen_rule, config, config_of_prompts))
     bar = tqdm(total=len(asked), initial=lines.done, desc="steering", unit="prompt", disable=None if out else True)
     with bar:
         # Batches are those of a run without interruption, for the last digits of a row depend on the others.
@@ -127,19 +131,20 @@ def steer(
             batch = asked[start : start + batch_size]
             if start + len(batch) <= lines.done:
                 continue
-            written = list(_write(loaded_model, batch, shared, config))
+            written = list(_write(loaded_model, batch, shared, config, config_of_prompts))
             for index in range(max(start, lines.done), start + len(batch)):
                 lines.write(asked[index], written[index - start])
                 bar.update()
 
 
-def _decided_by(model: "HookedModel", rule: "Rule", config: "DecodeConfig") -> dict[str, Any]:
+def _decided_by(
+    model: "HookedModel", rule: "Rule", config: "DecodeConfig", prompt_config: "PromptConfig"
+) -> dict[str, Any]:
     """What decides the lines beside what they say of themselves."""
-    from dps_lens.data import PromptConfig
     from dps_lens.data.identity import describe_inputs
     from dps_lens.intervene import find_ablation
 
-    inputs = describe_inputs(model, [], [], PromptConfig())
+    inputs = describe_inputs(model, [], [], prompt_config)
     inputs.pop("data")
     ablation = find_ablation(config.ablation).settings() if config.ablation is not None else None
     return {"call": "steer", "rule": rule.settings(), "ablation": ablation, **inputs}
@@ -156,6 +161,7 @@ def _asked(
     users: str,
     outputs: Path | None,
     max_users: int | None,
+    strict: bool,
     defaults: Mapping[str, Any],
     rule: "Rule",
 ) -> list[Request]:
@@ -164,8 +170,11 @@ def _asked(
     if prompt is not None:
         return [Request({"prompt": prompt}, prompt, settings=defaults)]
     if requests is not None:
-        return read_requests(requests, dps.load_users(users, outputs=outputs, max_users=max_users), defaults, rule)
-    examples = [user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users or 3)]
+        people = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
+        return read_requests(requests, people, defaults, rule)
+    examples = [
+        user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users or 3, strict=strict)
+    ]
     return [
         Request(
             {"user": example.user_id, "example": example.id, "reference": example.reference},
@@ -177,18 +186,24 @@ def _asked(
 
 
 def _write(
-    model: "HookedModel", batch: Sequence[Request], shared: Mapping[str, Any], config: "DecodeConfig"
+    model: "HookedModel",
+    batch: Sequence[Request],
+    shared: Mapping[str, Any],
+    config: "DecodeConfig",
+    prompt_config: "PromptConfig",
 ) -> Iterator[dict[str, Any]]:
     """Plain and steered text of each request, and how hard it was steered."""
     import dps_lens as dps
 
     prompts: list[Prompt | str] = [
-        dps.build_prompt(model, one.example) if one.example else dps.chat_prompt(model, one.prompt or "")
+        dps.build_prompt(model, one.example, config=prompt_config)
+        if one.example
+        else dps.chat_prompt(model, one.prompt or "", chat_template_kwargs=prompt_config.chat_template_kwargs)
         for one in batch
     ]
     negative: list[Prompt | str] | None = None
     if shared["rule"].has("negative"):
-        negative = [dps.build_prompt(model, one.example, "none") for one in batch if one.example]
+        negative = [dps.build_prompt(model, one.example, "none", config=prompt_config) for one in batch if one.example]
     each: dict[str, Any] = {name: [one.settings[name] for one in batch] for name in ("gamma", "alpha")}
     each["sampling"] = [sampling_of(one.settings) for one in batch]
     plain = dps.generate(

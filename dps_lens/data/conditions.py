@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dps_lens.data.examples import unit_key
 from dps_lens.data.prompts import Prompt, PromptConfig, build_prompt
 from dps_lens.data.records import Example, User
 from dps_lens.data.tokenizer import PromptTokenizer
@@ -15,9 +16,12 @@ _NEUTRAL_PROMPT, _NEUTRAL_RESPONSE = 16, 48
 
 
 def donors_of(example: Example, users: Sequence[User], n: int, seed: int) -> list[User]:
-    """At most `n` other users whose profiles stand in for the example's own; the same for every run with this seed."""
-    others = [user for user in users if user.id != example.user_id]
-    return random.Random(f"{seed}|{example.id}").sample(others, min(n, len(others)))
+    """At most `n` other users whose profiles stand in for the example's own.
+
+    The same for every run with this seed, in whatever order the users come.
+    """
+    others = sorted((user for user in users if user.id != example.user_id), key=lambda user: user.id)
+    return random.Random(f"{seed}|{unit_key(example)}").sample(others, min(n, len(others)))
 
 
 def prompts_in(

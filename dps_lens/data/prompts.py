@@ -5,17 +5,20 @@ followed by the response. The response is tokenised on its own, so that its ids 
 stands before it. Spans of profile and task are read off the tokenizer's character offsets.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dps_lens.data.records import Document, Example, User
+from dps_lens.data.documents import Document
+from dps_lens.data.records import Example, User
 from dps_lens.data.retrieval import RetrievalMethod, retrieve
 from dps_lens.data.tokenizer import PromptTokenizer, span
+from dps_lens.data.words import RetrievalTokens
 from dps_lens.errors import PromptError
 from dps_lens.model import HookedModel
 
@@ -34,6 +37,10 @@ class PromptConfig:
         response_tokens: a longer reference is cut at its end; None keeps it whole.
         retrieval: `"bm25"`, `"recency"` or `"random"`.
         seed: of random retrieval.
+        retrieval_tokens: what BM25 counts: `"whitespace"` tokens, as LaMP's code; `"script"`, words of any script;
+            `"auto"`, `"script"` where a history is written in scripts without spaces, else `"whitespace"`.
+        chat_template_kwargs: for the tokenizer's chat template, such as `{"enable_thinking": False}`; values as JSON
+            knows them.
     """
 
     items: int = 6
@@ -42,12 +49,18 @@ class PromptConfig:
     response_tokens: int | None = 128
     retrieval: RetrievalMethod = "bm25"
     seed: int = 0
+    retrieval_tokens: RetrievalTokens = "auto"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("items", "profile_tokens", "task_tokens", "response_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PromptError(f"PromptConfig: {name} is {value}; it must be at least 1")
+        try:
+            json.dumps(self.chat_template_kwargs)
+        except TypeError as error:
+            raise PromptError(f"PromptConfig: chat_template_kwargs must be plain JSON values ({error})") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
@@ -123,15 +136,15 @@ def build_prompt(
         PromptError: the prompt does not fit the context, or nothing is left of the response.
     """
     config = config or PromptConfig()
-    tokenizer = PromptTokenizer(model)
+    tokenizer = PromptTokenizer(model, config.chat_template_kwargs)
     documents = _documents(example, profile, config)
-    own = tokenizer.defuse(tokenizer.cut(example.input.strip(), config.task_tokens)).strip()
+    own = tokenizer.cut(tokenizer.defuse(example.input.strip()), config.task_tokens).strip()
     pieces = [tokenizer.defuse(piece) for piece in _snippets(tokenizer, example, documents, config.profile_tokens)]
     header = _HEADER + "\n".join(pieces) + _BETWEEN if pieces else ""
     if isinstance(profile, Note):
         if not profile.text.strip():
             raise PromptError(f"build_prompt: example {example.id!r}: the note is empty; use profile='none'")
-        header = tokenizer.defuse(tokenizer.cut(profile.text.strip(), config.profile_tokens)) + _BETWEEN
+        header = tokenizer.cut(tokenizer.defuse(profile.text.strip()), config.profile_tokens) + _BETWEEN
     text, offset = tokenizer.render(header + own)
     ids, offsets = tokenizer.encode(text)
     spans = {
@@ -140,7 +153,12 @@ def build_prompt(
     }
     answer = tokenizer.answer(example.reference, config.response_tokens) if response else []
     if response and not answer:
-        raise PromptError(f"build_prompt: example {example.id!r} has an empty reference")
+        reason = (
+            "a first character that is longer than response_tokens"
+            if example.reference.strip()
+            else "an empty reference"
+        )
+        raise PromptError(f"build_prompt: example {example.id!r} has {reason}")
     if not header:
         spans["profile"] = (spans["task"][0], spans["task"][0])
     spans["response"] = (len(ids), len(ids) + len(answer))
@@ -159,18 +177,25 @@ def build_prompt(
     return Prompt(torch.tensor(ids + answer), spans, text, condition, example.id, example.user_id, shown, tuple(items))
 
 
-def chat_prompt(model: HookedModel, text: str, turns: Sequence[tuple[str, str]] = ()) -> Prompt:
+def chat_prompt(
+    model: HookedModel,
+    text: str,
+    turns: Sequence[tuple[str, str]] = (),
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Prompt:
     """A bare text as a prompt: a user's message where the tokenizer has a chat template, else as it is.
 
     Args:
         model: a hooked model.
         text: the message.
         turns: earlier messages with their answers; need a chat template.
+        chat_template_kwargs: for the tokenizer's chat template, as in `PromptConfig`.
 
     Raises:
-        PromptError: there are turns and no chat template.
+        PromptError: there are turns or keywords and no chat template.
     """
-    tokenizer = PromptTokenizer(model)
+    tokenizer = PromptTokenizer(model, chat_template_kwargs)
     message = tokenizer.defuse(text)
     if turns and not tokenizer.chat:
         raise PromptError("chat_prompt: the tokenizer has no chat template for earlier turns; start over")
@@ -187,20 +212,24 @@ def _documents(example: Example, profile: Shown, config: PromptConfig) -> tuple[
         return ()
     task = example.task
     if isinstance(profile, User):
-        own = {document.id for document in example.profile}
-        pool = [
-            document
-            for document in profile.history
-            if document.id not in own and not task.is_same_text(document.fields, document.id, example)
-        ]
+        pool = example.showable_of(profile)
     elif profile == "own":
-        pool = list(example.profile)
+        pool = example.showable
     else:
         raise PromptError(f"build_prompt: profile {profile!r} is unknown; use 'own', 'none' or another User")
     if not pool:
-        raise PromptError(f"build_prompt: example {example.id!r} has no documents to show; use profile='none'")
-    query = task.query(example.input)
-    return retrieve(pool, query, config.items, task=task, method=config.retrieval, seed=config.seed)
+        raise PromptError(
+            f"build_prompt: example {example.id!r} has no documents to show beside what it asks for; use profile='none'"
+        )
+    return retrieve(
+        pool,
+        task.query(example.input),
+        config.items,
+        task=task,
+        method=config.retrieval,
+        seed=config.seed,
+        tokens=config.retrieval_tokens,
+    )
 
 
 def _snippets(tokenizer: PromptTokenizer, example: Example, documents: Sequence[Document], budget: int) -> list[str]:
@@ -208,7 +237,7 @@ def _snippets(tokenizer: PromptTokenizer, example: Example, documents: Sequence[
 
     The last documents are left out when not even the first words of all would fit; one always stays.
     """
-    parts = [example.task.parts(document.fields) for document in documents]
+    parts = [tuple(map(tokenizer.defuse, example.task.parts(document.fields))) for document in documents]
     frames = [tokenizer.count(before + after + "\n") for before, _, after in parts]
     budget -= tokenizer.count(_HEADER + _BETWEEN)
     while len(parts) > 1 and sum(frames) > budget:

@@ -3,14 +3,20 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
+from numbers import Real
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
+from dps_lens.data.dates import is_missing, iso_dates
+from dps_lens.data.documents import Document, Pool, Profile
+from dps_lens.data.examples import count_of
 from dps_lens.data.fetch import folder_of
-from dps_lens.data.records import Document, Example, User
+from dps_lens.data.records import Example, User
 from dps_lens.data.tasks import TASKS, Task, find_task
 from dps_lens.errors import DataError
 from dps_lens.files import parse_json, read_text, reason
@@ -18,37 +24,44 @@ from dps_lens.files import parse_json, read_text, reason
 N_NEWEST = 2
 _LONGEST = 500  # letters of a message, which may quote a field
 _USER_FIELDS = ("user_id", "name", "author", "reviewerId")
+_DATE_FIELDS = ("date", "year")
+_NO_USER = "field 'user_id' is missing"
 
 
 def load_users(
-    source: Any, *, outputs: str | Path | None = None, task: str | None = None, max_users: int | None = None
+    source: Any,
+    *,
+    outputs: str | Path | None = None,
+    task: str | None = None,
+    max_users: int | None = None,
+    strict: bool = False,
 ) -> list[User]:
     """Read users.
 
     Args:
         source: `"probe"` (12 built-in users, 3 styles × 4 topics); a LaMP questions file (its outputs are
             looked for beside it, or given); `"lamp-4"`, once `dps-lens fetch lamp-4` has run; LongLaMP records or
-            plain documents as JSON lines (or a JSON list); a `datasets.Dataset`; a LongLaMP configuration on the
-            Hub such as `"longlamp/topic_writing_user"`. A plain document is `{"user_id", "text", "title"}` with
-            an optional `"id"` and `"date"`; the newest 2 of each user become evaluation examples.
+            plain documents as JSON lines (or a JSON list); a `datasets.Dataset` or a pandas data frame; a LongLaMP
+            configuration on the Hub such as `"longlamp/topic_writing_user"`. A plain document is
+            `{"user_id", "text", "title"}` with an optional `"id"` and `"date"`; the newest 2 of each user become
+            evaluation examples. Documents of equal date stay in the order of the file.
         outputs: the LaMP outputs file, as `{"task", "golds": [{"id", "output"}]}` or the bare list.
         task: a task name, when neither the outputs nor the inputs tell it.
-        max_users: stop after so many users.
+        max_users: the first so many users that can be used; what the file says of later ones is not looked at.
+        strict: refuse a user whose history is too short, who else is left out with a warning.
 
     Raises:
-        DataError: a file is missing or malformed; the message names file, record and field.
+        DataError: a file is missing or malformed, or no user can be used; the message names file, record and field.
     """
+    if max_users is not None and max_users < 1:
+        raise DataError(f"load_users: max_users is {max_users}; give a number from 1 up, or None for all")
     if isinstance(source, str) and source.lower().startswith("lamp-") and not os.path.isfile(source):
         fetched = folder_of(source.lower()) / "dev_questions.json"
         source = fetched if fetched.is_file() else source
-    if isinstance(source, (str, Path)):
-        name, records = _open(str(source))
-    elif isinstance(source, Iterable) and not isinstance(source, Mapping):
-        name, records = type(source).__name__, list(source)
+    name, records = _open(str(source)) if isinstance(source, (str, Path)) else _rows(source)
+    if not isinstance(source, (str, Path)):
         for index, record in enumerate(records):
             _check_whole(f"{name}, record {index}", record)
-    else:
-        raise DataError(f"load_users: {type(source).__name__} is no source; give a file, 'probe' or a list of records")
     items = [_Record(name, index, value) for index, value in enumerate(records)]
     if not items:
         raise DataError(f"{name} holds no records")
@@ -57,7 +70,37 @@ def load_users(
     else:
         golds, named = _golds(source, outputs) if not items[0].has("output") else ({}, None)
         users = _from_records(items, golds, task or named)
-    return users[:max_users]
+    return _usable(name, users, max_users, strict)
+
+
+class _TooShortError(DataError):
+    """A user who can be left out."""
+
+
+def _usable(name: str, users: Mapping[str, Callable[[], User]], limit: int | None, strict: bool) -> list[User]:
+    """The first users with a history that is long enough."""
+    found: list[User] = []
+    short: dict[str, _TooShortError] = {}
+    for user_id, make in users.items():
+        if len(found) == limit:
+            break
+        try:
+            found.append(make())
+        except _TooShortError as error:
+            if strict:
+                raise
+            short[user_id] = error
+    if short and not found:
+        raise next(iter(short.values()))
+    if short:
+        warn(f"{name}: {count_of(list(short))}; {next(iter(short.values()))}", stacklevel=3)
+    if partly := [user.id for user in found if not user.dated and any(one.date for one in user.history)]:
+        warn(
+            f"{name}: {len(partly)} users, {partly[0]!r} first, have documents without a date; their histories stay in "
+            "the order of the file, and count as undated",
+            stacklevel=3,
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -68,20 +111,41 @@ class _Record:
     index: int
     value: Any
 
-    def error(self, message: str) -> DataError:
-        return DataError(f"{self.file}, record {self.index}: {message[:_LONGEST]}")
+    def error(self, message: str, kind: type[DataError] = DataError) -> DataError:
+        return kind(f"{self.file}, record {self.index}: {message[:_LONGEST]}")
 
     def has(self, name: str) -> bool:
         if not isinstance(self.value, Mapping):
             raise self.error(f"expected an object, found {type(self.value).__name__}")
-        return self.value.get(name) is not None
+        return not is_missing(self.value.get(name))
 
-    def field(self, name: str, kind: type | tuple[type, ...] = (str, int, float)) -> Any:
+    def field(self, name: str, kind: type | tuple[type, ...] = (str, Real)) -> Any:
         if not self.has(name):
             raise self.error(f"field {name!r} is missing")
         if not isinstance(self.value[name], kind):
             raise self.error(f"field {name!r} is {type(self.value[name]).__name__}")
         return self.value[name]
+
+    def first_of(self, names: Iterable[str]) -> str | None:
+        """The first of these fields that is there."""
+        return next((name for name in names if self.has(name) and self.value[name] != ""), None)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A document with its record, and the field that its date is in."""
+
+    document: Document
+    record: _Record
+    dated: str | None
+
+    @property
+    def date(self) -> Any:
+        return self.record.value[self.dated] if self.dated else None
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        return dict(self.document.fields), repr(self.date)
 
 
 def _open(source: str) -> tuple[str, list[Any]]:
@@ -96,6 +160,14 @@ def _open(source: str) -> tuple[str, list[Any]]:
         raise DataError(f"load_users: {source} is not on this machine; run: dps-lens fetch {source.lower()}")
     found = f"{source[:200]!r} is a folder" if os.path.isdir(path) else f"there is no file {source[:200]!r}"
     raise DataError(f"load_users: {found}; give a file, 'probe' or 'longlamp/CONFIG'")
+
+
+def _rows(source: Any) -> tuple[str, list[Any]]:
+    """Records that are in memory."""
+    if not isinstance(source, Iterable) or isinstance(source, Mapping):
+        raise DataError(f"load_users: {type(source).__name__} is no source; give a file, 'probe' or a list of records")
+    to_dict = getattr(source, "to_dict", None) if hasattr(source, "iloc") else None
+    return type(source).__name__, list(to_dict("records") if to_dict else source)
 
 
 def _read(path: Path) -> str:
@@ -130,7 +202,7 @@ def _from_hub(source: str) -> list[Any]:
         raise DataError(f"{source}: the Hub could not be read ({str(error).splitlines()[0]})") from error
 
 
-def _golds(source: Any, outputs: str | Path | None) -> tuple[dict[str, str], str | None]:
+def _golds(source: Any, outputs: str | Path | None) -> tuple[dict[str, _Record], str | None]:
     """Answers by question id, and the task's name when the file gives it."""
     path = Path(outputs) if outputs else _outputs_beside(source)
     if path is None or not os.path.isfile(path):
@@ -142,8 +214,13 @@ def _golds(source: Any, outputs: str | Path | None) -> tuple[dict[str, str], str
     task, rows = (loaded.get("task"), loaded.get("golds")) if isinstance(loaded, Mapping) else (None, loaded)
     if not isinstance(rows, list) or not isinstance(task, str | None):
         raise DataError(f"{path.name}: expected a list of answers, or an object with 'golds' and a 'task' by name")
-    records = [_Record(path.name, index, row) for index, row in enumerate(rows)]
-    return {str(record.field("id")): str(record.field("output")) for record in records}, task
+    golds: dict[str, _Record] = {}
+    for index, row in enumerate(rows):
+        record = _Record(path.name, index, row)
+        known = golds.setdefault(str(record.field("id")), record)
+        if known.value != record.value:
+            raise record.error(f"field 'id' {record.value['id']!r} stands twice, with different answers")
+    return golds, task
 
 
 def _outputs_beside(source: Any) -> Path | None:
@@ -154,11 +231,56 @@ def _outputs_beside(source: Any) -> Path | None:
     return path.with_name(path.name.replace("questions", "outputs")) if "questions" in path.name else None
 
 
-def _user_id(record: _Record) -> str:
-    for name in (*_USER_FIELDS, "id"):
-        if record.value.get(name) is not None:
-            return str(record.value[name])
-    raise record.error(f"field 'user_id' is missing (any of {', '.join(_USER_FIELDS)}, id)")
+def _by_user(items: Iterable[_Record], fields: tuple[str, ...]) -> dict[str, list[_Record]]:
+    """The records of each user, in the order of the file."""
+    found: dict[str, list[_Record]] = {}
+    for record in items:
+        name = record.first_of(fields)
+        if name is None:
+            raise record.error(f"field 'user_id' is missing (any of {', '.join(fields)})" if fields[1:] else _NO_USER)
+        found.setdefault(str(record.field(name)), []).append(record)
+    return found
+
+
+def _from_records(
+    items: list[_Record], golds: Mapping[str, _Record], hint: str | None
+) -> dict[str, Callable[[], User]]:
+    """Users of questions: each record holds an input, an answer and a profile."""
+    users = _by_user(items, (*_USER_FIELDS, "id"))
+    return {user_id: partial(_user_of_questions, user_id, own, golds, hint) for user_id, own in users.items()}
+
+
+def _user_of_questions(user_id: str, records: list[_Record], golds: Mapping[str, _Record], hint: str | None) -> User:
+    """A user whose history is everything that the profiles of the questions hold."""
+    examples: dict[str, Example] = {}
+    profiles: dict[str, list[_Found]] = {}
+    for record in records:
+        example = _question(user_id, record, len(examples), golds, hint)
+        if example.id in examples:
+            raise record.error(f"field 'id' {example.id!r} stands twice for user {user_id!r}")
+        examples[example.id], profiles[example.id] = example, _documents(record, example.task)
+    history = _dated(_distinct(user_id, [found for profile in profiles.values() for found in profile]))
+    place_of = {document.id: place for place, document in enumerate(history)}
+    pools: dict[tuple[int, ...], Pool] = {}
+    for name, profile in profiles.items():
+        places = tuple(sorted({place_of[found.document.id] for found in profile}))
+        pool = pools.setdefault(places, Pool((history[place] for place in places), examples[name].task))
+        examples[name] = replace(examples[name], profile=Profile(pool))
+    return User(user_id, next(iter(examples.values())).task, tuple(history), tuple(examples.values()))
+
+
+def _question(user_id: str, record: _Record, number: int, golds: Mapping[str, _Record], hint: str | None) -> Example:
+    """A question with its answer, without its profile."""
+    task_input = str(record.field("input"))
+    try:
+        task = find_task(task_input, _profile(record), hint)
+    except DataError as error:
+        raise record.error(str(error)) from None
+    example_id = str(record.value["id"]) if record.has("id") else f"{user_id}/{number}"
+    if golds and example_id not in golds:
+        raise record.error(f"no answer with id {example_id!r} in the outputs file")
+    answer = golds[example_id] if golds else record
+    return Example(example_id, user_id, task, task_input, str(answer.field("output")), ())
 
 
 def _profile(record: _Record) -> list[Any]:
@@ -171,86 +293,94 @@ def _profile(record: _Record) -> list[Any]:
     return items
 
 
-def _documents(record: _Record, task: Task) -> tuple[Document, ...]:
-    found = []
-    for index, value in enumerate(_profile(record)):
-        item = _Record(f"{record.file}, record {record.index}, profile", index, value)
-        fields = {name: item.field(name) for name in task.fields}
-        date = value.get("date") or value.get("year")
-        found.append(Document(_id_of(value, fields), fields, str(date) if date else None))
-    if not found:
-        raise record.error("field 'profile' is empty; a user without history has no preferences to find")
-    return tuple(found)
+def _documents(record: _Record, task: Task) -> list[_Found]:
+    where = f"{record.file}, record {record.index}, profile"
+    items = [_Record(where, index, value) for index, value in enumerate(_profile(record))]
+    if not items:
+        raise record.error("field 'profile' is empty; without a history there are no preferences", _TooShortError)
+    return [_found(item, task) for item in items]
 
 
-def _id_of(value: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+def _found(record: _Record, task: Task, dates: tuple[str, ...] = _DATE_FIELDS) -> _Found:
+    fields = {name: record.field(name) for name in task.fields}
+    return _Found(Document(_id_of(record, fields), fields), record, record.first_of(dates))
+
+
+def _id_of(record: _Record, fields: Mapping[str, Any]) -> str:
     """A document's own id, or one made of its content, so that equal documents are one."""
-    if value.get("id") is not None:
-        return str(value["id"])
+    if record.has("id"):
+        return str(record.value["id"])
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _from_records(items: list[_Record], golds: Mapping[str, str], hint: str | None) -> list[User]:
-    """Users from questions: each record holds an input, an answer and a profile."""
-    examples: dict[str, list[Example]] = {}
-    for record in items:
-        task_input = str(record.field("input"))
-        try:
-            task = find_task(task_input, _profile(record), hint)
-        except DataError as error:
-            raise record.error(str(error)) from None
-        user_id = _user_id(record)
-        example_id = str(record.value["id"] if record.has("id") else f"{user_id}/{len(examples.get(user_id, []))}")
-        if any(example.id == example_id for example in examples.get(user_id, [])):
-            raise record.error(f"field 'id' {example_id!r} stands twice for user {user_id!r}")
-        if golds and example_id not in golds:
-            raise record.error(f"no answer with id {example_id!r} in the outputs file")
-        answer = golds[example_id] if golds else str(record.field("output"))
-        profile = _documents(record, task)
-        examples.setdefault(user_id, []).append(Example(example_id, user_id, task, task_input, answer, profile))
-    return [_user(user_id, own) for user_id, own in examples.items()]
+def _distinct(user_id: str, documents: Iterable[_Found]) -> list[_Found]:
+    """Each document once.
+
+    Raises:
+        DataError: two of them share an id.
+    """
+    found: dict[str, _Found] = {}
+    for one in documents:
+        known = found.setdefault(one.document.id, one)
+        if one.record.has("id") and known.content != one.content:
+            raise one.record.error(
+                f"field 'id' {one.document.id!r} stands twice for user {user_id!r}, with different contents; give "
+                "every document of a user an id of its own, or none"
+            )
+    return list(found.values())
 
 
-def _user(user_id: str, examples: list[Example], labels: Mapping[str, str] | None = None) -> User:
-    """A user whose history is everything that the profiles of the examples hold."""
-    history = list({document.id: document for example in examples for document in example.profile}.values())
-    if all(document.date for document in history):
-        history.sort(key=lambda document: document.date or "")
-    return User(user_id, examples[0].task, tuple(history), tuple(examples), labels or {})
+def _dated(documents: list[_Found]) -> list[Document]:
+    """The documents with their dates in ISO form, oldest first where all have one."""
+
+    def error(index: int, message: str) -> DataError:
+        return documents[index].record.error(f"field {documents[index].dated!r}: {message}")
+
+    dates = iso_dates([one.date for one in documents], error)
+    found = [replace(one.document, date=iso) for one, iso in zip(documents, dates, strict=True)]
+    return sorted(found, key=lambda one: one.date or "") if all(dates) else found
 
 
-def _from_documents(items: list[_Record], hint: str | None) -> list[User]:
-    """Users from plain documents: the newest become evaluation examples, the rest their profile."""
-    task = TASKS[hint] if hint in TASKS else TASKS["lamp-4"]
-    template = "Generate a headline for the following article:" if task.name == "lamp-4" else ""
-    grouped: dict[str, list[tuple[Document, _Record]]] = {}
-    for record in items:
-        fields = {name: record.field(name) for name in task.fields}
-        user_id, date = str(record.field("user_id")), record.value.get("date")
-        document = Document(_id_of(record.value, fields), fields, str(date) if date else None)
-        own = grouped.setdefault(user_id, [])
-        if any(document.id == other.id for other, _ in own):
-            raise record.error(f"document {document.id!r} of user {user_id!r} stands twice")
-        own.append((document, record))
-    return [_user_of_documents(user_id, own, task, template) for user_id, own in grouped.items()]
+def _from_documents(items: list[_Record], hint: str | None) -> dict[str, Callable[[], User]]:
+    """Users of plain documents: the newest become evaluation examples, the rest their profile."""
+    task = find_task("", [], hint) if hint else TASKS["lamp-4"]
+    users = _by_user(items, ("user_id",))
+    return {user_id: partial(_user_of_documents, user_id, own, task) for user_id, own in users.items()}
 
 
-def _user_of_documents(user_id: str, own: Iterable[tuple[Document, _Record]], task: Task, template: str) -> User:
-    pairs = list(own)
-    if all(document.date for document, _ in pairs):
-        pairs.sort(key=lambda pair: pair[0].date or "")
-    documents, last = [document for document, _ in pairs], pairs[-1][1]
-    if len(documents) <= N_NEWEST:
+def _user_of_documents(user_id: str, records: list[_Record], task: Task) -> User:
+    last = records[-1]
+    if len(records) <= N_NEWEST:
         raise last.error(
-            f"user {user_id!r} has {len(documents)} documents; more than {N_NEWEST} are needed, because the newest "
-            f"{N_NEWEST} are kept for evaluation"
+            f"user {user_id!r} has {len(records)} documents; more than {N_NEWEST} are needed, because the newest "
+            f"{N_NEWEST} are kept for evaluation",
+            _TooShortError,
         )
-    history, newest = tuple(documents[:-N_NEWEST]), documents[-N_NEWEST:]
+    documents = _dated(_named_apart(user_id, [_found(record, task, ("date",)) for record in records]))
+    pool = Pool(documents[:-N_NEWEST], task)
+    template = "Generate a headline for the following article:" if task.name == "lamp-4" else ""
     examples = []
-    for document in newest:
+    for document in documents[-N_NEWEST:]:
         pair = task.pair(document.fields, template)
         if pair is None:
-            raise last.error(f"field {task.target!r} of document {document.id!r} is empty")
-        examples.append(Example(document.id, user_id, task, *pair, history))
-    labels = {name: str(last.value[name]) for name in ("style", "topic") if name in last.value}
-    return User(user_id, task, history, tuple(examples), labels)
+            raise last.error(f"field {task.target!r} of document {document.id!r} is empty", _TooShortError)
+        examples.append(Example(document.id, user_id, task, *pair, Profile(pool)))
+    labels = {name: str(last.value[name]) for name in ("style", "topic") if last.has(name)}
+    return User(user_id, task, pool.documents, tuple(examples), labels)
+
+
+def _named_apart(user_id: str, documents: list[_Found]) -> list[_Found]:
+    """Documents with ids of their own; equal ones without an id are numbered.
+
+    Raises:
+        DataError: an id of the file stands twice.
+    """
+    found: dict[str, _Found] = {}
+    for one in documents:
+        name, number = one.document.id, 1
+        if one.record.has("id") and name in found:
+            raise one.record.error(f"field 'id': document {name!r} of user {user_id!r} stands twice")
+        while name in found:
+            name, number = f"{one.document.id}-{number + 1}", number + 1
+        found[name] = replace(one, document=replace(one.document, id=name))
+    return list(found.values())

@@ -1,11 +1,12 @@
-"""Users, their documents and their examples."""
+"""Users and their examples."""
 
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from textwrap import shorten
-from typing import Any
 
+from dps_lens.data.documents import Document, Pool, Profile, start_of
+from dps_lens.data.same import asked_parts
 from dps_lens.data.tasks import Task
 from dps_lens.errors import DataError
 from dps_lens.literals import Discovery
@@ -14,29 +15,11 @@ MIN_PROFILE = 3
 
 
 @dataclass(frozen=True)
-class Document:
-    """One earlier document of a user.
-
-    Attributes:
-        id: unique within the user's history.
-        fields: the record's own fields, as its task names them (`title`, `text`, `score`, …).
-        date: ISO date, or None when the history is undated.
-    """
-
-    id: str
-    fields: Mapping[str, Any]
-    date: str | None = None
-
-    def __repr__(self) -> str:
-        return f"Document({self.id!r}, {self.date or 'undated'}: {_start(' '.join(map(str, self.fields.values())))})"
-
-
-@dataclass(frozen=True)
 class Example:
     """One task input of a user, with the answer that the user wrote.
 
     Attributes:
-        profile: the documents that a prompt may show for this example.
+        profile: the documents that were there when it was asked.
     """
 
     id: str
@@ -44,11 +27,27 @@ class Example:
     task: Task
     input: str
     reference: str
-    profile: tuple[Document, ...]
+    profile: Sequence[Document]
 
     def __repr__(self) -> str:
         about = f"{self.id!r} of {self.user_id!r}, {self.task.name}, {len(self.profile)} documents"
-        return f"Example({about}: {_start(self.input)} → {_start(self.reference)})"
+        return f"Example({about}: {start_of(self.input)} → {start_of(self.reference)})"
+
+    @cached_property
+    def parts(self) -> tuple[str, ...]:
+        """What is shown and asked for, as documents are compared with it."""
+        return asked_parts(self.task, self.input, self.reference)
+
+    @cached_property
+    def showable(self) -> Profile:
+        """The documents that a prompt may show: the profile without those that hold the text that is asked for."""
+        return Profile.of(self.profile, self.task).unlike(self.parts)
+
+    def showable_of(self, donor: "User") -> Profile:
+        """What a prompt may show of another user in place of the own profile: nothing that is in it, or asked for."""
+        own = Profile.of(self.profile, self.task).pool.known
+        shared = frozenset(place for place, parts in enumerate(donor.pool.parts) if parts in own)
+        return Profile(donor.pool).less([shared]).unlike(self.parts)
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,24 @@ class User:
         return bool(self.history) and all(document.date for document in self.history)
 
     @cached_property
-    def discovery_pool(self) -> tuple[Document, ...]:
-        """The history without any document that an evaluation example asks for."""
-        return tuple(
-            d for d in self.history if not any(self.task.is_same_text(d.fields, d.id, e) for e in self.examples)
+    def pool(self) -> Pool:
+        """The history, oldest first when dated, with what is worked out of it once."""
+        documents = sorted(self.history, key=lambda one: one.date or "") if self.dated else self.history
+        return Pool(documents, self.task)
+
+    @cached_property
+    def _asked_for(self) -> frozenset[int]:
+        """Places of the documents that hold the text of an evaluation example."""
+        ids = {example.id for example in self.examples}
+        held = {place for place, document in enumerate(self.pool.documents) if document.id in ids}
+        return frozenset(
+            held.union(*(group for example in self.examples for group in self.pool.texts.like(example.parts)))
         )
+
+    @cached_property
+    def discovery_pool(self) -> tuple[Document, ...]:
+        """The history without any document that holds the text of an evaluation example."""
+        return tuple(Profile(self.pool, without=[self._asked_for]))
 
     def discovery_examples(self, discovery: Discovery = "history") -> tuple[Example, ...]:
         """Examples to find heads on, oldest first; no evaluation text is in them.
@@ -88,8 +100,8 @@ class User:
         Args:
             discovery: `"history"` turns documents into examples. In a dated history the profile of such
                 an example is what is strictly older, at least 3 documents; in an undated one it is all
-                the rest. `"labelled"` takes the user's own labelled questions, which are then not to be
-                used for evaluation.
+                the rest. No profile holds the text of its example, under whatever id. `"labelled"` takes the user's
+                own labelled questions, which are then not to be used for evaluation.
 
         Raises:
             DataError: the task's history holds no task pairs (LaMP-1, LaMP-7).
@@ -103,21 +115,20 @@ class User:
                 f"user {self.id}: a {self.task.name} history holds no task pairs to find heads on; use "
                 "discovery='labelled' and evaluate on other users"
             )
-        pool = self.discovery_pool
+        return self._from_history
+
+    @cached_property
+    def _from_history(self) -> tuple[Example, ...]:
         template = self.examples[0].input if self.examples else ""
+        dates = [document.date or "" for document in self.pool.documents] if self.dated else []
         found = []
-        for document in pool:
-            profile = self._profile_of(document, pool)
+        for place, document in enumerate(self.pool.documents):
             pair = self.task.pair(document.fields, template)
-            if pair and len(profile) >= MIN_PROFILE:
+            if pair is None or place in self._asked_for:
+                continue
+            stop = bisect_left(dates, dates[place]) if dates else None
+            same = self.pool.texts.like_own(place)
+            profile = Profile(self.pool, stop, [self._asked_for, frozenset([place]), *same])
+            if len(profile) >= MIN_PROFILE:
                 found.append(Example(document.id, self.id, self.task, *pair, profile))
         return tuple(found)
-
-    def _profile_of(self, document: Document, pool: tuple[Document, ...]) -> tuple[Document, ...]:
-        if self.dated:
-            return tuple(other for other in pool if other.date < document.date)  # type: ignore[operator]
-        return tuple(other for other in pool if other is not document)
-
-
-def _start(text: str) -> str:
-    return shorten(text, 60, placeholder=" …")

@@ -11,8 +11,6 @@ from typing import Any
 
 from dps_lens.errors import DataError
 
-_COMPARED = 80
-
 
 @dataclass(frozen=True)
 class Task:
@@ -75,24 +73,9 @@ class Task:
         instruction = template[: position + len(self.keyword)] if position >= 0 else self.keyword
         return f"{instruction} {shown}", answer
 
-    def is_same_text(self, fields: Mapping[str, Any], document_id: str, example: Any) -> bool:
-        """A document is what an evaluation example shows or asks for."""
-        if document_id == example.id:
-            return True
-        asked_for = _folded(example.reference)
-        shown = _folded(example.input)
-        if self.target and not self.closed and asked_for and _folded(fields[self.target]) == asked_for:
-            return True
-        body = _folded(fields[self.body])[:_COMPARED]
-        return len(body) >= _COMPARED // 2 and (body in shown or body in asked_for)
-
 
 def _one_line(value: object) -> str:
     return " ".join(str(value).split())
-
-
-def _folded(value: object) -> str:
-    return _one_line(value).casefold()
 
 
 TASKS: dict[str, Task] = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dps_lens.data.examples import key_of
 from dps_lens.errors import RunError
 from dps_lens.runs import RunFolder, changes, read_manifest
 from dps_lens.scores import HeadScores
@@ -118,10 +119,11 @@ def _merged(parts: Sequence[HeadScores], examples: Sequence[str]) -> HeadScores:
     manifest = {name: value for name, value in parts[0].manifest.items() if name not in ("shard", "quarantined")}
     quarantined = {key: reason for part in parts for key, reason in part.manifest.get("quarantined", {}).items()}
     whole = HeadScores.join(parts)
-    place = {example: index for index, example in enumerate(examples)}
-    if foreign := [example for example in whole.example_ids if example not in place]:
+    place = {key: index for index, key in enumerate(examples)}
+    keys = [key_of(*row) for row in zip(whole.user_ids, whole.example_ids, strict=True)]
+    if foreign := [key for key in keys if key not in place]:
         raise RunError(f"merge_runs: example {foreign[0]!r} is not of this run")
-    merged = whole.take(sorted(range(len(whole.example_ids)), key=lambda row: place[whole.example_ids[row]]))
+    merged = whole.take(sorted(range(len(keys)), key=lambda row: place[keys[row]]))
     if missing := len(examples) - len(merged.example_ids) - len(quarantined):
         shards = ", ".join(str(part.manifest.get("shard", "all")) for part in parts)
         raise RunError(f"merge_runs: {missing} of {len(examples)} examples are missing; these are shards {shards}")

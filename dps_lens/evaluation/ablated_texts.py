@@ -127,7 +127,7 @@ class TextWork(HeldOutWork):
 
     @cached_property
     def metric(self) -> str:
-        return metrics_of(self.examples[0].task)[0].name
+        return metrics_of(self.examples[0].task, [example.reference for example in self.examples])[0].name
 
     def sets(self, example: Example) -> tuple[list[tuple[str, int]], list[HeadSet]]:
         """Family and draw of every answer, and the heads that it is written without."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dps_lens.adapters.tuning import UserLora, tune_lora
 from dps_lens.data import Example, Note, PromptConfig, User, build_prompt
+from dps_lens.data.examples import key_of
 from dps_lens.evaluation.methods import Kind
 from dps_lens.model import HookedModel
-from dps_lens.runs import key_of
 from dps_lens.steering import SteeringVector, generate
 from dps_lens.vectors.steerx import NothingDrivenError, steerx_vectors
 from dps_lens.vectors.style import style_differences

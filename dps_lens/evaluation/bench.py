@@ -90,7 +90,7 @@ class Bench(Work):
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
         """What answers are measured by; settings are chosen by the first."""
-        return self.asked_metrics or metrics_of(self.task)
+        return self.asked_metrics or metrics_of(self.task, [example.reference for example in self.examples])
 
     def discovery(self, user: User) -> tuple[Example, ...]:
         return user.discovery_examples() if self.task.has_pairs else ()
@@ -138,7 +138,7 @@ class Bench(Work):
             "better": {metric.name: metric.better for metric in self.metrics},
             "measured_with": metric_libraries(),
             **describe_inputs(self.model, self.users, self.examples, self.prompt_config),
-            "examples": [example.id for example in self.examples],
+            "examples": [unit_key(example) for example in self.examples],
         }
 
     def run(self, run: Run) -> Evaluation:

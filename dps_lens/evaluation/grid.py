@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dps_lens.data import PromptConfig, User, build_prompt
+from dps_lens.data.examples import key_of
 from dps_lens.data.tokenizer import without_special
 from dps_lens.errors import EvaluationError, SteeringError
 from dps_lens.evaluation.answers import fluency, measured
-from dps_lens.evaluation.metrics import metric_libraries, metrics_of
+from dps_lens.evaluation.metrics import Metric, metric_libraries, metrics_of
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
@@ -62,6 +63,11 @@ class SteeredText:
     alternatives: list[list[tuple[str, float]]]
     scores: dict[str, float]
 
+    @property
+    def key(self) -> str:
+        """Of its user and example."""
+        return key_of(self.user, self.example)
+
 
 @dataclass(frozen=True, repr=False)
 class SteeringGrid(Result):
@@ -71,7 +77,7 @@ class SteeringGrid(Result):
         texts: one an example, γ and K; γ = 0 once an example.
         gammas: strengths, without 0.
         ks: numbers of heads.
-        references: example → what the user wrote.
+        references: what the user wrote, by the key of user and example.
         manifest: settings.
     """
 
@@ -94,14 +100,19 @@ class SteeringGrid(Result):
         """What every answer was measured by, and `KL`, the mean a step."""
         return (*dict.fromkeys(name for one in self.texts for name in one.scores), "KL")
 
-    def find(self, example: str, gamma: float, k: int) -> SteeredText:
-        """One answer; any K stands for γ = 0.
+    def find(self, example: str, gamma: float, k: int, *, user: str | None = None) -> SteeredText:
+        """One answer; any K stands for γ = 0. Where several users have an example of this id, name the user.
 
         Raises:
-            EvaluationError: it is not in the grid.
+            EvaluationError: it is not in the grid, or there are several.
         """
-        for one in self.texts:
-            if (one.example, one.gamma) == (example, gamma) and (one.k == k or not gamma):
+        asked = [one for one in self.texts if one.example == example and user in (None, one.user)]
+        if len(owners := {one.user for one in asked}) > 1:
+            raise EvaluationError(
+                f"grid: {len(owners)} users have an example {example!r}; give user=, such as {min(owners)!r}"
+            )
+        for one in asked:
+            if one.gamma == gamma and (one.k == k or not gamma):
                 return one
         raise EvaluationError(
             f"grid: no text of example {example!r} at γ = {gamma:g} and K = {k}; γ is one of "
@@ -113,14 +124,14 @@ class SteeringGrid(Result):
         `difference` to γ = 0 with `difference_low` and `difference_high`, paired by example."""
         import pandas as pd
 
-        plain = {one.example: one for one in self.texts if not one.gamma}
+        plain = {one.key: one for one in self.texts if not one.gamma}
         rows = []
         for gamma, k in dict.fromkeys((one.gamma, one.k) for one in self.texts):
             chosen = [one for one in self.texts if (one.gamma, one.k) == (gamma, k)]
             for name in self.measures:
                 row: dict[str, Any] = {"gamma": gamma, "K": k, "measure": name}
                 values = [(one.user, _value(one, name)) for one in chosen]
-                change = [(one.user, _value(one, name) - _value(plain[one.example], name)) for one in chosen]
+                change = [(one.user, _value(one, name) - _value(plain[one.key], name)) for one in chosen]
                 row |= interval(_user_means(values), level)
                 row |= columns("difference", interval(_user_means(change), level)) if gamma else {}
                 rows.append(row)
@@ -196,7 +207,7 @@ def steering_grid(
     run.open(work.fingerprint())
     units = run.units(work, list(work.by_key), "steering")
     texts = [text for unit in units.made.values() for text in _unpacked(unit)]
-    references = {one.id: one.reference for one in work.examples}
+    references = {key: one.reference for key, one in work.by_key.items()}
     return run.keep(SteeringGrid(tuple(texts), strengths, sizes, references, run.manifest))
 
 
@@ -210,6 +221,10 @@ class GridWork(HeldOutWork):
     gammas: tuple[float, ...] = ()
     length: int = 0
     alternatives: int = 0
+
+    @cached_property
+    def metrics(self) -> tuple[Metric, ...]:
+        return metrics_of(self.users[0].task, [example.reference for example in self.examples])
 
     @cached_property
     def style(self) -> StyleMeasure | None:
@@ -235,7 +250,7 @@ class GridWork(HeldOutWork):
         )
         none = build_prompt(model, example, "none", config=config)
         answers = {str(index): without_special(model, tokens) for index, tokens in enumerate(written.tokens)}
-        nlls, metrics = fluency(model, none, list(answers.values())).tolist(), metrics_of(example.task)
+        nlls, metrics = fluency(model, none, list(answers.values())).tolist(), self.metrics
         rows = measured(model, example, answers, nlls, self.style, metrics)
         names = (*(metric.name for metric in metrics), "style", "NLL", "repeated")
         texts = [

@@ -184,7 +184,7 @@ def _both_orders(
 
 
 def _question(example: Example, a: str, b: str, criteria: Mapping[str, str], documents: int) -> str:
-    shown = retrieve(example.profile, example.task.query(example.input), documents, task=example.task)
+    shown = retrieve(example.showable, example.task.query(example.input), documents, task=example.task)
     texts = ["- " + "".join(example.task.parts(document.fields))[:_SHOWN_CHARACTERS] for document in shown]
     listed = "\n".join(f"- {name}: {meaning}" for name, meaning in criteria.items())
     return _ASK.format(

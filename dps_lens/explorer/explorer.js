@@ -127,10 +127,10 @@ function hint(target, text) {
 // state, kept in the address
 
 const views = data.views, grid = data.grid;
-const texts = grid ? [...new Map(grid.texts.map((one) => [one.example, one.user]))] : [];
+const texts = grid ? [...new Map(grid.texts.map((one) => [one.key, one]))] : [];
 const first = data.tops.length ? data.tops[0] : nameOf(0);
 const fresh = {
-  tab: "heads", user: EVERYBODY, map: "PCS", head: first, view: views.length ? views[0].example : "",
+  tab: "heads", user: EVERYBODY, map: "PCS", head: first, view: views.length ? views[0].key : "",
   text: texts.length ? texts[0][0] : "", gamma: grid ? String(grid.gammas[Math.floor(grid.gammas.length / 2)]) : "0",
   k: grid ? String(grid.ks[grid.ks.length - 1]) : "0", overlap: "", ablation: "",
 };
@@ -142,8 +142,8 @@ function read() {
   if (!Object.hasOwn(data.maps, found.map) && !defined.includes(found.map)) found.map = fresh.map;
   if (found.user && !data.users.includes(found.user)) found.user = fresh.user;
   if (indexOf(found.head) < 0) found.head = fresh.head;
-  if (!views.some((view) => view.example === found.view)) found.view = fresh.view;
-  if (!texts.some(([example]) => example === found.text)) found.text = fresh.text;
+  if (!views.some((view) => view.key === found.view)) found.view = fresh.view;
+  if (!texts.some(([key]) => key === found.text)) found.text = fresh.text;
   if (grid && ![0, ...grid.gammas].includes(+found.gamma)) found.gamma = fresh.gamma;
   if (grid && !grid.ks.includes(+found.k)) found.k = fresh.k;
   if (!document.getElementById(`tab-${found.tab}`)) found.tab = fresh.tab;
@@ -249,11 +249,11 @@ function drawExamples(i) {
 }
 
 function drawAttention() {
-  const view = views.find((one) => one.example === state.view), target = $("attention");
+  const view = views.find((one) => one.key === state.view), target = $("attention");
   if (!view) { target.replaceChildren(element("span", "No attention was kept for this page.")); return; }
   const row = view.heads.indexOf(nameOf(indexOf(state.head))), n = view.pieces.length;
   if (row < 0) { target.replaceChildren(element("span", "Attention of this head was not kept; the page holds that of the best heads of every family.")); $("view-note").textContent = ""; return; }
-  const values = once(`view|${view.example}`, () => bytes(view.values)), largest = view.largest[row];
+  const values = once(`view|${view.key}`, () => bytes(view.values)), largest = view.largest[row];
   const span = (at) => Object.keys(view.spans).find((name) => at >= view.spans[name][0] && at < view.spans[name][1]) || "";
   let inProfile = 0;
   target.replaceChildren(...view.pieces.map((piece, at) => {
@@ -324,9 +324,9 @@ const scores = (one) => Object.entries(one.scores).map(([name, value]) => `${nam
 function drawTexts() {
   if (!grid || writing) return;
   const gamma = +state.gamma, k = +state.k;
-  const find = (g) => grid.texts.find((one) => one.example === state.text && one.gamma === g && (one.k === k || !g));
+  const find = (g) => grid.texts.find((one) => one.key === state.text && one.gamma === g && (one.k === k || !g));
   const plain = find(0), steered = find(gamma);
-  const largest = Math.max(1e-9, ...grid.texts.filter((one) => one.example === state.text).flatMap((one) => one.shifts.map((shift) => Math.abs(shift ?? 0))));
+  const largest = Math.max(1e-9, ...grid.texts.filter((one) => one.key === state.text).flatMap((one) => one.shifts.map((shift) => Math.abs(shift ?? 0))));
   $("text-own").textContent = grid.references[state.text];
   tokens($("text-plain"), plain, largest);
   tokens($("text-steered"), steered, largest);
@@ -338,13 +338,14 @@ function drawTexts() {
 
 let writing = null;
 async function write() {
+  const asked = texts.find(([key]) => key === state.text)[1];
   writing = new AbortController();
   $("write").disabled = true; $("cancel").disabled = false; $("spinner").hidden = false;
   $("text-steered").textContent = ""; $("steered-scores").textContent = "";
   try {
     const reply = await fetch("steer", {
       method: "POST", headers: { "Content-Type": "application/json" }, signal: writing.signal,
-      body: JSON.stringify({ example: state.text, gamma: +$("gamma-free").value, k: +$("k-free").value }),
+      body: JSON.stringify({ user: asked.user, example: asked.example, gamma: +$("gamma-free").value, k: +$("k-free").value }),
     });
     if (!reply.ok) throw new Error((await reply.json()).error);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -399,8 +400,8 @@ function draw() {
 
 options($("user"), [[EVERYBODY, `mean of ${data.users.length} users`], ...data.users.map((user) => [user, user])]);
 options($("map"), [...Object.keys(data.maps), ...defined].map((name) => [name, isFamily(name) ? `family: ${words(name)}` : name]));
-options($("view"), views.map((view) => [view.example, `${view.user}: ${view.example}`]));
-options($("text"), texts.map(([example, user]) => [example, `${user}: ${example}`]));
+options($("view"), views.map((view) => [view.key, `${view.user}: ${view.example}`]));
+options($("text"), texts.map(([key, one]) => [key, `${one.user}: ${one.example}`]));
 if (!grid) for (const part of document.querySelectorAll("#texts > :not(#texts-figures)")) part.hidden = true;
 if (grid) {
   for (const [id, values] of [["gamma", [0, ...grid.gammas].sort((a, b) => a - b)], ["k", grid.ks]]) {
@@ -417,7 +418,7 @@ if (grid) {
 }
 $("user").addEventListener("change", (event) => {
   const user = event.target.value, view = views.find((one) => one.user === user);
-  go({ user, ...(view ? { view: view.example } : {}) });
+  go({ user, ...(view ? { view: view.key } : {}) });
 });
 $("map").addEventListener("change", (event) => go({ map: event.target.value }));
 $("view").addEventListener("change", (event) => go({ view: event.target.value }));

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from plotly.colors import get_colorscale
 from torch import Tensor
 
+from dps_lens.data.examples import key_of
 from dps_lens.errors import RunError
 from dps_lens.evaluation import SteeringGrid
 from dps_lens.files import write_text
@@ -219,6 +220,7 @@ def _view(view: ExampleView) -> dict[str, Any]:
     top = view.attention.amax(dim=1).clamp(min=1e-9)
     scaled = (view.attention / top[:, None] * 255).round().to(torch.uint8)
     return {
+        "key": key_of(view.user, view.example),
         "user": view.user,
         "example": view.example,
         "pieces": list(view.pieces),
@@ -240,6 +242,7 @@ def _grid(found: Exploration) -> dict[str, Any] | None:
         "references": grid.references,
         "texts": [
             {
+                "key": one.key,
                 "user": one.user,
                 "example": one.example,
                 "gamma": one.gamma,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dps_lens.data import Example, PromptConfig, User, build_prompt
+from dps_lens.data.examples import unit_key
 from dps_lens.errors import DPSLensError, SteeringError
 from dps_lens.explorer.content import ranked_for
 from dps_lens.explorer.page import Exploration, page
@@ -81,8 +82,9 @@ class Writer:
     def __init__(self, model: HookedModel, users: Sequence[User], found: Exploration) -> None:
         self.model, self.grid = model, found.grid
         assert self.grid is not None
-        asked = {one.example for one in self.grid.texts}
-        self._examples = {one.id: one for user in users for one in user.examples if one.id in asked}
+        asked = {one.key for one in self.grid.texts}
+        shown = [one for user in users for one in user.examples if unit_key(one) in asked]
+        self._examples = {(one.user_id, one.id): one for one in shown}
         total = found.scores.values[0].numel()
         owners = {one.user_id for one in self._examples.values()}
         self._heads = ranked_for(found.scores, [user for user in users if user.id in owners], total)
@@ -96,16 +98,17 @@ class Writer:
             SteeringError: a field is missing or wrong; names it.
         """
         if not isinstance(request, dict):
-            raise SteeringError("steer: send a JSON object with example, gamma and k")
-        example, gamma, k = (request.get(name) for name in ("example", "gamma", "k"))
-        if not isinstance(example, str) or example not in self._examples:
-            raise SteeringError(f"steer: example {example!r:.80} is not on this page")
+            raise SteeringError("steer: send a JSON object with user, example, gamma and k")
+        user, name, gamma, k = (request.get(field) for field in ("user", "example", "gamma", "k"))
+        example = self._examples.get((str(user), str(name)))
+        if example is None:
+            raise SteeringError(f"steer: example {name!r:.80} of user {user!r:.80} is not on this page")
         if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not -1 <= gamma <= 1000:
             raise SteeringError(f"steer: gamma {gamma!r:.80} is not a number of at least −1")
-        heads = self._heads[self._examples[example].user_id]
+        heads = self._heads[example.user_id]
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= len(heads):
             raise SteeringError(f"steer: k {k!r:.80} is not a whole number from 1 to {len(heads)}")
-        return self._examples[example], heads[:k], float(gamma)
+        return example, heads[:k], float(gamma)
 
     def write(self, example: Example, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:
         """`{"text": …}` piece by piece, then `{"done": …}`, or `{"error": …}`; closing the iterator ends the text.

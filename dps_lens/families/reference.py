@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from platformdirs import user_cache_path
 
 from dps_lens.data import PromptConfig
-from dps_lens.data.identity import tokenizer_digest
+from dps_lens.data.tokenizer import tokenizer_digest
 from dps_lens.errors import ScoreError
 from dps_lens.families.function_vector import FunctionVector
 from dps_lens.families.repeated import Repeated

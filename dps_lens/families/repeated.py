@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dps_lens.data.tokenizer import start_token
 from dps_lens.errors import ScoreError
 from dps_lens.families.work import FamilyWork
 from dps_lens.model import HookedModel, check_attention_reads
@@ -87,7 +88,7 @@ def repeated_tokens(model: HookedModel, length: int, seed: int) -> Int[Tensor, "
         raise ScoreError(f"repeated_tokens: {length} distinct tokens asked for, the tokenizer has {len(usable)}")
     generator = torch.Generator().manual_seed(seed)
     drawn = usable[torch.randperm(len(usable), generator=generator)[:length]]
-    bos = model.tokenizer.bos_token_id
+    bos = start_token(model.tokenizer)
     start = torch.tensor([bos] if bos is not None else [], dtype=torch.long)
     return torch.cat([start, drawn, drawn])[None]
 

@@ -1,17 +1,18 @@
 """GGUF files, converted once to safetensors."""
 
-import hashlib
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 from platformdirs import user_cache_path
 
 from dps_lens.errors import DPSLensError, ModelLoadError, reason
 from dps_lens.model.checkpoint import check_complete
 
-_SAMPLED_BYTES = 2**24
+_PIECE = 2**24
 
 
 def converted(gguf: Path, dtype: torch.dtype) -> Path:
@@ -34,20 +35,19 @@ def converted(gguf: Path, dtype: torch.dtype) -> Path:
 
 
 def _content_key(gguf: Path, dtype: torch.dtype) -> str:
-    """A digest of a file's size, its two ends, and the dtype it is converted to."""
-    size = gguf.stat().st_size
-    digest = hashlib.sha256(f"{size}|{dtype}".encode())
+    """A digest of every byte of a file, and the dtype it is converted to."""
+    digest = xxhash.xxh3_64(str(dtype))
     with gguf.open("rb") as file:
-        digest.update(file.read(_SAMPLED_BYTES))
-        file.seek(max(0, size - _SAMPLED_BYTES))
-        digest.update(file.read())
+        while piece := file.read(_PIECE):
+            digest.update(piece)
     return digest.hexdigest()[:12]
 
 
 def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    read: Any = AutoModelForCausalLM.from_pretrained
+    model, found = read(
         gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
     check_complete(str(gguf), found)

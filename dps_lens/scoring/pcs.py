@@ -65,7 +65,7 @@ def score_heads(
         scores with `components` and the NLL of the unablated model in every condition.
 
     Raises:
-        ScoreError: the settings do not fit together, or a user has no discovery example.
+        ScoreError: the settings do not fit together, or no user has a discovery example.
         RunError: `out` holds a run with other settings, or an engine could not make one unit.
     """
     run = Run(model, HeadScores, out, engine, run_config)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import prompts_in
-from dps_lens.data.examples import by_key, newest
+from dps_lens.data.examples import by_key, newest, unit_key, with_examples
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import PromptError, ScoreError
 from dps_lens.intervene import Ablation, Context, Mean, Patch, Where, record_z
@@ -37,12 +37,14 @@ class ScoreConfig:
         n_donors: other users for `against="other_user"`, drawn with `seed`.
         exact_layers: for `"screened"`, layers that are always exact.
         confirm: for `"screened"`, share of all heads that estimates may choose beyond these layers.
+        strict: refuse a user without a discovery example, who else is left out with a warning.
     """
 
     discovery: Discovery = "history"
     n_donors: int = 3
     exact_layers: int = 2
     confirm: float = 0.15
+    strict: bool = False
 
     def __post_init__(self) -> None:
         check_whole(ScoreError, "ScoreConfig: n_donors", self.n_donors, least=1)
@@ -119,16 +121,10 @@ class Sweep(Work):
 
     @cached_property
     def examples(self) -> list[Example]:
-        examples: list[Example] = []
-        for user in self.users:
-            own = user.discovery_examples(self.config.discovery)
-            if not own:
-                raise ScoreError(
-                    f"score_heads: user {user.id!r} has no discovery example (a dated history needs more than 3 "
-                    f"documents, this one has {len(user.discovery_pool)}); leave the user out"
-                )
-            examples.extend(newest(own, self.max_examples))
-        return examples
+        discovery = self.config.discovery
+        users = with_examples("score_heads", self.users, discovery, strict=self.config.strict)
+        found = (newest(user.discovery_examples(discovery), self.max_examples) for user in users)
+        return [example for own in found for example in own]
 
     @cached_property
     def by_key(self) -> dict[str, Example]:
@@ -258,7 +254,7 @@ class Sweep(Work):
             "seed": self.seed,
             **more,
             **describe_inputs(self.model, self.users, self.examples, self.prompt_config),
-            "examples": [example.id for example in self.examples],
+            "examples": [unit_key(example) for example in self.examples],
         }
 
     def collect(self, units: Units, manifest: dict[str, Any]) -> HeadScores:

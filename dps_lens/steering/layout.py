@@ -1,15 +1,14 @@
 """What `generate` was asked for, one prompt after the other, and the rows of the batch that answer it."""
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
 from torch import Tensor
 
 from dps_lens.data import Prompt
+from dps_lens.data.tokenizer import end_of_turn_ids, start_token
 from dps_lens.errors import SteeringError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Ablation, Zero
@@ -163,7 +162,7 @@ def _ids(model: HookedModel, prompt: Prompt | str) -> Int[Tensor, " pos"]:
         ids = prompt.prompt_tokens
     else:
         ids = torch.tensor(model.tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.long)
-        bos = model.tokenizer.bos_token_id
+        bos = start_token(model.tokenizer)
         # A chat template opens with its own marker, which for some models is the BOS token.
         if bos is not None and ids[:1].tolist() != [bos]:
             ids = torch.cat([torch.tensor([bos]), ids])
@@ -192,21 +191,4 @@ def end_tokens(model: HookedModel) -> set[int]:
     config = getattr(getattr(model, "original_model", None), "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     every = (*(ends if isinstance(ends, (list, tuple)) else [ends]), model.tokenizer.eos_token_id)
-    return {int(token) for token in (*every, *_end_of_turn_ids(model)) if token is not None}
-
-
-def _end_of_turn_ids(model: HookedModel) -> tuple[int, ...]:
-    """The added tokens that a chat template puts right behind an answer."""
-    tokenizer, answer = model.tokenizer, "gladly"
-    if not getattr(tokenizer, "chat_template", None):
-        return ()
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError:  # of a template that takes no such conversation
-        return ()
-    _, found, tail = text.rpartition(answer)
-    if not found:
-        return ()
-    ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
-    return tuple(takewhile(set(tokenizer.added_tokens_decoder).__contains__, ids))
+    return {int(token) for token in (*every, *end_of_turn_ids(model)) if token is not None}

@@ -13,11 +13,11 @@ from torch import Tensor
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.data.conditions import donors_of
+from dps_lens.data.examples import key_of
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.intervene import Zero
 from dps_lens.literals import Select
 from dps_lens.model import HookedModel, native_attention
-from dps_lens.runs import key_of
 from dps_lens.scoring import CleanRun
 from dps_lens.scoring.objectives import losses_of_rows
 from dps_lens.selection import HeadSource

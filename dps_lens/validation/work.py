@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dps_lens.checks import check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, Shown, User, build_prompt
-from dps_lens.data.examples import by_key, held_out_examples
+from dps_lens.data.examples import by_key, held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import ScoreError
 from dps_lens.files import tensor_digest
@@ -246,7 +246,7 @@ class HeldOutWork(Work):
             "families": list(sets),
             "sets": tested,
             "undefined": undefined,
-            "examples": [example.id for example in self.examples],
+            "examples": [unit_key(example) for example in self.examples],
         }
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 import dps_lens as dps
 from dps_lens.data import Example, User
+from dps_lens.data.examples import unit_key
 from dps_lens.model import HookedModel, describe_model
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scores import HeadScores
@@ -38,7 +39,7 @@ def changes(
     """Measure every condition of every example; `about` says what decides the numbers, beside model and heads."""
     heads = repr([masks(example).flatten(1).nonzero().tolist() for example in examples])
     settings = {"heads": hashlib.sha256(heads.encode()).hexdigest()[:16], "model": describe_model(model)}
-    settings["examples"] = [example.id for example in examples]
+    settings["examples"] = [unit_key(example) for example in examples]
     folder, units = RunFolder(out, settings | dict(about)), []
 
     def unit(example: Example) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def changes(
         return found
 
     for example in tqdm(examples, desc=out.name, unit="example", disable=None):
-        units.append(kept(folder, f"{example.user_id}|{example.id}", partial(unit, example)))
+        units.append(kept(folder, unit_key(example), partial(unit, example)))
     names = [name for name in units[0] if not name.startswith("nll.")]
     return Changes(
         {name: torch.stack([found[name] for found in units]) for name in names},

@@ -605,7 +605,7 @@ def test_demo_on_few_heads_and_short_histories(tmp_path, model):
     demo = ("demo", "--model", model, "--users", users, "--max-examples", 1, "--held-out", 1, "--n-random", 2)
     done = run(*demo, "--out", tmp_path / "run", "--k", 5)
     assert done.returncode == 0, done.stderr
-    assert "left out: user short" in done.stderr
+    assert "1 user is left out ('short'), with too short a history" in done.stderr
     assert (tmp_path / "run" / "report.html").is_file()
     done = run(*demo, "--out", tmp_path / "many", "--k", 7)
     assert done.returncode == 2

@@ -172,7 +172,7 @@ def test_sliders_show_the_grid(explored, report, open_page):
     assert f"log p steered − full {shown(one.shifts[0], 3)}" in tip
     assert json.dumps(one.alternatives[0][0][0], ensure_ascii=False) in tip
     assert page.locator("#text-plain span").all_text_contents() == grid.find(example, 0.0, 0).pieces
-    assert page.locator("#text-own").inner_text() == grid.references[example]
+    assert page.locator("#text-own").inner_text() == grid.references[one.key]
     assert f"gamma={gamma:g}" in page.url or "gamma" not in page.url
     assert not opened.problems
 
@@ -396,7 +396,9 @@ def test_the_live_page_writes_anew(explored, llama, probe, open_page):
 def test_cancelling_stops_the_model(explored, llama, probe):
     """A reader that goes away ends the generation, and the next text is written; the model is bare in between."""
     writer = Writer(llama.hooked, probe[:6], explored)
-    example, heads, gamma = writer.asked({"example": explored.views[0].example, "gamma": 2, "k": 3})
+    example, heads, gamma = writer.asked(
+        {"user": explored.views[0].user, "example": explored.views[0].example, "gamma": 2, "k": 3}
+    )
     lines = writer.write(example, heads, gamma)
     assert "text" in next(lines)
     assert no_hooks_left(llama.hooked)
@@ -408,7 +410,8 @@ def test_cancelling_stops_the_model(explored, llama, probe):
 
 def test_only_this_machine_may_ask(explored, llama, probe):
     app = make_app(llama.hooked, probe[:6], explored)
-    client, asked = app.test_client(), {"example": explored.views[0].example, "gamma": 1, "k": 1}
+    client, view = app.test_client(), explored.views[0]
+    asked = {"user": view.user, "example": view.example, "gamma": 1, "k": 1}
     base = {"base_url": f"http://{HOST}:8050"}
     assert client.get("/", **base).status_code == 200
     assert client.get("/", base_url="http://evil.example:8050").status_code == 403

@@ -1,0 +1,119 @@
+"""Chat templates: what they write around a user's and an assistant's words."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dps_lens.errors import PromptError
+
+_OURS = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "return_dict"}
+_REASONING = re.compile(r"(<|\[)(?!/)([^<>\[\]\s/]*(?:think|thought|reason)[^<>\[\]\s/]*)(>|\])\s*\Z", re.IGNORECASE)
+_SAID, _ANSWERED = "Zq7 what was said", "Zq8 what was answered"
+_CONVERSATION = [
+    {"role": "user", "content": "How long is a ladder?"},
+    {"role": "assistant", "content": "Three metres."},
+    {"role": "user", "content": "And a stair?"},
+]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with keywords of the user.
+
+    Args:
+        tokenizer: of a model.
+        kwargs: what the template is rendered with.
+
+    Raises:
+        PromptError: there is no template, or it reads no such keyword.
+    """
+
+    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any]) -> None:
+        self._tokenizer, self._kwargs = tokenizer, dict(kwargs)
+        self.there = bool(getattr(tokenizer, "chat_template", None))
+        for name in self._kwargs:
+            self._check(name)
+
+    def _check(self, name: str) -> None:
+        if not self.there:
+            raise PromptError(f"chat_template_kwargs: {name!r} is given, but the tokenizer has no chat template")
+        if name in _OURS:
+            raise PromptError(f"chat_template_kwargs: {name!r} is set by the toolkit; leave it out")
+        if not re.search(rf"\b{re.escape(name)}\b", self._tokenizer.get_chat_template()):
+            raise PromptError(
+                f"chat_template_kwargs: the tokenizer's chat template reads no {name!r}; see its chat_template"
+            )
+
+    def ask(self, content: str, turns: Sequence[tuple[str, str]] = ()) -> tuple[str, int]:
+        """A prompt for the next answer, and where `content` begins in it.
+
+        A block of reasoning that the template opens is closed, so that an answer follows.
+
+        Raises:
+            PromptError: the template changes the text, or opens a block whose end is not known.
+        """
+        text = self._render(_messages(turns, content), add_generation_prompt=True)
+        if text.count(content) == 1:
+            before, after = text.split(content)
+        else:
+            # The words of the template may be those of the message, so they are found around other words.
+            before, _, after = self._render(_messages(turns, _SAID), add_generation_prompt=True).partition(_SAID)
+            if before + content + after != text:
+                raise PromptError("build_prompt: the tokenizer's chat template changes the text of a message")
+        return before + content + after + self._closing(after), len(before)
+
+    def _closing(self, after: str) -> str:
+        """What ends the block of reasoning that is open at the end of a prompt."""
+        opened = _REASONING.search(after)
+        if not opened or opened[2].upper().startswith(("END", "|END")):
+            return ""
+        written = self._before_answer()
+        if written is not None and len(written) > len(after) and written.startswith(after):
+            return written.removeprefix(after)
+        if "|" in opened[2]:
+            raise PromptError(
+                f"build_prompt: the chat template opens {opened[0].strip()!r} before an answer and does not show how "
+                "it ends; switch reasoning off with chat_template_kwargs in PromptConfig"
+            )
+        line = "" if opened[0].endswith("\n") else "\n"
+        return f"{line}\n{opened[1]}/{opened[2]}{opened[3]}\n\n"
+
+    def _before_answer(self) -> str | None:
+        """What stands between a message and a finished answer."""
+        return self._around()[0]
+
+    def after_answer(self) -> str | None:
+        """What stands after a finished answer; None where the template does not show it."""
+        return self._around()[1]
+
+    def _around(self) -> tuple[str | None, str | None]:
+        from jinja2 import TemplateError
+
+        try:
+            text = self._render([*_messages((), _SAID), {"role": "assistant", "content": _ANSWERED}])
+        except (TemplateError, TypeError, ValueError):
+            return None, None
+        _, said, rest = text.partition(_SAID)
+        before, answered, after = rest.partition(_ANSWERED)
+        return (before, after) if said and answered else (None, None)
+
+    def shown(self) -> str:
+        """A fixed conversation as the template renders it; its complaint where it refuses it."""
+        from jinja2 import TemplateError
+
+        try:
+            return self._render(_CONVERSATION, add_generation_prompt=True) if self.there else ""
+        except (TemplateError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._kwargs
+            )
+        )
+
+
+def _messages(turns: Sequence[tuple[str, str]], content: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    earlier = [{"role": role, "content": said} for turn in turns for role, said in zip(roles, turn, strict=True)]
+    return [*earlier, {"role": "user", "content": content}]
