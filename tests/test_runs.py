@@ -15,8 +15,9 @@ import torch
 from folders import digest
 
 import dps_lens as dps
+from dps_lens.data.examples import key_of
 from dps_lens.errors import RunError
-from dps_lens.runs import RunFolder, key_of
+from dps_lens.runs import RunFolder
 from dps_lens.scoring.sweep import Sweep
 
 

@@ -23,7 +23,7 @@ def describe_inputs(
     """
     return {
         "model": describe_model(model),
-        "tokenizer": tokenizer_digest(model, config),
+        "tokenizer": tokenizer_digest(model, config.chat_template_kwargs),
         "prompt_config": config.to_dict(),
         "data": data_digest(users, examples),
     }

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import regex
 import torch
@@ -13,9 +13,6 @@ from torch import Tensor
 from dps_lens.data.templates import ChatTemplate
 from dps_lens.errors import PromptError
 from dps_lens.model import HookedModel
-
-if TYPE_CHECKING:
-    from dps_lens.data.prompts import PromptConfig
 
 _ANSWER = "\n\nAnswer:"
 _GRAPHEME = regex.compile(r"\X")
@@ -57,19 +54,21 @@ def end_of_turn_ids(model: HookedModel, chat_template_kwargs: Mapping[str, Any] 
     return tuple(dict.fromkeys(one for one in ids if one in control))
 
 
-def tokenizer_digest(model: HookedModel, config: "PromptConfig | None" = None) -> str:
+def tokenizer_digest(model: HookedModel, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
     """A digest of everything in the tokenizer that decides a prompt's ids, the same in every process.
 
     It covers vocabulary, merges and added tokens, special tokens, the chat template, and a fixed conversation as the
-    template renders it with the keywords of `config`: a template may write today's date. Padding and truncation, which
+    template renders it with these keywords: a template may write today's date. Padding and truncation, which
     a call sets for itself, do not count.
 
     Args:
         model: whose tokenizer it is.
-        config: holds the template's keywords; `PromptConfig()` by default.
+        chat_template_kwargs: for the chat template.
     """
     tokenizer = model.tokenizer
-    template = ChatTemplate(tokenizer, config.chat_template_kwargs if config else {})
+    if tokenizer is None:
+        return ""
+    template = ChatTemplate(tokenizer, chat_template_kwargs or {})
     said = [dict(sorted(tokenizer.special_tokens_map.items())), str(tokenizer.chat_template), template.shown()]
     digest = hashlib.sha256(_written(tokenizer).encode())
     digest.update(json.dumps(said, default=str).encode())

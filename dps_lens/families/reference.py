@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from platformdirs import user_cache_path
 
-from dps_lens.data import PromptConfig
 from dps_lens.data.tokenizer import tokenizer_digest
 from dps_lens.errors import ScoreError
 from dps_lens.families.function_vector import FunctionVector
@@ -81,7 +80,7 @@ def reference_heads(
     if engine is not None:
         engine.start(model)
     scored: dict[str, HeadScores] = {}
-    about = {"model": describe_model(model), "tokenizer": tokenizer_digest(model, PromptConfig())}
+    about = {"model": describe_model(model), "tokenizer": tokenizer_digest(model)}
     for kind in kinds:
         family = _family(kind)
         manifest = {

@@ -36,7 +36,7 @@ def converted(gguf: Path, dtype: torch.dtype) -> Path:
 
 def _content_key(gguf: Path, dtype: torch.dtype) -> str:
     """A digest of every byte of a file, and the dtype it is converted to."""
-    digest = xxhash.xxh3_64(str(dtype))
+    digest = xxhash.xxh3_64(str(dtype).encode())
     with gguf.open("rb") as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
