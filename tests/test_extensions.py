@@ -103,7 +103,7 @@ def test_settings_tell_objects_apart():
 def test_a_run_of_another_objective_is_refused(llama, probe, short, tmp_path):
     options = {"max_examples": 1, "prompt_config": short}
     once = dps.score_heads(llama.hooked, probe[:1], objective=Weighed(1.0), out=tmp_path, **options)
-    with pytest.raises(RunError, match="objective was"):
+    with pytest.raises(RunError, match="objective.weight was 1.0, now 7.0"):
         dps.score_heads(llama.hooked, probe[:1], objective=Weighed(7.0), out=tmp_path, **options)
     twice = dps.score_heads(llama.hooked, probe[:1], objective=Weighed(2.0), **options)
     assert torch.allclose(twice.values, 2 * once.values, atol=1e-5)
