@@ -296,7 +296,7 @@ def main() -> None:
     table = found.pivot_table(index=["what", "shape"], columns="users", values="rate", sort=False)
     print("| what | effects | " + " | ".join(f"{n} users" for n in table) + " |")
     print("|---|---" + "|---" * len(table.columns) + "|")
-    for (what, shape), rates in table.iterrows():  # type: ignore[misc]
+    for (what, shape), rates in table.iterrows():
         shown = ["" if np.isnan(rate) else f"{rate:.3f}" for rate in rates]
         print(f"| {what} | {shape} | " + " | ".join(shown) + " |")
 
