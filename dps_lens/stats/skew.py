@@ -23,7 +23,8 @@ def is_skewed(skewness: Float[np.ndarray, "*measure"], n: int) -> bool:
 
     A head that is called by mistake rarely shows it: its sample lacks the user far away from the rest. All measures
     are therefore taken together: their mean absolute skewness is beyond chance at 1.3 times that of normal values (of
-    fewer than 64 measures at more, of one at 2.5 times), and harms where it is 0.12 √n, at which a tail of 2.5% holds 3.5%.
+    fewer than 64 measures at more, of one at 2.5 times), and harms where it is 0.12 √n, at which a tail of 2.5% holds
+    3.5%.
 
     Args:
         skewness: of one measure, or of many, such as one a head; NaN where a measure does not vary.
