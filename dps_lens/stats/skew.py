@@ -22,8 +22,9 @@ def is_skewed(skewness: Float[np.ndarray, "*measure"], n: int) -> bool:
     """Whether skewness is beyond chance and large enough to harm.
 
     A head that is called by mistake rarely shows it: its sample lacks the user far away from the rest. All measures
-    are therefore taken together: their mean absolute skewness is beyond chance at 1.3 times that of normal values (a
-    single measure at 2.5 times), and harms where it is 0.12 √n, at which a tail of 2.5% holds 3.5%.
+    are therefore taken together: their mean absolute skewness is beyond chance at 1.3 times that of normal values (of
+    fewer than 64 measures at more, of one at 2.5 times), and harms where it is 0.12 √n, at which a tail of 2.5% holds
+    3.5%.
 
     Args:
         skewness: of one measure, or of many, such as one a head; NaN where a measure does not vary.
@@ -32,7 +33,7 @@ def is_skewed(skewness: Float[np.ndarray, "*measure"], n: int) -> bool:
     known = np.abs(skewness[np.isfinite(skewness)])
     if n < 3 or not known.size:
         return False
-    by_chance = usual_skewness(n) * (1 + max(0.3, 1.5 / known.size**0.5))
+    by_chance = usual_skewness(n) * (1 + float(np.clip(2.4 / known.size**0.5, 0.3, 1.5)))
     return bool(known.mean() > max(by_chance, HARMFUL * n**0.5))
 
 
