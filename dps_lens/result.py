@@ -129,15 +129,7 @@ class Result(ABC):
             meta = read_object(file, cls.error)
             values = _values(cls, meta, file.with_suffix(".safetensors"))
             return cls(**values)
-        except (
-            DPSLensError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            ArithmeticError,
-        ) as error:
+        except _UNREADABLE as error:
             raise cls.error(f"{file} is not a whole {cls.__name__} ({reason(error)}); make it anew") from error
 
 
