@@ -168,3 +168,32 @@ def test_users_are_nearer_to_their_own_texts(probe):
 def test_style_is_measured_on_texts_that_no_example_asks_for(probe):
     for user in probe:
         assert not {e.reference for e in user.examples} & {*written_by(user)}
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "one", "longest"),
+    [
+        ("今天天气很好", "今天很好", 0.8, 0.8),  # 4 of 4 characters, 4 of 6
+        ("今天天气很好", "很好今天", 0.8, 0.4),  # two of them in order
+        ("Мама мыла раму.", "мама раму", 0.8, 0.8),
+        ("Été à Paris", "été", 0.5, 0.5),
+        ("the cat sat", "The CAT", 0.8, 0.8),
+        ("…", "!", 0.0, 0.0),
+    ],
+)
+def test_rouge_of_any_script(reference, text, one, longest):
+    found = rouge(reference, text, any_script=True)
+    assert (found["ROUGE-1"], found["ROUGE-L"]) == pytest.approx((one, longest))
+
+
+def test_texts_that_are_not_latin_are_measured_in_words_of_their_script():
+    task, names = TASKS["lamp-4"], ["ROUGE-L (any script)", "ROUGE-1 (any script)"]
+    assert [metric.name for metric in metrics_of(task, ["今天天气很好", "rain"])] == names
+    assert score_text(metrics_of(task, ["Мама"]), "Мама мыла раму.", "мама раму") == dict.fromkeys(
+        names, pytest.approx(0.8)
+    )
+    assert metrics_of(task, ["Beyoncé sings again " * 3 + "and nobody minds the rain at all, as they say"])[0].name == (
+        "ROUGE-L (any script)"
+    )
+    assert metrics_of(task, ["Beyoncé"] + ["rain in town and no umbrella"] * 20) == metrics_of(task)
+    assert metrics_of(TASKS["lamp-3"], ["五"]) == metrics_of(TASKS["lamp-3"])
