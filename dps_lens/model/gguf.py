@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from platformdirs import user_cache_path
@@ -47,9 +48,10 @@ def _content_key(gguf: Path, dtype: torch.dtype) -> str:
 def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    read: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    model, found = read
     check_complete(str(gguf), found)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # What is saved is plain weights; the marks of the quantised origin would stop a plain load.
