@@ -134,8 +134,13 @@ def document_date(start):
     start.change_document(0, date="1990-01-01")
 
 
-def order_of_documents(start):
+def order_of_dated_documents(start):
     start.change_user(history=start.users[0].history[::-1])
+
+
+def order_of_documents(start):
+    """Of those without a date, which is the order that they are read in."""
+    start.change_user(history=tuple(replace(one, date=None) for one in start.users[0].history[::-1]))
 
 
 def order_of_users(start):
@@ -287,7 +292,11 @@ def test_another_start_is_refused_and_changes_nothing(start, out, change):
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("change", [lambda start: None, truncation_left_behind], ids=["nothing", "truncation"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda start: None, truncation_left_behind, order_of_dated_documents],
+    ids=["nothing", "truncation", "order"],
+)
 def test_the_same_start_goes_on(start, out, change):
     change(start)
     again, fresh = start.score(out), start.score()
