@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Endpoint:
             raise EvaluationError("Endpoint: the openai client is missing; pip install 'dps_lens[judge]'") from None
         # A server of one's own asks for no key, the client does.
         key = self._key or ("none" if self.base_url else None)
-        bounded = {"response": [partial(_read_bounded, seconds=self._timeout)]}
+        bounded: dict[str, list[Callable[..., Any]]] = {"response": [partial(_read_bounded, seconds=self._timeout)]}
         try:
             http = openai.DefaultHttpxClient(follow_redirects=False, timeout=self._timeout, event_hooks=bounded)
             return openai.OpenAI(
@@ -147,8 +147,9 @@ def _kept(file: Path, request: Mapping[str, Any]) -> str | None:
     except EvaluationError:
         return None
     answer = found.get("answer")
-    whole = isinstance(answer, str) and answer and found.get("request") == request
-    return answer if whole and found.get("digest", _digest(answer)) == _digest(answer) else None
+    if not isinstance(answer, str) or not answer or found.get("request") != request:
+        return None
+    return answer if found.get("digest", _digest(answer)) == _digest(answer) else None
 
 
 def _digest(answer: str) -> str:
