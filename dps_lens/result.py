@@ -244,7 +244,7 @@ def _unpacked(value: object, tensors: Mapping[str, torch.Tensor], types: Mapping
 
 
 def _heads(names: str, label: str, shape: list[int] | None) -> HeadSet:
-    if not isinstance(label, str) or not _fits(shape, list[int] | None):
+    if not isinstance(label, str) or not _fits(shape, list[int] | None) or len(shape or (0, 0)) != 2:
         raise TypeError(f"heads of label {label!r:.40} and shape {shape!r:.40}")
     return HeadSet(HeadSet.parse(names), label, (shape[0], shape[1]) if shape else None)
 

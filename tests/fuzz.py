@@ -76,7 +76,7 @@ class Target:
         name: of the target.
         files: name → content.
         read: takes the folder; what it returns is compared where there is a digest.
-        signed: what is accepted must be what the whole files give.
+        signed: what is accepted, if the digest is still there, must be what the whole files give, or None.
     """
 
     name: str
@@ -207,7 +207,7 @@ def run_folder(folder: Path) -> Any:
     run = RunFolder(folder, FINGERPRINT)
     run.made  # noqa: B018
     unit = run.get("a")
-    assert unit is None or unit["values"].tolist() == [0.0, 1.0, 2.0, 3.0], "a damaged unit is made again"
+    return None if unit is None else {name: one.tolist() for name, one in unit.items()}
 
 
 def merged(folder: Path) -> Any:
@@ -259,7 +259,7 @@ def targets() -> list[Target]:
         Target("longlamp", {"topics.jsonl": topics()}, users),
         *(Target(name, saved(one), partial(content, type(one)), signed=True) for one, name in made),
         *(Target(f"{name}, unsigned", saved(one, signed=False), type(one).load) for one, name in made),
-        Target("run", run, run_folder),
+        Target("run", run, run_folder, signed=True),
         Target("merge", run, merged),
         Target("requests", {"requests.jsonl": "\n".join(map(json.dumps, asked)).encode()}, requests),
         Target("lines", {"out.jsonl": ("\n".join(written) + "\n").encode()}, lines),
@@ -403,7 +403,10 @@ def tried(target: Target, whole: Any, seed: str, outcomes: Counter) -> str | Non
             at = [line for line in traceback.format_exc().splitlines() if "/dps_lens/" in line]
             return f"{traceback.format_exc().splitlines()[-1][:200]}\n    {at[-1].strip() if at else ''}"
     outcomes["read"] += 1
-    if target.signed and found != whole:
+    signed = target.signed and all(
+        b'"digest"' in files[name] for name, old in target.files.items() if b'"digest"' in old
+    )
+    if signed and found is not None and found != whole:
         return f"{file} was read, and holds something else"
     return None
 
