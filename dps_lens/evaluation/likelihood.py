@@ -348,7 +348,7 @@ class SweepWork(HeldOutWork):
         draws = self.draws_of(key)
         if not draws and self.n_random:
             # A user with more examples than there are draws.
-            draws = [list(self.by_key).index(key) % self.n_random]
+            draws = [sorted(self.by_key).index(key) % self.n_random]
         # By layer, so that a random head has the weight of the one that it stands for.
         chosen = sorted(heads)
         scores = self.families[name]
