@@ -61,9 +61,10 @@ class RunFolder:
     def made(self) -> dict[str, str]:
         """Who began the run, and when; the same after every restart."""
         try:
-            return read_object(self.path / _MADE, RunError)
+            found = read_object(self.path / _MADE, RunError)
         except RunError:
             return provenance()
+        return found if all(isinstance(value, str) for value in found.values()) else provenance()
 
     def check(self) -> None:
         """Refuse a folder that was begun anew by somebody else.
