@@ -1,5 +1,7 @@
 """Errors of dps_lens: each says which call failed, what was found and how to mend it."""
 
+_LONGEST = 600  # letters of a message that another library wrote, which may quote a file
+
 
 class DPSLensError(Exception):
     """Base class of every error that dps_lens raises on purpose."""
@@ -63,5 +65,6 @@ class ExtensionError(DPSLensError, ValueError):
 
 def reason(error: BaseException) -> str:
     """The whole message of an error in one line, with its type where the message alone would say little."""
-    message = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {message}" if not message or isinstance(error, LookupError) else message
+    text = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
+    named = f"{type(error).__name__}: {text}" if not text or isinstance(error, LookupError) else text
+    return named[:_LONGEST]

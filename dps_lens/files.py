@@ -17,7 +17,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dps_lens.errors import DPSLensError, FileError, ScoreError
+from dps_lens.errors import DPSLensError, FileError, ScoreError, reason
 
 _DIGEST, _ABOUT = "digest", "about"
 _PIECE = 2**28
@@ -39,12 +39,6 @@ _FIXES = {
     errno.ENAMETOOLONG: "use a shorter name",
     errno.ELOOP: "a link leads back to itself; remove it",
 }
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, in one line."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:200]
 
 
 @contextmanager

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from jaxtyping import jaxtyped
 
-from dps_lens.errors import DPSLensError, ScoreError
-from dps_lens.files import as_json, read_object, read_tensors, reason, replacing, tensors_digest, write_tensors
+from dps_lens.errors import DPSLensError, ScoreError, reason
+from dps_lens.files import as_json, read_object, read_tensors, replacing, tensors_digest, write_tensors
 from dps_lens.heads import HeadSet
 
 if TYPE_CHECKING:

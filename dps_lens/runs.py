@@ -66,14 +66,23 @@ class RunFolder:
             return provenance()
         return found if all(isinstance(value, str) for value in found.values()) else provenance()
 
-    def check(self) -> None:
-        """Refuse a folder that was begun anew by somebody else.
+    def check(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse results where what decides them has changed, or the folder was begun anew by somebody else.
+
+        Args:
+            fingerprint: as it is now.
 
         Raises:
-            RunError: it was.
+            RunError: names what has changed.
         """
-        if json_digest(read_manifest(self.path)) != self.identity:
+        begun = read_manifest(self.path)
+        if json_digest(begun) != self.identity:
             raise RunError(f"{self.path} was begun anew with other settings in the meantime; use another folder")
+        for name, old, new in changes(begun, _plain(fingerprint)):
+            raise RunError(
+                f"{self.path}: {name} was {_short(old)} when the run began and is {_short(new)} now, so that its units "
+                "were not all made alike; use another folder, or --force to start anew"
+            )
 
     def _units(self) -> list[Path]:
         return sorted((self.path / "units").glob("*.safetensors"))
@@ -178,7 +187,7 @@ def claim(manifest: Path, fingerprint: Mapping[str, Any], place: Path) -> dict[s
     Raises:
         RunError: it holds something else; names what.
     """
-    wanted = json.loads(json.dumps(dict(fingerprint)))
+    wanted = _plain(fingerprint)
     if create_json(manifest, wanted):
         return dict(wanted)
     found = _read(manifest)
@@ -191,6 +200,11 @@ def claim(manifest: Path, fingerprint: Mapping[str, Any], place: Path) -> dict[s
             f"{'folder' if place.is_dir() else 'file'}, or --force to start anew"
         )
     return found
+
+
+def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is read again."""
+    return dict(json.loads(json.dumps(dict(fingerprint))))
 
 
 def changes(found: Mapping[str, Any], wanted: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any, Any]]:

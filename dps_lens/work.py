@@ -1,7 +1,7 @@
 """Long work in units, each made from its key: here, or wherever an engine makes it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -195,12 +195,17 @@ class Run:
         self._folder: RunFolder | None = None
         self.manifest: dict[str, Any] = {}
 
-    def open(self, fingerprint: Mapping[str, Any]) -> None:
+    def open(self, describe: Callable[[], Mapping[str, Any]]) -> None:
         """Open the folder for results of these settings.
+
+        Args:
+            describe: gives the fingerprint; asked again when the result is kept, for a model may be edited, and the
+                date that a chat template writes may change, while units are made.
 
         Raises:
             RunError: it holds a run with other settings, a result of no run, or the model has hooks.
         """
+        fingerprint, self._describe = describe(), describe
         if self._out is not None:
             self._check_out(Path(self._out))
             self._folder = RunFolder(self._out, fingerprint, force=self.config.force)
@@ -239,8 +244,12 @@ class Run:
         return units
 
     def keep(self, result: R) -> R:
-        """The result, saved where there is a folder."""
+        """The result, saved where there is a folder.
+
+        Raises:
+            RunError: what decides it has changed since the run was opened.
+        """
         if self._out is not None and self._folder is not None:
-            self._folder.check()
+            self._folder.check(self._describe())
             result.save(self._out)
         return result

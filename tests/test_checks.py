@@ -12,7 +12,9 @@ from dps_lens.checks import check_flag, check_number, check_seed, check_whole
 from dps_lens.errors import SteeringError
 
 
-@pytest.mark.parametrize("value", [True, "1", None, [1.0], math.nan, math.inf, -math.inf, 1j, np.float32("nan")])
+@pytest.mark.parametrize(
+    "value", [True, "1", None, [1.0], math.nan, math.inf, -math.inf, 1j, -(10**400), np.float32("nan")]
+)
 def test_what_is_no_number_is_refused(value):
     with pytest.raises(SteeringError, match="call: knob .* is not a number"):
         check_number(SteeringError, "call: knob", value)
@@ -34,18 +36,19 @@ def test_bounds_are_in_or_out(value):
     assert passes()
 
 
+def numbers_from(seed):
+    return torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 @given(st.integers())
-def test_seeds_are_those_of_torch(value):
+def test_seeds_are_those_of_torch_and_tell_numbers_apart(value):
     try:
-        torch.Generator().manual_seed(value)
-        taken = True
-    except (RuntimeError, ValueError, OverflowError):
-        taken = False
-    if taken:
         check_seed(SteeringError, "seed", value)
+    except SteeringError:
+        assert not 0 <= value < 2**32
     else:
-        with pytest.raises(SteeringError, match="not a whole number"):
-            check_seed(SteeringError, "seed", value)
+        assert numbers_from(value) == numbers_from(value + 2**32), "torch reads 32 bits"
+        assert numbers_from(value) != numbers_from(value ^ 1)
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -17,11 +17,12 @@ import dps_lens as dps
 from dps_lens.errors import RunError
 from dps_lens.families import Repeated
 from dps_lens.intervene import Ablation
+from dps_lens.scoring.sweep import Sweep
 
 HEADS = dps.HeadSet.parse("L1H2,L0H1")
 CONFIG = dps.PromptConfig(items=3, profile_tokens=40, task_tokens=24, response_tokens=6)
 QUIET = dps.RunConfig(progress=False)
-DATED = "Today is {{ strftime_now('%d %B %Y') }}.\n"
+DATED = "Today is {{ strftime_now('%d %B %Y') }}{{ place or '' }}.\n"
 
 
 class Clock(datetime):
@@ -209,6 +210,8 @@ PROMPTS = {
     "response_tokens": 5,
     "retrieval": "recency",
     "seed": 1,
+    "retrieval_tokens": "script",
+    "chat_template_kwargs": {"place": " in Rome"},
 }
 REFUSED = {
     head: "model.weights was",
@@ -241,7 +244,7 @@ REFUSED = {
     option(max_examples=2): "data was",
     option(seed=1): "seed was 0, now 1",
     option(score_config=dps.ScoreConfig(discovery="labelled")): "data was.*also discovery",
-    **{prompt(**{name: value}): f"prompt_config.{name} was" for name, value in PROMPTS.items()},
+    **{prompt(**{name: value}): rf"prompt_config\.{name}[.\w]* was" for name, value in PROMPTS.items()},
 }
 
 
@@ -280,7 +283,7 @@ def contents(folder):
 
 
 def test_every_field_of_a_prompt_is_tried():
-    assert {*PROMPTS} <= {one.name for one in fields(dps.PromptConfig)}
+    assert {*PROMPTS} == {one.name for one in fields(dps.PromptConfig)}
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__name__)
@@ -537,3 +540,16 @@ def test_the_description_says_what_the_model_computes_with(start):
     assert "_name_or_path" not in found["config"]
     assert json.loads(json.dumps(found)) == found
     assert copy.deepcopy(found) == describe_model(start.model)
+
+
+def test_what_changes_while_units_are_made_is_noticed(start, tmp_path, monkeypatch):
+    real = Sweep.make
+
+    def make(self, key, given=None):
+        Clock.day += 1  # midnight passes
+        return real(self, key, given)
+
+    monkeypatch.setattr(Sweep, "make", make)
+    with pytest.raises(RunError, match="tokenizer was .* when the run began and is .* now"):
+        start.score(tmp_path / "late")
+    assert not (tmp_path / "late" / "scores.json").exists()

@@ -24,10 +24,13 @@ class Command(TyperCommand):
 def left_off(params: dict[str, Any]) -> str:
     """Where an interrupted command stands."""
     out = params.get("out")
-    kept = f"what is finished is in {out}; " if out is not None and Path(out).exists() else ""
+    if out is None or not ((Path(out) / "run.json").is_file() or Path(f"{out}.run.json").is_file()):
+        return "interrupted"
     again = shlex.join(argument for argument in sys.argv[1:] if argument != "--force")
     dropped = " (without --force, which would drop it)" if "--force" in sys.argv else ""
-    return f"interrupted; {kept}the same command goes on from there{dropped}:\n  dps-lens {again}"
+    return (
+        f"interrupted; what is finished is in {out}; the same command goes on from there{dropped}:\n  dps-lens {again}"
+    )
 
 
 class App(typer.Typer):

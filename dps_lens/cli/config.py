@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dps_lens.cli.checks import words
 from dps_lens.cli.options import METHODS
-from dps_lens.errors import EvaluationError
-from dps_lens.files import read_text, reason
+from dps_lens.errors import EvaluationError, reason
+from dps_lens.files import read_text
 
 # A number in a file is a number: neither "5", nor true, nor .nan.
 Number: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]

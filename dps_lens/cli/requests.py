@@ -51,7 +51,7 @@ class _Line(BaseModel):
     temperature: float = 1.0
     top_k: int | None = Field(None, lt=2**31)
     top_p: float | None = None
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _one_prompt(self) -> "_Line":

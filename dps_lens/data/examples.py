@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 from warnings import warn
 
+from dps_lens.checks import check_whole
 from dps_lens.data.documents import Profile
 from dps_lens.data.records import MIN_PROFILE, Example, User
 from dps_lens.errors import DataError, ScoreError
@@ -21,8 +22,8 @@ def newest(items: Sequence[T], n: int | None) -> Sequence[T]:
     Raises:
         DataError: nothing would be left.
     """
-    if n is not None and n < 1:
-        raise DataError(f"max_examples {n} leaves nothing; give a number from 1 up, or None for all")
+    if n is not None:
+        check_whole(DataError, "max_examples", n, least=1, why="None takes all")
     return items[-n:] if n else items
 
 

@@ -8,12 +8,13 @@ stands before it. Spans of profile and task are read off the tokenizer's charact
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dps_lens.checks import check_whole
 from dps_lens.data.documents import Document
 from dps_lens.data.records import Example, User
 from dps_lens.data.retrieval import RetrievalMethod, retrieve
@@ -55,8 +56,15 @@ class PromptConfig:
     def __post_init__(self) -> None:
         for name in ("items", "profile_tokens", "task_tokens", "response_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PromptError(f"PromptConfig: {name} is {value}; it must be at least 1")
+            if value is not None or name in ("items", "profile_tokens"):
+                check_whole(PromptError, f"PromptConfig: {name}", value, least=1)
+        check_whole(PromptError, "PromptConfig: seed", self.seed, least=0)
+        for name, value, known in (
+            ("retrieval", self.retrieval, get_args(RetrievalMethod)),
+            ("retrieval_tokens", self.retrieval_tokens, get_args(RetrievalTokens)),
+        ):
+            if value not in known:
+                raise PromptError(f"PromptConfig: {name} {value!r} is unknown; use one of {', '.join(known)}")
         try:
             json.dumps(self.chat_template_kwargs)
         except TypeError as error:

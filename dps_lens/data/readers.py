@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
+from dps_lens.checks import check_whole
 from dps_lens.data.dates import is_missing, iso_dates
 from dps_lens.data.documents import Document, Pool, Profile
 from dps_lens.data.examples import count_of
 from dps_lens.data.fetch import folder_of
 from dps_lens.data.records import Example, User
 from dps_lens.data.tasks import TASKS, Task, find_task
-from dps_lens.errors import DataError
-from dps_lens.files import parse_json, read_text, reason
+from dps_lens.errors import DataError, reason
+from dps_lens.files import parse_json, read_text
 
 N_NEWEST = 2
 _LONGEST = 500  # letters of a message, which may quote a field
@@ -53,8 +54,8 @@ def load_users(
     Raises:
         DataError: a file is missing or malformed, or no user can be used; the message names file, record and field.
     """
-    if max_users is not None and max_users < 1:
-        raise DataError(f"load_users: max_users is {max_users}; give a number from 1 up, or None for all")
+    if max_users is not None:
+        check_whole(DataError, "load_users: max_users", max_users, least=1, why="None takes all")
     if isinstance(source, str) and source.lower().startswith("lamp-") and not os.path.isfile(source):
         fetched = folder_of(source.lower()) / "dev_questions.json"
         source = fetched if fetched.is_file() else source

@@ -54,6 +54,14 @@ def end_of_turn_ids(model: HookedModel, chat_template_kwargs: Mapping[str, Any] 
     return tuple(dict.fromkeys(one for one in ids if one in control))
 
 
+def end_tokens(model: HookedModel) -> set[int]:
+    """Ids that end a text: the tokenizer's, those of the generation config, and the chat template's end of a turn."""
+    config = getattr(getattr(model, "original_model", None), "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    every = (*(ends if isinstance(ends, (list, tuple)) else [ends]), model.tokenizer.eos_token_id)
+    return {int(token) for token in (*every, *end_of_turn_ids(model)) if token is not None}
+
+
 def tokenizer_digest(model: HookedModel, chat_template_kwargs: Mapping[str, Any] | None = None) -> str:
     """A digest of everything in the tokenizer that decides a prompt's ids, the same in every process.
 

@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dps_lens.data.tokenizer import tokenizer_digest
 from dps_lens.engines.dispatch import Dispatcher
 from dps_lens.engines.pool import WorkerPool, difference
 from dps_lens.engines.summary import Summary
+from dps_lens.engines.worker import TOKENIZER
 from dps_lens.errors import RunError
 from dps_lens.model import HookedModel, describe_model, described_as, has_hooks, has_weights, loader_of
 from dps_lens.work import Engine, Unit, Work
@@ -87,9 +89,11 @@ class RayEngine(Engine):
             self._pool, self._load = WorkerPool(load, self.workers, self.cpus, self.gpus), load
         with self._or_stop():
             theirs = self._pool.describe()
+        tokenizer = {TOKENIZER: tokenizer_digest(model)}
         if description is None:
-            described_as(model, theirs)
-        elif differs := difference(theirs, description):
+            description = {name: value for name, value in theirs.items() if name != TOKENIZER}
+            described_as(model, description)
+        if differs := difference(theirs, {**description, **tokenizer}):
             raise RunError(f"RayEngine: workers have another model: {differs}")
 
     def _loader(self, model: HookedModel) -> Callable[[], HookedModel]:

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dps_lens.data.tokenizer import tokenizer_digest
 from dps_lens.model import HookedModel, describe_model
 from dps_lens.work import Failure, Work
+
+TOKENIZER = "tokenizer"
+"""In a worker's description of its model: what prompts are made with there."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Worker:
                 vars(self._work)["model"] = self._model
             node = ray.get_runtime_context().get_node_id()
             device = next(self._model.parameters()).device
-            return Ready(describe_model(self._model), node, f"{socket.gethostname()}, process {os.getpid()}, {device}")
+            description = {**describe_model(self._model), TOKENIZER: tokenizer_digest(self._model)}
+            return Ready(description, node, f"{socket.gethostname()}, process {os.getpid()}, {device}")
         except Exception:
             return Failure(traceback.format_exc())
 

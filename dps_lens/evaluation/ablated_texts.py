@@ -111,7 +111,7 @@ def ablated_generation(
         seed=seed,
         max_new_tokens=max_new_tokens,
     )
-    run.open(work.fingerprint())
+    run.open(work.fingerprint)
     work.fit(run)
     units = run.units(work, list(work.by_key), "writing")
     return run.keep(AblatedTexts(work.table(units.made), run.manifest))

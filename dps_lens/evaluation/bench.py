@@ -143,7 +143,7 @@ class Bench(Work):
 
     def run(self, run: Run) -> Evaluation:
         """What is made of users, choice, answers, costs."""
-        run.open(self.fingerprint())
+        run.open(self.fingerprint)
         described = run.units(self, list(self.parts), "describing users", unit="part", split=False)
         self.artifacts.made.update(described.made)
         chosen_on = run.units(self, list(self.choosing_by_key), "choosing", split=False)

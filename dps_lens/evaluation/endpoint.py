@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from dps_lens.errors import EvaluationError
-from dps_lens.files import read_object, reason, write_json
+from dps_lens.errors import EvaluationError, reason
+from dps_lens.files import read_object, write_json
 
 MAX_REPLY = 16 * 2**20
 """Bytes of a reply, unpacked, above which it is none."""

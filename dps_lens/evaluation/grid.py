@@ -204,7 +204,7 @@ def steering_grid(
         length=max_new_tokens or users[0].task.max_new_tokens,
         alternatives=alternatives,
     )
-    run.open(work.fingerprint())
+    run.open(work.fingerprint)
     units = run.units(work, list(work.by_key), "steering")
     texts = [text for unit in units.made.values() for text in _unpacked(unit)]
     references = {key: one.reference for key, one in work.by_key.items()}

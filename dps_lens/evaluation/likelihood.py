@@ -203,7 +203,7 @@ def steering_sweep(
         vectors=vectors,
         strengths=tuple(strengths),
     )
-    run.open(work.fingerprint())
+    run.open(work.fingerprint)
     units = run.units(work, list(work.by_key), "steering")
     made, examples = list(units.made.values()), [work.by_key[key] for key in units.made]
     names = [label for name in methods for label in (name, _random(name)) if f"change.{label}" in made[0]]
@@ -348,7 +348,7 @@ class SweepWork(HeldOutWork):
         draws = self.draws_of(key)
         if not draws and self.n_random:
             # A user with more examples than there are draws.
-            draws = [sorted(self.by_key).index(key) % self.n_random]
+            draws = [self.places[key] % self.n_random]
         # By layer, so that a random head has the weight of the one that it stands for.
         chosen = sorted(heads)
         scores = self.families[name]

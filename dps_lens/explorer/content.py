@@ -160,7 +160,7 @@ class ViewWork(Work):
     def views(self, run: Run) -> tuple[ExampleView, ...]:
         """What the page shows of each."""
         inputs = describe_inputs(self.model, self.users, list(self.by_key.values()), self.prompt_config)
-        run.open({"call": "attention", "heads": str(self.heads), **inputs})
+        run.open(lambda: {"call": "attention", "heads": str(self.heads), **inputs})
         units = run.units(self, list(self.by_key), "attention")
         views = []
         for key, unit in units.made.items():

@@ -18,7 +18,7 @@ from plotly.colors import get_colorscale
 from torch import Tensor
 
 from dps_lens.data.examples import key_of
-from dps_lens.errors import RunError
+from dps_lens.errors import RunError, reason
 from dps_lens.evaluation import SteeringGrid
 from dps_lens.files import write_text
 from dps_lens.heads import Head, HeadSet
@@ -111,9 +111,13 @@ def check_page(path: str | Path) -> None:
     """
     if not Path(path).exists():
         return
-    with Path(path).open("rb") as file:
-        if _GENERATOR not in file.read(1000):
-            raise RunError(f"{path} is there and is no page of dps_lens; use another file, or --force to replace it")
+    try:
+        with Path(path).open("rb") as file:
+            own = _GENERATOR in file.read(1000)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({reason(error)}); use another file") from error
+    if not own:
+        raise RunError(f"{path} is there and is no page of dps_lens; use another file, or --force to replace it")
 
 
 def page(found: Exploration, *, live: bool = False) -> str:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.data.examples import unit_key
 from dps_lens.errors import DPSLensError, SteeringError
@@ -103,12 +104,9 @@ class Writer:
         example = self._examples.get((str(user), str(name)))
         if example is None:
             raise SteeringError(f"steer: example {name!r:.80} of user {user!r:.80} is not on this page")
-        if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not -1 <= gamma <= 1000:
-            raise SteeringError(f"steer: gamma {gamma!r:.80} is not a number of at least −1")
+        strength = check_number(SteeringError, "steer: gamma", gamma, least=-1, most=1000)
         heads = self._heads[example.user_id]
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= len(heads):
-            raise SteeringError(f"steer: k {k!r:.80} is not a whole number from 1 to {len(heads)}")
-        return example, heads[:k], float(gamma)
+        return example, heads[: check_whole(SteeringError, "steer: k", k, least=1, most=len(heads))], strength
 
     def write(self, example: Example, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:
         """`{"text": …}` piece by piece, then `{"done": …}`, or `{"error": …}`; closing the iterator ends the text.

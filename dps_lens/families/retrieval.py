@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dps_lens.data.tokenizer import Offsets, PromptTokenizer
+from dps_lens.data.tokenizer import Offsets, PromptTokenizer, end_tokens
 from dps_lens.errors import ScoreError
 from dps_lens.families.work import FamilyWork
 from dps_lens.model import HookedModel, Hooks, check_attention_reads, native_attention, runner_of
@@ -150,16 +150,20 @@ def _run(
         prompt = runner.prefill(tokens[:, :-1])
     cache = runner.start_decoding(prompt, torch.tensor([0]))
     copied = torch.zeros(stop - start, cfg.n_layers, cfg.n_heads, dtype=torch.bool)
-    token, mask, written = tokens[:, -1:], torch.ones_like(tokens), []
+    token, mask, ends = tokens[:, -1:], torch.ones_like(tokens), end_tokens(model)
+    written: list[int] = []
     for _ in range(steps):
         with reading:
-            token = runner.step(token, cache, mask).argmax(-1, keepdim=True)
+            logits = runner.step(token, cache, mask)
+        if not bool(torch.isfinite(logits).all()):
+            raise ScoreError("reference_heads: logits are NaN or infinite; check_model(model) looks at the weights")
+        token = logits.argmax(-1, keepdim=True)
         mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
         written.append(int(token))
         for position in range(start, stop):
             if ids[position] == written[-1]:
                 copied[position - start] |= most == position
-        if written[-1] == model.tokenizer.eos_token_id:
+        if written[-1] in ends:
             break
     if _recall(needle.answer, model.tokenizer.decode(written, skip_special_tokens=True)) <= _RECALL:
         return None

@@ -53,6 +53,11 @@ class BridgeRunner(Runner):
         """Whether attending to a shared prompt in place gives this model's own logits; tried once a model."""
         return tried(self.model, "shares", self._try_sharing)
 
+    @property
+    def _tolerance(self) -> float:
+        """Of logits that should be the same, as a share of their norm."""
+        return 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.05
+
     def _try_sharing(self) -> bool:
         tokens = torch.arange(2, 9, device=self.device)[None] % self.cfg.d_vocab
         prompt, logits = self.prefill(tokens[:, :4]), []
@@ -64,8 +69,7 @@ class BridgeRunner(Runner):
             except NotShareableError:
                 return False
         error = (logits[0].float() - logits[1].float()).norm() / logits[0].float().norm()
-        exact = next(self.model.parameters()).dtype == torch.float32
-        return bool(error < (1e-3 if exact else 0.05))
+        return bool(error < self._tolerance)
 
     def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
         from transformers import DynamicCache
@@ -117,7 +121,8 @@ class BridgeRunner(Runner):
                 joined = self._forward(new, keep=None, **past)
         except Exception:  # whatever a block raises that meets more rows than it was told of
             return False
-        return bool((joined - whole).float().norm(dim=(-1, -2)).max() <= 0.05 * whole.float().norm())
+        error = (joined - whole).float().norm(dim=(-1, -2)).max() / whole.float().norm()
+        return bool(error < self._tolerance)
 
     def block(
         self,

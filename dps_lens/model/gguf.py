@@ -62,7 +62,10 @@ def _convert(gguf: Path, dtype: torch.dtype, folder: Path) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
-        if not folder.is_dir():
+        try:
             temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else somebody else was quicker
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

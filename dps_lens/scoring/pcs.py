@@ -83,7 +83,7 @@ def score_heads(
         seed=seed,
         batch_size=run.config.batch_size,
     )
-    run.open(sweep.fingerprint())
+    run.open(sweep.fingerprint)
     sweep = sweep.with_means(run)
     units = run.units(sweep, list(sweep.by_key), "scoring heads")
     return run.keep(sweep.collect(units, run.manifest))

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import false_discovery_control, t
 from torch import Tensor
 
+from dps_lens.checks import check_number, check_seed, check_whole
 from dps_lens.errors import ScoreError
 from dps_lens.heads import Head
 from dps_lens.result import Result
@@ -118,6 +119,9 @@ def significant_heads(
     if correction not in get_args(Correction):
         known = ", ".join(map(repr, get_args(Correction)))
         raise ScoreError(f"significant_heads: correction {correction!r} is unknown; use one of {known}")
+    check_number(ScoreError, "significant_heads: alpha", alpha, above=0, most=0.5)
+    check_whole(ScoreError, "significant_heads: n_flips", n_flips, least=1)
+    check_seed(ScoreError, "significant_heads: seed", seed)
     scores.check_defined("significant_heads")
     samples = scores.samples().numpy()
     n_users = len(samples)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dps_lens.checks import check_flag, check_number, check_whole
+from dps_lens.data.tokenizer import end_tokens
 from dps_lens.errors import PromptError, SteeringError
 from dps_lens.intervene import Ablation, AblationLike, Zero, find_ablation
 from dps_lens.literals import Positions
@@ -22,7 +23,6 @@ from dps_lens.steering.generation import Generation, Steps, TextStream
 from dps_lens.steering.layout import (
     Heads,
     Prompts,
-    end_tokens,
     head_sets,
     layers_to_contrast,
     names_of,

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.data import Prompt
-from dps_lens.data.tokenizer import end_of_turn_ids, start_token
+from dps_lens.data.tokenizer import start_token
 from dps_lens.errors import SteeringError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Ablation, Zero
@@ -184,11 +184,3 @@ def samplings_of(sampling: Sampling | Sequence[Sampling | None] | None, rows: in
         if not (one is None or isinstance(one, Sampling)):
             raise SteeringError(f"generate: sampling {one!r} is no Sampling(…), nor None for greedy decoding")
     return samplings
-
-
-def end_tokens(model: HookedModel) -> set[int]:
-    """Ids that end a text: the tokenizer's, those of the generation config, and the chat template's end of a turn."""
-    config = getattr(getattr(model, "original_model", None), "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    every = (*(ends if isinstance(ends, (list, tuple)) else [ends]), model.tokenizer.eos_token_id)
-    return {int(token) for token in (*every, *end_of_turn_ids(model)) if token is not None}

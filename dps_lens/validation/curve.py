@@ -168,8 +168,7 @@ class AblationWork(EditWork):
             for prompt in prompts_in(self.model, example, name, self.users, seed=self.seed, config=config):
                 prompts[name] = prompt
         if self.texts and "neutral" in self.shown:
-            number = sorted(self.by_key).index(key)  # whatever the order of users
-            prompts["neutral"] = neutral_prompt(self.model, self.texts[number % len(self.texts)])
+            prompts["neutral"] = neutral_prompt(self.model, self.texts[self.places[key] % len(self.texts)])
         runs = {name: self.clean_run(prompt, name) for name, prompt in prompts.items()}
         return {
             name: Condition(name, clean, clean.ablated_losses, drawn=name in self.config.controls)

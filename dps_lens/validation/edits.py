@@ -78,7 +78,7 @@ class EditWork(HeldOutWork):
 
     def run(self, run: Run) -> SetEffects:
         """Measure every example; finished ones are read from the run's folder."""
-        run.open(self.fingerprint())
+        run.open(self.fingerprint)
         self.fit(run)
         return self.collect_run(run)
 

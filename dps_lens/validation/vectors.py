@@ -116,7 +116,7 @@ class VectorWork(EditWork):
         self.settings = replace(self.settings, positions="response", ablation=Zero())
 
     def run(self, run: Run) -> SetEffects:
-        run.open(self.fingerprint())
+        run.open(self.fingerprint)
         outputs = run.units(
             self, [_key(user.id) for user in self.users], "preference vectors", unit="user", split=False
         )

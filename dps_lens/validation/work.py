@@ -208,6 +208,11 @@ class HeldOutWork(Work):
         ablation = self.settings.ablation
         return replace(ablation, z=self.means[condition]) if isinstance(ablation, Mean) and self.means else ablation
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """A number for each example, whatever the order of users."""
+        return {key: place for place, key in enumerate(sorted(self.by_key))}
+
     def draws_of(self, key: str) -> list[int]:
         """Random draws that this example measures: all, or its part where those of a user are dealt out."""
         example = self.by_key[key]

@@ -124,7 +124,11 @@ def steerx_vectors(
             f"steerx_vector: no token of {len(examples)} documents is {threshold} nats likelier with the history; "
             "lower threshold="
         )
-    text = description if isinstance(description, str) else (description or partial(_describe, model))(pieces)
+    text = (
+        description
+        if isinstance(description, str)
+        else (description or partial(_describe, model, prompt_config))(pieces)
+    )
     if not text.strip():
         raise SteeringError("steerx_vector: the description is empty; give description=")
     described = [
@@ -162,8 +166,9 @@ def _runs(model: HookedModel, tokens: Sequence[int], driven: Bool[Tensor, " pos"
     return [text for run in runs if (text := model.tokenizer.decode(run, skip_special_tokens=True).strip())]
 
 
-def _describe(model: HookedModel, pieces: Sequence[str]) -> str:
+def _describe(model: HookedModel, prompt_config: PromptConfig | None, pieces: Sequence[str]) -> str:
     """The model's own description of a user, of the first pieces."""
-    asked = chat_prompt(model, _ASK.format(pieces=", ".join(dict.fromkeys(pieces[:_MOST_PIECES]))))
+    text = _ASK.format(pieces=", ".join(dict.fromkeys(pieces[:_MOST_PIECES])))
+    asked = chat_prompt(model, text, chat_template_kwargs=(prompt_config or PromptConfig()).chat_template_kwargs)
     written = generate(model, asked, rule="greedy", max_new_tokens=_DESCRIPTION_TOKENS)
     return written.texts[0].strip() or ", ".join(pieces[:_MOST_PIECES])

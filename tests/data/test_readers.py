@@ -12,7 +12,7 @@ from dps_lens.data.conditions import donors_of
 from dps_lens.data.examples import by_key, data_digest, key_of, unit_key
 from dps_lens.data.same import SameTexts, asked_parts, document_parts, normalised
 from dps_lens.data.tasks import TASKS
-from dps_lens.errors import DataError
+from dps_lens.errors import DataError, PromptError
 
 TEXTS = [
     "The oven was cold and nobody had set the timer for the bread.",
@@ -49,7 +49,7 @@ def test_a_text_under_another_id_never_stands_in_its_own_prompt(llama):
     for example in (*user.discovery_examples(), *user.examples):
         for shown in ("own", other, thief):
             if shown is thief:
-                with pytest.raises(Exception, match="no documents to show"):
+                with pytest.raises(PromptError, match="no documents to show"):
                     build_prompt(llama.hooked, example, shown, config=config)
                 continue
             prompt = build_prompt(llama.hooked, example, shown, config=config)
@@ -159,7 +159,7 @@ def test_short_users_are_left_out_with_a_count(tmp_path):
         load_users(path, max_users=2, strict=True)
     with pytest.raises(DataError, match="record 0: field 'user_id' is missing"):
         load_users([{"text": "x"}])
-    with pytest.raises(DataError, match="max_users is 0"):
+    with pytest.raises(DataError, match="max_users 0 is not"):
         load_users(path, max_users=0)
     with pytest.raises(DataError, match="task 'lamp-9' is unknown"):
         load_users(documents(), task="lamp-9")

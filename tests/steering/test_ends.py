@@ -6,8 +6,8 @@ import transformers
 from conftest import CHAT_TEMPLATE, make_tokenizer
 
 import dps_lens as dps
+from dps_lens.data.tokenizer import end_tokens
 from dps_lens.heads import HeadSet
-from dps_lens.steering.layout import end_tokens
 
 LLAMA3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"

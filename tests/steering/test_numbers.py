@@ -35,7 +35,7 @@ def prompts(tinies, probe, short):
         ("temperature", [NAN, INF, 0, -1.0, True, "1"]),
         ("top_k", [0, 1.5, True, "5"]),
         ("top_p", [NAN, 0.0, 1.01, True, "0.9"]),
-        ("seed", [2**64, -(2**63) - 1, 1.0, True, "7", None]),
+        ("seed", [2**32, -1, 1.0, True, "7", None]),
     ],
 )
 def test_settings_that_are_no_numbers_are_refused_where_they_enter(llama, prompts, unchecked, name, values):
@@ -56,7 +56,7 @@ def test_numbers_at_the_edge_are_taken(llama, prompts):
     greedy = generate(llama.hooked, prompts, **options)
     cold = generate(llama.hooked, prompts, do_sample=True, temperature=5e-324, **options)
     assert [row.tolist() for row in cold.tokens] == [row.tolist() for row in greedy.tokens]
-    for seed in (2**64 - 1, -(2**63)):
+    for seed in (2**32 - 1, 0):
         assert len(generate(llama.hooked, prompts, do_sample=True, seed=seed, **options).tokens[0]) == 4
     most = llama.hooked.cfg.d_vocab // 2
     out = generate(llama.hooked, prompts[0], keep_alternatives=most, **{**options, "max_new_tokens": 1})

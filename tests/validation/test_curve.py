@@ -516,8 +516,8 @@ def test_wrong_settings_are_refused(llama, users, short, unchecked):
         (dps.ablation_curve, {"ablation": "patch"}, "'patch' compares two runs; use patch_heads"),
         (dps.ablation_curve, {"n_random": -1}, "n_random"),
         (dps.ablation_curve, {"held_out_config": config(controls=("mine",))}, "controls \\['mine'\\] are unknown"),
-        (dps.ablation_curve, {"max_examples": 0}, "max_examples 0 leaves nothing"),
-        (dps.ablation_curve, {"max_examples": -1}, "max_examples -1 leaves nothing"),
+        (dps.ablation_curve, {"max_examples": 0}, "max_examples 0 is not a whole number from 1 up"),
+        (dps.ablation_curve, {"max_examples": -1}, "max_examples -1 is not a whole number from 1 up"),
         (
             dps.ablation_curve,
             {"held_out_config": config(neutral=("too short",))},
