@@ -110,7 +110,7 @@ def test_screening_of_uniform_and_bad_settings(llama, probe, short):
     options = {"max_examples": 1, "prompt_config": short}
     with pytest.raises(ScoreError, match="not for 'uniform'"):
         dps.score_heads(llama.hooked, probe[:1], method="attribution", ablation="uniform", **options)
-    with pytest.raises(ScoreError, match="a share between 0 and 1"):
+    with pytest.raises(ScoreError, match="confirm 2.5 is not a number from 0 to 1"):
         dps.score_heads(
             llama.hooked, probe[:1], method="screened", score_config=dps.ScoreConfig(confirm=2.5), **options
         )
