@@ -44,10 +44,10 @@ docs: $(VENV)/.dev
 	$(VENV)/bin/mkdocs build --strict --quiet
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m "not full"
+	$(VENV)/bin/python -m pytest -m "not full" -n 2 --dist loadfile
 
 test-full: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-tl3: $(TL3_VENV)/.dev
 	$(TL3_VENV)/bin/python -m pytest tests/test_hooked_transformer.py
