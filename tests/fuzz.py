@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import dps_lens as dps
 from dps_lens.cli.config import read_config
 from dps_lens.cli.requests import Lines, Request, read_requests
 from dps_lens.data import Prompt
+from dps_lens.data.examples import key_of
 from dps_lens.data.fetch import _check as check_fetched
 from dps_lens.data.tasks import TASKS
 from dps_lens.errors import DPSLensError
@@ -192,14 +193,15 @@ def comparable(path: Path) -> Any:
     return json.dumps({key: value for key, value in json.loads(path.read_bytes()).items() if key != "digest"})
 
 
-FINGERPRINT = {"call": "score_heads", "ks": [1, 2], "examples": [f"e{n}" for n in range(6)], "model": {"name": "m"}}
+EXAMPLES = [key_of(f"u{n // 2}", f"e{n}") for n in range(6)]
+FINGERPRINT = {"call": "score_heads", "ks": [1, 2], "examples": EXAMPLES, "model": {"name": "m"}}
 
 
-def run_files(scores: Result) -> dict[str, bytes]:
+def run_files(scores: dps.HeadScores) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(name, FINGERPRINT)
         folder.put("a", {"values": torch.arange(4.0)})
-        scores.save(name)
+        replace(scores, manifest=FINGERPRINT).save(name)
         return {str(path.relative_to(name)): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
 
 

@@ -36,7 +36,7 @@ RECORD = {"user_id": "u", "id": "d", "title": "A title", "text": "A text."}
         (b'"text"', "expected an object, found str"),
         (b"[1]", "expected an object, found int"),
         (b'{"profile": 3, "input": "x", "output": "y", "user_id": "u"}', "field 'profile' is int"),
-        (b'{"user_id": "u", "title": [], "text": {}}', "field 'title' is list"),
+        (b'{"user_id": "u", "title": [], "text": {}}\n' * 3, "field 'title' is list"),
     ],
 )
 def test_users_files_that_are_none(content, message, tmp_path):

@@ -113,7 +113,7 @@ def test_axes_that_do_not_agree_are_noticed(tmp_path, unchecked):
         type(sweep).load(tmp_path)
 
 
-def test_results_of_before_there_was_a_digest_load(saved):
+def test_files_without_a_digest_load(saved):
     result, file = saved
     changed(file, lambda meta: None)
     assert repr(type(result).load(file.parent)) == repr(result)

@@ -460,7 +460,7 @@ def test_special_tokens_that_are_only_added_are_defused(probe):
 
 
 def test_prompt_settings_and_bare_texts(llama):
-    with pytest.raises(PromptError, match="items is 0"):
+    with pytest.raises(PromptError, match="items 0 is not a whole number"):
         dps.PromptConfig(items=0)
     prompt = dps.chat_prompt(llama.hooked, "Rain again.")
     start, stop = prompt.spans["task"]

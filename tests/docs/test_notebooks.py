@@ -28,7 +28,10 @@ def test_outputs_are_stripped(path):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.full] * (path.stem != "quickstart"), id=path.stem) for path in NOTEBOOKS],
+)
 def test_small_settings_run(path, tmp_path):
     done = executed(path, tmp_path, small=True)
     shown = [kind for cell in done.cells for one in cell.get("outputs", []) for kind in one.get("data", {})]

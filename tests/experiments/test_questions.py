@@ -18,6 +18,7 @@ QUESTIONS = sorted(file.stem for file in CONFIGS.parent.glob("q*.py"))
 NAMES = {
     name.partition("_")[2]: name for name in QUESTIONS if (CONFIGS / f"{name.partition('_')[2]}_smoke.yaml").is_file()
 }
+LONG = {"benchmark", "factors", "families", "rules", "steering"}
 
 
 @pytest.fixture
@@ -36,7 +37,9 @@ def smoke(tiny_folders, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name in LONG), id=name) for name in NAMES]
+)
 def test_an_experiment_runs_decides_and_repeats_itself(name, smoke):
     out = smoke(name)
     claims = json.loads((out / "verdict.json").read_text())

@@ -74,6 +74,7 @@ def test_steering_changes_tokens(tiny, prompts_of):
 
 
 @pytest.mark.real
+@pytest.mark.full
 def test_embedded_model_equals_naive_decoding(real, probe):
     config = dps.PromptConfig(items=3, profile_tokens=90, task_tokens=60)
     other = dps.PromptConfig(items=2, profile_tokens=50, task_tokens=40)

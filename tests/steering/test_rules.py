@@ -266,7 +266,7 @@ def test_rules_equal_naive_decoding(tinies, requests_of, architecture, rule):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampled", [False, pytest.param(True, marks=pytest.mark.full)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("rule", CONTRASTS)
 def test_rules_in_a_mixed_batch_equal_naive_decoding_of_the_embedded_model(real, probe, rule, sampled):
     """Two users, lengths, head sets, strengths; γ = −1 and α = 0 among them where sampling."""

@@ -599,7 +599,7 @@ def test_a_folder_of_another_run_is_refused(toy_model, toy_users, tmp_path):
     for change, named in (
         ({"ks": (1,)}, r"ks was \[0, 1\], now \[1\]"),
         ({"users": toy_users[:3]}, "data was .*also examples, sets"),
-        ({"families": {**SETS, "carrier": HeadSet.parse("L0H3")}}, "sets was"),
+        ({"families": {**SETS, "carrier": HeadSet.parse("L0H3")}}, "sets.carrier.u0 was"),
         ({"families": {"renamed": SETS["carrier"]}}, "families was"),
         ({"families": dict(reversed(SETS.items()))}, "families was"),
         ({"n_random": 2}, "n_random was 1, now 2"),
@@ -608,7 +608,7 @@ def test_a_folder_of_another_run_is_refused(toy_model, toy_users, tmp_path):
         ({"ablation": "uniform"}, 'ablation was "zero", now "uniform"'),
         ({"held_out_config": dps.HeldOutConfig(positions="all")}, 'positions was "response", now "all"'),
         ({"held_out_config": dps.HeldOutConfig(neutral=())}, "neutral was"),
-        ({"prompt_config": dps.PromptConfig(items=1)}, "prompt_config was"),
+        ({"prompt_config": dps.PromptConfig(items=1)}, "prompt_config.items was 6, now 1"),
         ({"verb": dps.patch_heads}, 'ablation was "zero", now "patch" .*also .*call'),
     ):
         with pytest.raises(RunError, match=named):

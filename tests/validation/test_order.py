@@ -41,11 +41,11 @@ def test_scores(people, known, llama, short, against):
 
 
 def test_held_out_effects(people, known, llama, short):
-    options = {"prompt_config": short, "run_config": QUIET, "ks": (2,), "n_random": 5}
+    options = {"prompt_config": short, "run_config": QUIET, "ks": (2,), "n_random": 19}
     effects = dps.ablation_curve(llama.hooked, people, FAMILY, **options)
     assert {"own", "no_profile", "other_user", "neutral"} <= effects.chosen.keys()
     for name, chosen in effects.chosen.items():
-        same(known, name, by_example(effects.user_ids, effects.example_ids, chosen))
+        same(known, f"effects, {name}", by_example(effects.user_ids, effects.example_ids, chosen))
     owners = list(dict.fromkeys(effects.user_ids))
     for name, draws in effects.draws.items():
         same(known, f"draws, {name}", dict(zip(owners, draws.unbind(1), strict=True)))
@@ -55,8 +55,9 @@ def test_held_out_effects(people, known, llama, short):
 
 
 def test_steering(people, known, llama, short):
+    methods = {"dps": ("dps", FAMILY["set"])}
     sweep = dps.steering_sweep(
-        llama.hooked, people, FAMILY, strengths=(1.0,), n_random=5, prompt_config=short, run_config=QUIET
+        llama.hooked, people, methods, strengths=(1.0,), k=2, n_random=5, prompt_config=short, run_config=QUIET
     )
     for name, change in sweep.change.items():
-        same(known, name, by_example(sweep.user_ids, sweep.example_ids, change.movedim(-1, 0)))
+        same(known, f"steering, {name}", by_example(sweep.user_ids, sweep.example_ids, change.movedim(-1, 0)))
