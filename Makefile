@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TL3_VENV ?= .venv-tl3
+# Two processes of one thread each: with more threads than cores each waits for the others.
+TEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo figures docs test test-full test-tl3 check format clean
@@ -44,10 +46,10 @@ docs: $(VENV)/.dev
 	$(VENV)/bin/mkdocs build --strict --quiet
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m "not full" -n 2 --dist loadfile
+	$(TEST) -m "not full"
 
 test-full: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(TEST)
 
 test-tl3: $(TL3_VENV)/.dev
 	$(TL3_VENV)/bin/python -m pytest tests/test_hooked_transformer.py
