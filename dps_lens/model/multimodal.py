@@ -3,13 +3,10 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from dps_lens.errors import ModelLoadError
 from dps_lens.model.architectures import causal_class, name_of
-
-_TRIED = 12
+from dps_lens.model.same import deviation, logits_of
 
 
 def text_part(whole: Any) -> Any:
@@ -52,17 +49,7 @@ def _check_same(text: Any, whole: Any, name: str) -> None:
     empty = [module for module, weight in text.named_parameters() if weight.device.type == "meta"]
     if empty:
         raise ModelLoadError(f"load_model: {name} holds no {', '.join(empty[:4])}, which its text part needs")
-    expected, found = _logits(whole), _logits(text)
-    error = float((found - expected).abs().max() / expected.abs().max())
-    if not error <= (1e-3 if text.dtype == torch.float32 else 5e-2):
+    if error := deviation(logits_of(text), logits_of(whole)):
         raise ModelLoadError(
             f"load_model: the text part of {name} gives other logits than the whole, by {error:.2g} of the largest"
         )
-
-
-@torch.inference_mode()
-def _logits(model: Any) -> Float[Tensor, "1 pos d_vocab"]:
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    # Multimodal models take some tokens for places of pictures; few have them this low.
-    tokens = torch.arange(3, 3 + _TRIED, device=model.get_input_embeddings().weight.device)[None] % vocabulary
-    return model(input_ids=tokens, use_cache=False).logits.float()

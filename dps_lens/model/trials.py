@@ -1,5 +1,6 @@
 """What a model can do is tried once, on a few tokens, and kept with the model."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ def tried(model: HookedModel, name: str, trial: Callable[[], T]) -> T:
     """The result of a trial, which sees the model without anybody's hooks; run when it is first asked for."""
     known = vars(model).setdefault("_dps_lens_trials", {})
     if name not in known:
-        with in_use(model), without_hooks(model), torch.no_grad():
+        with in_use(model), without_hooks(model), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a trial may do what a library warns of
             known[name] = trial()
     return known[name]
 

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from architectures import ARCHITECTURES, S
 from conftest import make_hf_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -258,50 +259,26 @@ def test_wrapping_leaves_the_tokenizer_as_it_is(tmp_path):
     assert model.to_tokens("Dear diary").tolist() == [tokenizer("Dear diary")["input_ids"]]
 
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
-}
-FALCON = {"num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True, "bias": False}
-
-
 @pytest.mark.parametrize(
     ("config", "auto", "options", "said"),
     [
         (
             "HeliumConfig",
             "CausalLM",
-            {**SIZES, "head_dim": 8},
+            ARCHITECTURES["Helium"],
             r"no bridge for HeliumForCausalLM \(model type 'helium'\)",
         ),
-        ("FalconConfig", "CausalLM", {"hidden_size": 32, "num_hidden_layers": 3, **FALCON}, "cannot wrap FalconForC"),
+        ("FalconConfig", "CausalLM", ARCHITECTURES["Falcon, new decoder"], "cannot wrap FalconForC"),
         (
             "Lfm2Config",
             "CausalLM",
-            {**SIZES, "layer_types": ["conv", "full_attention", "conv"]},
+            {**S, "layer_types": ["conv", "full_attention", "conv"]},
             r"Lfm2ForCausalLM has no attention heads \(hook_z\) in layers 0, 2 of 3",
         ),
         (
             "DeepseekV3Config",
             "CausalLM",
-            {**SIZES, **LATENT},
+            ARCHITECTURES["DeepseekV3"],
             "DeepseekV3ForCausalLM has no output for each head: .* of layers 0, 1, 2 reads 24 values, not 4 heads × 4",
         ),
         (
@@ -311,8 +288,8 @@ FALCON = {"num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture
             r"Mamba.* \(hook_z\) in layers 0, 1 of 2",
         ),
         ("T5Config", "Seq2SeqLM", {"d_model": 32, "num_layers": 2}, "T5ForConditionalGeneration is an encoder-decoder"),
-        ("BertConfig", "MaskedLM", SIZES, "BertForMaskedLM is an encoder"),
-        ("ModernBertConfig", "MaskedLM", SIZES, "ModernBertForMaskedLM is an encoder"),
+        ("BertConfig", "MaskedLM", S, "BertForMaskedLM is an encoder"),
+        ("ModernBertConfig", "MaskedLM", S, "ModernBertForMaskedLM is an encoder"),
     ],
 )
 def test_architectures_that_cannot_be_hooked_end_in_one_sentence(tmp_path, config, auto, options, said):
