@@ -29,7 +29,7 @@ def _plain(value: object) -> Any:
     import numpy as np
     import torch
 
-    from dps_lens.files import tensor_digest
+    from dps_lens.digests import tensor_digest
 
     if isinstance(value, torch.Tensor):
         return tensor_digest(value)

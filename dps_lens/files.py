@@ -1,26 +1,23 @@
 """Files that are either whole or absent, and readers that name what is wrong with a file."""
 
 import errno
-import hashlib
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dps_lens.digests import tensors_digest
 from dps_lens.errors import DPSLensError, FileError, ScoreError, reason
 
 _DIGEST, _ABOUT = "digest", "about"
-_PIECE = 2**28
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MARKS = {
     b"\x1f\x8b": "is compressed with gzip; unpack it first",
@@ -166,38 +163,6 @@ def _save(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[
     contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata)
-
-
-def tensor_digest(values: torch.Tensor) -> str:
-    """Of one tensor, as `tensors_digest`."""
-    return tensors_digest({"": values})
-
-
-def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of names, dtypes, shapes and every byte; the same on every device and in every order."""
-    digest = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        values = tensors[name].detach()
-        digest.update(json.dumps([name, str(values.dtype), list(values.shape)]).encode())
-        # As bytes, for numpy knows neither bfloat16 nor float8; in pieces, for a copy of a large matrix is large.
-        flat = values.contiguous().as_strided((values.numel(),), (1,))
-        for piece in flat.view(torch.uint8).split(_PIECE):
-            digest.update(memoryview(piece.cpu().numpy()))
-    return digest.hexdigest()
-
-
-def json_digest(value: object) -> str:
-    """Of a value that JSON knows; the order of keys does not matter."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as opened:
-        for block in iter(partial(opened.read, 2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import jaxtyped
 
+from dps_lens.digests import tensors_digest
 from dps_lens.errors import DPSLensError, ScoreError, reason
-from dps_lens.files import as_json, read_object, read_tensors, replacing, tensors_digest, write_tensors
+from dps_lens.files import as_json, read_object, read_tensors, replacing, write_tensors
 from dps_lens.heads import HeadSet
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from warnings import warn
 
 from torch import Tensor
 
+from dps_lens.digests import json_digest
 from dps_lens.errors import RunError, ScoreError
-from dps_lens.files import create_json, json_digest, read_object, read_unit, write_text, write_unit, writing
+from dps_lens.files import create_json, read_object, read_unit, write_text, write_unit, writing
 from dps_lens.result import provenance
 
 _MANIFEST, _MADE = "run.json", "made.json"

@@ -411,7 +411,7 @@ def test_weights_are_read_where_they_are(start, folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.bool])
 def test_digests_know_every_byte_of_every_dtype(dtype):
-    from dps_lens.files import tensor_digest
+    from dps_lens.digests import tensor_digest
 
     values = (torch.arange(60).reshape(5, 12) % 2).to(dtype)
     changed = values.clone()

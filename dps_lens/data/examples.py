@@ -8,8 +8,8 @@ from warnings import warn
 from dps_lens.checks import check_whole
 from dps_lens.data.documents import Profile
 from dps_lens.data.records import MIN_PROFILE, Example, User
+from dps_lens.digests import json_digest
 from dps_lens.errors import DataError, ScoreError
-from dps_lens.files import json_digest
 from dps_lens.literals import Discovery
 
 T = TypeVar("T")

@@ -6,8 +6,9 @@ from typing import BinaryIO
 
 from platformdirs import user_cache_path
 
+from dps_lens.digests import file_digest
 from dps_lens.errors import DataError, FileError, reason
-from dps_lens.files import file_digest, read_json, read_object, write_json, writing
+from dps_lens.files import read_json, read_object, write_json, writing
 
 MAX_BYTES = 16 * 2**30
 """Of a file, unpacked; the largest of LaMP is far smaller."""

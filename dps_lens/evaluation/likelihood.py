@@ -11,9 +11,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from dps_lens.data import PromptConfig, User
+from dps_lens.digests import tensor_digest
 from dps_lens.errors import SteeringError
 from dps_lens.evaluation.forced import Forced, Weights
-from dps_lens.files import tensor_digest
 from dps_lens.heads import Head
 from dps_lens.intervene import Ablation, find_ablation
 from dps_lens.literals import Select

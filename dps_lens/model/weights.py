@@ -8,8 +8,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from dps_lens.digests import tensor_digest
 from dps_lens.errors import ModelCheckError
-from dps_lens.files import tensor_digest
 from dps_lens.model.protocol import HookedModel
 
 _RECOMPUTED = ("dynamic", "longrope")

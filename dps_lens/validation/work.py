@@ -13,8 +13,8 @@ from dps_lens.checks import check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, Shown, User, build_prompt
 from dps_lens.data.examples import by_key, held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
+from dps_lens.digests import tensor_digest
 from dps_lens.errors import ScoreError
-from dps_lens.files import tensor_digest
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Context, Mean, Where
 from dps_lens.literals import Positions, Select
