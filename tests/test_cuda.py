@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from flat import generate
 
 import dps_lens as dps
 from dps_lens.heads import HeadSet
@@ -26,7 +27,7 @@ def models(tiny_folders):
 
 def written(model, users, rule, **options):
     own, none = ([dps.build_prompt(model, user.examples[0], which) for user in users] for which in ("own", "none"))
-    return dps.generate(
+    return generate(
         model,
         own,
         rule=rule,
@@ -35,7 +36,7 @@ def written(model, users, rule, **options):
         vectors=[dps.SteeringVector(torch.linspace(-1, 1, model.cfg.d_model), layer) for layer in (0, 2)],
         max_new_tokens=6,
         negative_prompts=none,
-        decode_config=dps.DecodeConfig(stop_at_eos=False),
+        stop_at_eos=False,
         **options,
     )
 
