@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timezone
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import jaxtyped
 
+from dps_lens import __version__
 from dps_lens.digests import tensors_digest
 from dps_lens.errors import DPSLensError, ScoreError, reason
 from dps_lens.files import as_json, read_object, read_tensors, replacing, write_tensors
@@ -40,7 +40,7 @@ def provenance() -> dict[str, str]:
     """Who made a result: version of dps_lens, command, and the time in UTC."""
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else ""
     return {
-        "dps_lens": version("dps_lens"),
+        "dps_lens": __version__,
         "command": command,
         "date": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%MZ}",
     }

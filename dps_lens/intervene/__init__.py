@@ -16,7 +16,8 @@ from dps_lens.intervene.ablations import (
     Zero,
     find_ablation,
 )
-from dps_lens.intervene.edits import Edit, Scale, ablate, attention_for, row_masks
+from dps_lens.intervene.edits import Edit, ablate, attention_for, row_masks
+from dps_lens.intervene.gates import Gate, Scale
 from dps_lens.intervene.positions import Selection, Where, everywhere, window
 from dps_lens.intervene.record import record_z, recording_z
 
@@ -26,6 +27,7 @@ __all__ = [
     "AblationLike",
     "Context",
     "Edit",
+    "Gate",
     "Mean",
     "Patch",
     "Scale",

@@ -83,7 +83,7 @@ class Edit:
         if self.values is not None:
             values = self.values[layer].to(device=activation.device, dtype=activation.dtype)
             values = _spread(values, where, n_pos) if values.ndim == 3 else values
-        rows, positions = self._rows(layer, activation), _as_mask(where, n_pos, activation.device)
+        rows, positions = self._rows(layer, activation), as_mask(where, n_pos, activation.device)
         chosen = rows[:, None, :] & positions[:, :, None] if of_z else rows[:, :, None] & positions[:, None, :]
         return torch.where(chosen[..., None], self.ablation.replace(activation, values), activation)
 
@@ -100,40 +100,7 @@ class Edit:
         raise InterventionError(f"the ablation holds {len(mask)} rows of heads, the batch has {rows} rows")
 
 
-@dataclass(frozen=True, repr=False)
-class Scale:
-    """Multiplies z of every head by a factor, one map a row: 0 ablates, above 1 amplifies, 1 changes nothing.
-
-    Attributes:
-        factors: `Float[Tensor, "row layer head"]`.
-        where: which positions are edited.
-    """
-
-    factors: Float[Tensor, "row layer head"]
-    where: Where = everywhere
-
-    def on(self, model: HookedModel) -> Hooks:
-        """A context that applies this to every pass inside; hooks sit only on layers with a factor other than 1."""
-        return Hooks(model, self.hooks(model))
-
-    def hooks(self, model: HookedModel) -> list[tuple[str, Any]]:
-        """Hooks that apply this, by name."""
-        layers = (self.factors != 1).any(dim=0).any(dim=-1).nonzero().flatten().tolist()
-        every = {layer: self.factors[:, layer, None, :, None] for layer in layers}
-        return [(f"blocks.{layer}.attn.hook_z", partial(self._z, factors)) for layer, factors in every.items()]
-
-    def _z(self, factors: Tensor, z: Tensor, hook: object) -> Tensor:
-        where = self.where(z.shape[1])
-        factors = factors.to(z)
-        if isinstance(where, slice) and where == slice(None):
-            return z * factors
-        if where is None:
-            return z
-        chosen = _as_mask(where, z.shape[1], z.device)[:, :, None, None]
-        return torch.where(chosen, z * factors, z)
-
-
-def _as_mask(where: slice | Tensor, n_pos: int, device: torch.device) -> Bool[Tensor, "row pos"]:
+def as_mask(where: slice | Tensor, n_pos: int, device: torch.device) -> Bool[Tensor, "row pos"]:
     if isinstance(where, slice):
         mask = torch.zeros(1, n_pos, dtype=torch.bool, device=device)
         mask[:, where] = True
@@ -143,7 +110,7 @@ def _as_mask(where: slice | Tensor, n_pos: int, device: torch.device) -> Bool[Te
 
 def _spread(values: Tensor, where: slice | Tensor, n_pos: int) -> Float[Tensor, "1 pos head d_head"]:
     """Lay values of the edited positions out over all positions."""
-    chosen = _as_mask(where, n_pos, values.device)[0]
+    chosen = as_mask(where, n_pos, values.device)[0]
     if int(chosen.sum()) != values.shape[0]:
         raise InterventionError(
             f"patch: {values.shape[0]} positions of values for {int(chosen.sum())} edited positions"

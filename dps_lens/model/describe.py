@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from dps_lens import __version__
 from dps_lens.errors import ModelCheckError
 from dps_lens.model.protocol import HookedModel, hf_model_of, is_bridge
 from dps_lens.model.weights import weights_digest
 
-_LIBRARIES = ("dps_lens", "torch", "transformers", "tokenizers", "transformer-lens")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "transformer-lens")
 _NO_PART = {
     "_from_model_config",
     "_name_or_path",
@@ -63,7 +64,7 @@ def describe_model(model: HookedModel) -> dict[str, Any]:
         "matmul": torch.get_float32_matmul_precision(),
         "weights": weights_digest(model),
         **_configs(model),
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": {"dps_lens": __version__} | {name: version(name) for name in _LIBRARIES},
     }
 
 

@@ -5,8 +5,6 @@ backward pass goes block by block from the residuals of the clean pass, so that 
 single block are held at a time.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,10 +13,10 @@ from torch import Tensor
 
 from dps_lens.errors import ScoreError
 from dps_lens.intervene import Edit, attention_for
-from dps_lens.model import HookedModel
 from dps_lens.model.losses import token_losses
 from dps_lens.scoring.clean_run import CleanRun
 from dps_lens.scoring.objectives import NLL
+from dps_lens.scoring.paths import frozen
 
 _FLAT = 1e-4  # of the gradient of the NLL; rounding leaves less
 
@@ -43,7 +41,7 @@ def attribute(clean: CleanRun) -> Float[Tensor, "layer head"]:
         return estimate
     with (
         attention_for(runner.model, clean.ablation),
-        _frozen(runner.model),
+        frozen(runner.model),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
@@ -83,16 +81,3 @@ def attribute(clean: CleanRun) -> Float[Tensor, "layer head"]:
 def _hold(held: list[Tensor], z: Tensor, hook: object) -> Tensor:
     held.append(z)
     return z
-
-
-@contextmanager
-def _frozen(model: HookedModel) -> Iterator[None]:
-    """Parameters without gradients, so that no activation is kept for them."""
-    thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in thawed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in thawed:
-            parameter.requires_grad_(True)

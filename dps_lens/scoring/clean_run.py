@@ -8,7 +8,8 @@ and values of the prompt.
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from copy import copy
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -16,7 +17,18 @@ from torch import Tensor
 
 from dps_lens.data import Prompt
 from dps_lens.errors import ScoreError
-from dps_lens.intervene import AblationLike, Context, Edit, Where, attention_for, everywhere, find_ablation, window
+from dps_lens.intervene import (
+    Ablation,
+    AblationLike,
+    Context,
+    Edit,
+    Where,
+    attention_for,
+    everywhere,
+    find_ablation,
+    recording_z,
+    window,
+)
 from dps_lens.literals import Positions
 from dps_lens.model import PromptCache, Residuals, Runner, reused_logits
 from dps_lens.model.losses import token_losses
@@ -39,6 +51,7 @@ class CleanRun:
         objective: what is measured.
         context: where the ablation finds its values; without one it must bring them.
         where: edit fewer positions than `positions` says.
+        keep_z: keep the z of every head at the response positions.
         batch_size: rows of a batch; `"auto"` fills about 512 tokens on a CPU, up to 16,384 on a GPU, as memory
             allows.
 
@@ -46,6 +59,7 @@ class CleanRun:
         losses: `Float64[Tensor, "pos"]`, the objective at each response position.
         value: their mean.
         nll: of the response, nats per token.
+        z: `Float[Tensor, "layer pos head d_head"]` over the positions that are run, where it was asked for.
     """
 
     def __init__(
@@ -58,6 +72,7 @@ class CleanRun:
         objective: Objective | None = None,
         context: Context | None = None,
         where: Where | None = None,
+        keep_z: bool = False,
         batch_size: BatchSize = "auto",
     ) -> None:
         self.runner, self.prompt, self.positions = runner, prompt, positions
@@ -77,7 +92,11 @@ class CleanRun:
         with torch.inference_mode(False), torch.no_grad(), attention_for(runner.model, self.ablation):
             if self.begin:
                 self.prompt_cache = runner.prefill(tokens[:, : self.begin])
-            logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)
+            with recording_z(runner.model) if keep_z else nullcontext({}) as z:
+                logits = runner.logits(
+                    self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals
+                )
+        self.z = torch.stack([z[layer][0] for layer in sorted(z)]) if z else None
         self.logits = logits[0]
         self.losses = self._measured(logits)[0]
         self.value = float(self.losses.mean())
@@ -94,6 +113,19 @@ class CleanRun:
             self.values = self.ablation.standalone("CleanRun", decoding=False)
         elif self.where(self.tokens.shape[1]) is not None:
             self.values = self.ablation.values_for(prompt, context)
+
+    def with_values(self, ablation: Ablation, where: Where | None = None) -> "CleanRun":
+        """The same run, to be ablated otherwise by what brings its own values; nothing is run again.
+
+        Raises:
+            InterventionError: the ablation needs examples.
+        """
+        if ablation.site != self.ablation.site:
+            raise ScoreError(f"a clean run for {self.ablation.name!r} serves no {ablation.name!r}; make another one")
+        other = copy(self)
+        other.ablation, other.where = ablation, where or self.where
+        other.values = ablation.standalone("CleanRun", decoding=False)
+        return other
 
     def _measured(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float64[Tensor, "row pos"]:
         return losses_of_rows(self.objective, logits, self.targets, self.logits)

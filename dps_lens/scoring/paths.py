@@ -1,0 +1,112 @@
+"""Paths between a run and its ablation, all heads at once, and what each head contributes along them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dps_lens.errors import ScoreError
+from dps_lens.intervene import Gate, attention_for
+from dps_lens.model import HookedModel
+from dps_lens.scoring.clean_run import CleanRun
+from dps_lens.scoring.objectives import losses_of_rows
+
+
+class PathScores(NamedTuple):
+    """What every head contributes along a path from a run to its ablation.
+
+    Attributes:
+        values: `Float[Tensor, "layer head"]`, in units of the objective.
+        change: of the objective over the whole path, which the values add up to if enough steps were taken.
+    """
+
+    values: Tensor
+    change: float
+
+
+def integrated(clean: CleanRun, steps: int) -> PathScores:
+    """Integrated gradients of every head (Sundararajan et al. 2017, arXiv 1703.01365) from a run to its ablation.
+
+    All heads go the way together: `z(g) = z′ + g·(z − z′)` with one gate g for all, `z′` what the ablation would put
+    and z what the head computes in that pass. A head's value is `−∫₀¹ ∂L/∂g dg` by its own gate; they add up to what
+    the objective L changes by when all heads are ablated at once (completeness).
+
+    Args:
+        clean: with the ablation.
+        steps: nodes of a Gauss–Legendre rule, the rows of one batch.
+
+    Raises:
+        InterventionError: the ablation edits attention scores.
+        ScoreError: gradients are NaN or infinite.
+    """
+    cfg = clean.runner.cfg
+    values = torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64)
+    if clean.where(clean.tokens.shape[1]) is None:
+        return PathScores(values.float(), 0.0)
+    nodes, weights = (torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(steps))
+    nodes, weights = (nodes + 1) / 2, weights / 2
+    rows, done = min(clean.batch_size, steps), 0
+    while done < steps:
+        part = slice(done, done + rows)
+        gates = nodes[part, None, None].float().repeat(1, cfg.n_layers, cfg.n_heads).requires_grad_()
+        try:
+            with gated(clean):
+                losses = gated_losses(clean, gates)
+                (gradient,) = torch.autograd.grad((losses.mean(-1) * weights[part]).sum(), gates)
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows = rows // 2
+            torch.cuda.empty_cache()
+            continue
+        values -= gradient.double().sum(0)
+        done += rows
+    if not bool(torch.isfinite(values).all()):
+        raise ScoreError(
+            f"example {clean.prompt.example_id!r}: gradients are NaN or infinite; load the model in float32 or "
+            "bfloat16, or use method='exact'"
+        )
+    everything = torch.ones(1, cfg.n_layers, cfg.n_heads, dtype=torch.bool)
+    return PathScores(values.float(), float(clean.ablated(everything)) - clean.value)
+
+
+def gated_losses(clean: CleanRun, gates: Float[Tensor, "row layer head"]) -> Float[Tensor, "row pos"]:
+    """The objective at each response position with the heads of each row let through by its gates.
+
+    A gate of 1 leaves a head as it is, one of 0 ablates it; gradients flow to the gates, inside `gated`.
+    """
+    gate = Gate(gates, clean.ablation, clean.where, clean.values)
+    with gate.on(clean.runner.model):
+        logits = clean.runner.logits(
+            clean.tokens.expand(len(gates), -1), prompt=clean.prompt_cache, keep=len(clean.targets)
+        )
+    return losses_of_rows(clean.objective, logits, clean.targets, clean.logits)
+
+
+@contextmanager
+def gated(clean: CleanRun) -> Iterator[None]:
+    """Where gradients flow through the model and no weight gets one; enter it once around many `gated_losses`."""
+    with (
+        attention_for(clean.runner.model, clean.ablation),
+        frozen(clean.runner.model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+@contextmanager
+def frozen(model: HookedModel) -> Iterator[None]:
+    """Parameters without gradients, so that no activation is kept for them."""
+    thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in thawed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)
