@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dps_lens.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from dps_lens import plots
     from dps_lens.adapters import export_lora, logits_processor
@@ -112,7 +114,6 @@ __all__ = [
     "vector_recovery",
 ]
 # fmt: on
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from jaxtyping import jaxtyped
 
-from dps_lens import __version__
 from dps_lens.digests import tensors_digest
 from dps_lens.errors import DPSLensError, ScoreError, reason
 from dps_lens.files import as_json, read_object, read_tensors, replacing, write_tensors
 from dps_lens.heads import HeadSet
+from dps_lens.version import __version__
 
 if TYPE_CHECKING:
     import pandas

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from dps_lens import __version__
 from dps_lens.errors import ModelCheckError
 from dps_lens.model.protocol import HookedModel, hf_model_of, is_bridge
 from dps_lens.model.weights import weights_digest
+from dps_lens.version import __version__
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "transformer-lens")
 _NO_PART = {

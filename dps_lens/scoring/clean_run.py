@@ -8,7 +8,7 @@ and values of the prompt.
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from copy import copy
 
 import torch
@@ -89,14 +89,13 @@ class CleanRun:
         self.where: Where = where or (everywhere if positions in ("response", "all") else window(prompt, positions))
         self.prompt_cache: PromptCache | None = None
         self.residuals: Residuals = dict.fromkeys(range(0, runner.cfg.n_layers, self._spacing()))
-        with torch.inference_mode(False), torch.no_grad(), attention_for(runner.model, self.ablation):
+        with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
+            stack.enter_context(attention_for(runner.model, self.ablation))
             if self.begin:
                 self.prompt_cache = runner.prefill(tokens[:, : self.begin])
-            with recording_z(runner.model) if keep_z else nullcontext({}) as z:
-                logits = runner.logits(
-                    self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals
-                )
-        self.z = torch.stack([z[layer][0] for layer in sorted(z)]) if z else None
+            recording = stack.enter_context(recording_z(runner.model)) if keep_z else {}
+            logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)
+        self.z = torch.stack([recording[layer][0] for layer in sorted(recording)]) if keep_z else None
         self.logits = logits[0]
         self.losses = self._measured(logits)[0]
         self.value = float(self.losses.mean())
