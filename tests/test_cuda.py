@@ -3,6 +3,7 @@
 import pytest
 import torch
 from flat import generate
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.heads import HeadSet
@@ -61,5 +62,5 @@ def test_rules_run_in_bfloat16(models, probe, rule):
 @pytest.mark.parametrize("positions", ["response", "all"])
 def test_scores_are_the_same(models, probe, method, positions):
     options = {"method": method, "positions": positions, "max_examples": 1}
-    one, other = (dps.score_heads(models[name], [probe[0]], **options) for name in ("cpu", "cuda"))
+    one, other = (score_pcs(models[name], [probe[0]], **options) for name in ("cpu", "cuda"))
     assert torch.allclose(one.values, other.values.cpu(), atol=1e-4)

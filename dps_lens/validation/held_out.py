@@ -59,7 +59,7 @@ def held_out_effects(
     chosen, rows = heads.mask(model.cfg), []
     disable = None if run.config.progress else True
     for example in tqdm(examples, desc="held-out effects", unit="example", disable=disable):
-        rows.append(sum((part.weight * part.exact(chosen) for part in sweep.parts(example)), torch.zeros(())))
+        rows.append(sum((part.weight * part.exact(chosen) for part in sweep.parts(example)[0]), torch.zeros(())))
     values = torch.stack(rows)
     owners = [example.user_id for example in examples]
     mean, table = scores.mean(), []

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import no_hooks_left
+from pcs import score_pcs
 from playwright.sync_api import expect
 
 import dps_lens as dps
@@ -27,7 +28,7 @@ PROMPT = dps.PromptConfig(items=2, profile_tokens=60, task_tokens=20, response_t
 @pytest.fixture(scope="module")
 def explored(tinies, probe, tmp_path_factory):
     model, out = tinies("llama").hooked, tmp_path_factory.mktemp("explored")
-    scores = dps.score_heads(model, probe[:6], max_examples=2, prompt_config=PROMPT)
+    scores = score_pcs(model, probe[:6], max_examples=2, prompt_config=PROMPT)
     families = {
         "induction": dps.HeadScores(
             torch.rand(2, 3, 4), example_ids=["p", "q"], user_ids=["p", "q"],
@@ -335,7 +336,7 @@ def test_heads_of_the_shown_examples_and_bare_scores(explored, llama, probe, tmp
     with pytest.raises(ScoreError, match="evaluate on other examples"):
         dps.explore(llama.hooked, probe[:1], leaking, **options)
     scoring = {"against": None, "max_examples": 1, "prompt_config": PROMPT}
-    alone = dps.score_heads(llama.hooked, probe[:1], **scoring)
+    alone = score_pcs(llama.hooked, probe[:1], **scoring)
     found = dps.explore(llama.hooked, probe[:1], alone, **options)
     assert [*content(found)["maps"]] == ["PCS"]
     assert "the user's older texts" in page(found).replace("&#39;", "'")
