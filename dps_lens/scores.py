@@ -31,6 +31,17 @@ def t_quantile(freedom: int | float, level: float) -> float:
     return float(t.ppf(0.5 + level / 2, freedom))
 
 
+PROFILES = {
+    "own": "own profile",
+    "no_profile": "no profile",
+    "other_user": "other users' profiles",
+    "both": "no profile and other users'",
+    "other_user-no_profile": "other users' profiles beyond none",
+    "no_profile-other_user": "no profile beyond other users'",
+}
+"""What a prompt shows, and what profiles are compared with, in words."""
+
+
 class NoiseFloor(NamedTuple):
     """Scores in a low-precision format minus the same in float32, nats per token.
 
@@ -102,6 +113,24 @@ class HeadScores(Result):
     def summary(self) -> str:
         examples, layers, heads = self.values.shape
         return f"{examples} examples of {len(self.users)} users, {layers} layers × {heads} heads"
+
+    @property
+    def name(self) -> str:
+        """What the scores are, in a few words, for titles."""
+        about = self.manifest
+        if "family" in about:
+            return str(about["family"]).replace("_", " ")
+        against, method = PROFILES.get(str(about.get("against"))), about.get("method", "exact")
+        if about.get("ablation") == "patch":
+            return f"{method} patch, own profile → {against}"
+        name = f"PCS, own profile − {against}" if against else "PCS"
+        return name if method == "exact" else f"{name} ({method})"
+
+    def name_of(self, component: str) -> str:
+        """What a component is, in a few words."""
+        patched = component.removeprefix("patch.")
+        words = PROFILES.get(patched, patched)
+        return f"patch → {words}" if patched != component else f"PCS, {words}"
 
     @property
     def users(self) -> tuple[str, ...]:

@@ -180,12 +180,18 @@ class Sweep(Work):
             unit[f"component.{name}"] = torch.stack(own).mean(0)
         return unit | {f"nll.{name}": torch.tensor(each, dtype=torch.float64).mean() for name, each in nlls.items()}
 
-    def effects(self, parts: Sequence[Part]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The effect of every head in every part, and what a unit says of how they were found."""
-        size = (self.model.cfg.n_layers, self.model.cfg.n_heads)
+    def effects(
+        self, parts: Sequence[Part], heads: Bool[Tensor, "layer head"] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The effect of every head in every part, and what a unit says of how they were found.
+
+        Args:
+            parts: of an example.
+            heads: where heads are ablated one by one, these only; the others get 0.
+        """
         if self.method == "exact":
-            every = torch.ones(size, dtype=torch.bool)
-            return [part.exact(every) for part in parts], {}
+            every = torch.ones(self.model.cfg.n_layers, self.model.cfg.n_heads, dtype=torch.bool)
+            return [part.exact(every if heads is None else heads) for part in parts], {}
         unit = {}
         # Along a path that zeroes all heads together, a head's share says little of what it does alone.
         if self.method == "integrated" or (self.method == "screened" and isinstance(self.ablation, Patch)):

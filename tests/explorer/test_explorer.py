@@ -42,7 +42,9 @@ def explored(tinies, probe, tmp_path_factory):
     effects = dps.ablation_curve(model, probe[:6], {"preference": scores}, ks=(1, 2), n_random=2, **options)
     cost = dps.ablation_cost(model, probe[:6], scores, k=3, n_random=2, max_examples=1)
     shown = {"gammas": (0.5, 2.0), "ks": (1, 3), "max_users": 3, "max_new_tokens": 8}
-    return dps.explore(model, probe[:6], scores, families=families, effects=effects, cost=cost, out=out, **shown)
+    patched = dps.score_heads(model, probe[:6], max_examples=1, prompt_config=PROMPT)
+    shown |= {"families": families, "maps": {"integrated patch": patched}, "effects": effects, "cost": cost}
+    return dps.explore(model, probe[:6], scores, out=out, **shown)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +110,10 @@ def test_one_user_gets_their_own_examples(explored, report, open_page):
     assert f"{shown(float(low))} to {shown(float(high))}" in facts
     assert page.locator("#detail-examples circle").count() == 2
     assert "no claim about heads" in page.locator("#map-note").inner_text()
-    page.select_option("#map", "own profile")
+    page.select_option("#map", "PCS, own profile")
     assert f"{shown(float(scores.mean(user, of='own')[head]))} nats per token" in detail(page)[1]
+    page.select_option("#map", "integrated patch")
+    assert f"{shown(float(explored.maps['integrated patch'].mean(user)[head]))} nats per token" in detail(page)[1]
     page.select_option("#map", "induction")
     assert f"{shown(float(explored.families['induction'].mean()[head]))} attention" in detail(page)[1]
 
@@ -325,6 +329,8 @@ def test_explore_resumes_and_refuses_other_models(explored, llama, probe, tmp_pa
     small = dps.HeadScores(torch.zeros(1, 2, 2), example_ids=["a"], user_ids=["a"])
     with pytest.raises(ScoreError, match="the model has"):
         dps.explore(llama.hooked, probe[:1], small)
+    with pytest.raises(ScoreError, match="map 'other' is of other users"):
+        dps.explore(llama.hooked, probe[:6], explored.scores, maps={"other": explored.scores.without([probe[0].id])})
 
 
 def test_heads_of_the_shown_examples_and_bare_scores(explored, llama, probe, tmp_path, open_page):
