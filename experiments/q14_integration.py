@@ -66,10 +66,7 @@ def measure(config: Integration, lab: Lab) -> Findings:
                 {"steps": steps, "donors": donors, "examples": examples, "K": k}
                 | {"prompts": examples * (1 + donors), "rows": examples * donors * steps}
                 | accuracy(maps[steps, donors, examples], users_maps(scores, FINEST, donors, examples), k, config)
-                | {
-                    f"agreement {name}": value
-                    for name, value in agreement(maps[steps, donors, examples], k, config).items()
-                }
+                | agreement(maps[steps, donors, examples], k, config)
             )
     frame = pd.DataFrame(rows)
     n_heads = scores.shape[-1]

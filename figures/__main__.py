@@ -28,6 +28,7 @@ EXPERIMENTS = {
     "families": "families",
     "rules": "rules",
     "benchmark": "benchmark",
+    "integration": "integration",
 }
 """Script → run folder of its experiment."""
 
