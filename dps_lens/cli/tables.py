@@ -72,7 +72,7 @@ def print_faithfulness(curves: "Faithfulness") -> None:
         console.print(printable(f"no faithfulness: {undefined}"))
         return
     table = Table(title="Areas over the share of heads, 95% intervals over users")
-    for column in ("family", "CPR", "next random ranking (95%)", "p", "CMD", "next random ranking (95%) ", "p "):
+    for column in ("family", "CPR", "next random (95%)", "p", "CMD", "next random (95%) ", "p "):
         table.add_column(printable(column), justify="left" if column == "family" else "right")
     for row in curves.areas().to_dict("records"):
         cells = []
@@ -82,7 +82,7 @@ def print_faithfulness(curves: "Faithfulness") -> None:
         _add(table, row["family"], *cells)
     console.print(table)
     frame = curves.to_frame()
-    table = Table(title="Faithfulness f of the heads that are not patched")
+    table = Table(title="Faithfulness f, by heads kept")
     for column in ("heads", *curves.families, "random, mean"):
         table.add_column(printable(column), justify="right")
     for (size, count), rows in frame[frame["n_heads"] > 0].groupby(["size", "n_heads"]):

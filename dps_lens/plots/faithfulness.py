@@ -2,7 +2,7 @@
 
 from itertools import cycle
 from math import isnan, log10
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from dps_lens.validation.circuits import Faithfulness
 
 _GREY = "#777777"
-_ROW = 0.085
+_RANDOM = "random rankings"
 
 
 def faithfulness(curves: "Faithfulness", *, title: str | None = None) -> go.Figure:
     """f against the share of heads that are kept, one line a ranking with its interval over users.
 
     The share is drawn on a logarithmic axis, without sizes of less than one head; areas are over the share itself.
-    Every line is labelled with its CPR and CMD at its end, those that reach every size in order of CPR. The band is
-    that in which 95% of further random rankings would lie. Without a gain to take shares of, the figure says so.
+    All lines end in the whole model, so that each bears its name where it is farthest from the others. The band is that
+    in which 95% of further random rankings would lie. Without a gain to take shares of, the figure says so.
 
     Args:
         curves: of `faithfulness`.
@@ -45,15 +45,15 @@ def faithfulness(curves: "Faithfulness", *, title: str | None = None) -> go.Figu
         template=TEMPLATE,
         title=title or f"What circuits of the top heads keep{_about_band(curves)}",
         height=420,
-        showlegend=False,
-        margin={"r": 210},
+        showlegend=not undefined,
+        legend={"orientation": "h", "y": -0.2},
         xaxis={
-            "title": "heads that are not patched, % of all",
+            "title": "heads kept, % of all",
             "type": "log",
             "tickvals": shares,
             "ticktext": [f"{100 * share:g}" for share in shares],
         },
-        yaxis={"title": "faithfulness f, share of the gain"},
+        yaxis={"title": "share of the gain kept, f"},
     )
     return figure
 
@@ -72,6 +72,7 @@ def _draw_random(figure: go.Figure, frame: "pandas.DataFrame") -> None:
             fillcolor="rgba(119,119,119,0.15)",
             line={"width": 0},
             hoverinfo="skip",
+            showlegend=False,
             name="the next random ranking (95%)",
         )
     figure.add_scatter(
@@ -79,20 +80,22 @@ def _draw_random(figure: go.Figure, frame: "pandas.DataFrame") -> None:
         y=rows["control"],
         mode="lines",
         line={"color": _GREY, "width": 1},
-        name="random rankings",
+        name=f"{_RANDOM}, mean",
         hovertemplate="<b>random rankings</b>, %{x:.1%} of heads<br>mean %{y:.3f}<extra></extra>",
     )
 
 
 def _draw_families(figure: go.Figure, curves: "Faithfulness", frame: "pandas.DataFrame") -> None:
-    areas = curves.areas().set_index("family").to_dict("index")
-    whole = [family for family in curves.families if not isnan(areas[family]["CPR"])]
-    whole.sort(key=lambda family: -areas[family]["CPR"])
+    areas = curves.areas().set_index("family")
+    f = frame.pivot(index="size", columns="family", values="f")
+    lines = f.assign(**{_RANDOM: frame.groupby("size")["control"].first()}) if "control" in frame else f
     styles = zip(curves.families, cycle(LINES), cycle(DASHES), cycle(MARKERS), strict=False)
     for family, colour, dash, marker in styles:
         rows = frame[(frame["family"] == family) & frame["f"].notna()].sort_values("size")
         if rows.empty:
             continue
+        cpr, cmd = areas.loc[family, ["CPR", "CMD"]]
+        about = f"ranks {rows['n_heads'].max()} heads" if isnan(cpr) else f"CPR {cpr:.2f}, CMD {cmd:.2f}"
         figure.add_scatter(
             x=rows["size"],
             y=rows["f"],
@@ -106,25 +109,31 @@ def _draw_families(figure: go.Figure, curves: "Faithfulness", frame: "pandas.Dat
             mode="lines+markers",
             line={"color": colour, "dash": dash, "width": 2},
             marker={"symbol": marker, "size": 7},
-            name=plain(family),
+            name=f"{plain(family)} ({about})",
             hovertemplate="<b>" + plain(family) + "</b>, %{customdata[0]} heads (%{x:.1%})<br>f %{y:.3f} "
             "(%{customdata[1]:.3f} to %{customdata[2]:.3f})<extra></extra>",
         )
-        label: dict[str, Any] = {"showarrow": False, "xanchor": "left", "font": {"color": colour, "size": 11}}
-        if family in whole:
-            area = areas[family]
-            text = f"{plain(family)}<br>CPR {area['CPR']:.2f}, CMD {area['CMD']:.2f}"
-            place = {"xref": "paper", "x": 1.02, "yref": "paper", "y": 1 - 2 * _ROW * whole.index(family)}
-            figure.add_annotation(text=text, align="left", yanchor="top", **place, **label)
-        else:
-            last = rows.iloc[-1]
-            place = {"x": log10(last["size"]), "y": last["f"], "xshift": 8}
-            figure.add_annotation(text=plain(family), yanchor="middle", **place, **label)
-    if "control" in frame:
+        size, above = _free(lines, family)
         figure.add_annotation(
-            text=f"random rankings ({curves.n_random})", showarrow=False, font={"color": _GREY, "size": 11},
-            xref="paper", x=1.02, yref="paper", y=1 - 2 * _ROW * len(whole), xanchor="left", yanchor="top",
-        )  # fmt: skip
+            text=plain(family),
+            x=log10(size),
+            y=float(f.loc[size, family]),
+            xanchor="right" if above else "left",
+            yanchor="bottom" if above else "top",
+            xshift=-4 if above else 4,
+            showarrow=False,
+            font={"color": colour, "size": 11},
+        )
+
+
+def _free(lines: "pandas.DataFrame", family: str) -> tuple[float, bool]:
+    """The size at which a line is farthest from its nearest neighbour, and whether its name has room above it."""
+    own = lines[family].dropna()
+    own = own[own.index < 1] if (own.index < 1).any() else own
+    apart = lines.drop(columns=family).loc[own.index].rsub(own, axis=0)
+    size = apart.abs().min(axis=1).fillna(0).idxmax()
+    nearest = apart.loc[size].dropna()
+    return float(size), nearest.empty or bool(nearest[nearest.abs().idxmin()] >= 0)
 
 
 def _about_band(curves: "Faithfulness") -> str:
