@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,29 +143,29 @@ class FaithfulnessWork(HeldOutWork):
     @cached_property
     def ranked(self) -> tuple[Rankings, dict[str, str]]:
         """One ranking of every family and user, as long as the largest size that the family reaches."""
-        config = self.config
-        empty, undefined = rankings(self.call, self.families, self.users, (0,), self.select, config.exclude, self.seed)
+        asked = (self.families, self.users, (0,), self.select, self.config.exclude, self.seed)
+        empty, undefined = rankings(self.call, *asked)
         return {name: self._longest(name) for name in empty}, undefined
 
     def _longest(self, name: str) -> dict[str, list[HeadSet]]:
+        *larger, smallest = sorted({k for k in self.ks if k} or {0}, reverse=True)
+        for k in larger:
+            with suppress(HeadError):
+                return self._top(name, k)
+        return self._top(name, smallest)
+
+    def _top(self, name: str, k: int) -> dict[str, list[HeadSet]]:
         exclude = {name: self.config.exclude[name]} if name in self.config.exclude else None
         select = self.select if isinstance(self.select, str) else self.select.get(name, "global")
-        reachable = sorted({k for k in self.ks if k} or {0}, reverse=True)
-        for k in reachable:
-            try:
-                sets, _ = rankings(self.call, {name: self.families[name]}, self.users, (k,), select, exclude, self.seed)
-            except HeadError:
-                if k == reachable[-1]:
-                    raise
-                continue
-            if k < reachable[0]:
-                warn(
-                    f"{self.call}: family {name!r} ranks fewer heads than sizes above "
-                    f"{self.sizes[self.ks.index(k)]:g} ask for; it has no f there, and no areas",
-                    stacklevel=2,
-                )
-            return sets[name]
-        raise AssertionError("there is a size")
+        sets, _ = rankings(self.call, {name: self.families[name]}, self.users, (k,), select, exclude, self.seed)
+        if k < max(self.ks):
+            size = max(size for size, count in zip(self.sizes, self.ks, strict=True) if count == k)
+            warn(
+                f"{self.call}: family {name!r} ranks fewer heads than sizes above {size:g} ask for; it has no f there, "
+                "and no areas",
+                stacklevel=2,
+            )
+        return sets[name]
 
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"against": self.against, "sizes": self.sizes}
