@@ -50,12 +50,14 @@ if TYPE_CHECKING:
     from dps_lens.steering import DecodeConfig, Generation, Sampling, SteeringVector, Term, TextStream, generate
     from dps_lens.validation import (
         AttentionPattern,
+        Faithfulness,
         HeldOutConfig,
         SetEffects,
         VectorConfig,
         ablation_cost,
         ablation_curve,
         attention_pattern,
+        faithfulness,
         held_out_effects,
         measure_noise,
         patch_heads,
@@ -89,8 +91,8 @@ _MODULES = {
     ),
     "steering": "DecodeConfig Generation Sampling SteeringVector Term TextStream generate",
     "validation": (
-        "AttentionPattern HeldOutConfig SetEffects VectorConfig ablation_cost ablation_curve "
-        "attention_pattern held_out_effects measure_noise patch_heads profile_attention vector_recovery"
+        "AttentionPattern Faithfulness HeldOutConfig SetEffects VectorConfig ablation_cost ablation_curve "
+        "attention_pattern faithfulness held_out_effects measure_noise patch_heads profile_attention vector_recovery"
     ),
     "vectors": "preference_vector steerx_vector style_vector",
     "work": "Engine RunConfig",
@@ -99,19 +101,18 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 
 # fmt: off
 __all__ = [
-    "AblatedTexts", "Ablation", "AttentionPattern", "Context", "DPSLensError", "DecodeConfig", "Document",
-    "Endpoint", "Engine", "EvaluateConfig", "Evaluation", "Example", "Exploration", "Family", "FunctionVector",
+    "AblatedTexts", "Ablation", "AttentionPattern", "Context", "DPSLensError", "DecodeConfig", "Document", "Endpoint",
+    "Engine", "EvaluateConfig", "Evaluation", "Example", "Exploration", "Faithfulness", "Family", "FunctionVector",
     "Generation", "Head", "HeadScores", "HeadSet", "HeldOutConfig", "HookedModel", "Mean", "Metric", "NoiseFloor",
-    "Note", "Objective", "Overlap", "Patch", "Prompt", "PromptConfig", "RayEngine", "Repeated", "Result",
-    "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance", "SteeredText",
-    "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream", "Uniform", "User", "UserClusters",
-    "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost", "ablation_curve",
-    "attention_pattern", "build_prompt", "chat_prompt", "check_model", "cluster_users", "evaluate", "explore",
-    "export_lora", "generate", "held_out_effects", "judge", "load_model", "load_users", "logits_processor",
+    "Note", "Objective", "Overlap", "Patch", "Prompt", "PromptConfig", "RayEngine", "Repeated", "Result", "Retrieval",
+    "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance", "SteeredText", "SteeringGrid",
+    "SteeringSweep", "SteeringVector", "Term", "TextStream", "Uniform", "User", "UserClusters", "VectorConfig",
+    "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost", "ablation_curve", "attention_pattern",
+    "build_prompt", "chat_prompt", "check_model", "cluster_users", "evaluate", "explore", "export_lora",
+    "faithfulness", "generate", "held_out_effects", "judge", "load_model", "load_users", "logits_processor",
     "measure_noise", "merge_runs", "overlap", "patch_heads", "plots", "preference_vector", "profile_attention",
     "random_heads", "record_z", "reference_heads", "score_heads", "screening_recall", "significant_heads",
-    "split_half", "stability", "steering_grid", "steering_sweep", "steerx_vector", "style_vector",
-    "vector_recovery",
+    "split_half", "stability", "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
 ]
 # fmt: on
 

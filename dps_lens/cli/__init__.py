@@ -4,10 +4,23 @@ import sys
 
 import typer
 
-from dps_lens.cli import ablate, compare, demo, evaluate, fetch, merge, report, score, steer
+from dps_lens.cli import ablate, compare, demo, evaluate, faithfulness, fetch, merge, report, score, steer
 from dps_lens.cli.app import app
 
-__all__ = ["ablate", "app", "compare", "demo", "evaluate", "fetch", "main", "merge", "report", "score", "steer"]
+__all__ = [
+    "ablate",
+    "app",
+    "compare",
+    "demo",
+    "evaluate",
+    "faithfulness",
+    "fetch",
+    "main",
+    "merge",
+    "report",
+    "score",
+    "steer",
+]
 
 
 def main() -> None:

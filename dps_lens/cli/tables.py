@@ -1,5 +1,6 @@
 """Tables on the terminal; what they show is text, never markup or codes for the terminal."""
 
+import math
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from dps_lens.evaluation import Evaluation
     from dps_lens.scores import HeadScores
     from dps_lens.stats import Overlap
-    from dps_lens.validation import SetEffects
+    from dps_lens.validation import Faithfulness, SetEffects
 
 
 def printable(text: object) -> str:
@@ -59,6 +60,38 @@ def print_cost(cost: "SetEffects") -> None:
     console = _console()
     console.print(table)
     console.print(printable(cost.verdict()))
+
+
+def print_faithfulness(curves: "Faithfulness") -> None:
+    """One row a ranking: its areas, beside those of random rankings; then f at every size."""
+    from rich.table import Table
+
+    console, gain = _console(), curves.gain()
+    console.print(f"gain: {gain['mean']:.3f} ({gain['low']:.3f} to {gain['high']:.3f}) nats per token")
+    if undefined := curves.undefined():
+        console.print(printable(f"no faithfulness: {undefined}"))
+        return
+    table = Table(title="Areas over the share of heads, 95% intervals over users")
+    for column in ("family", "CPR", "next random (95%)", "p", "CMD", "next random (95%) ", "p "):
+        table.add_column(printable(column), justify="left" if column == "family" else "right")
+    for row in curves.areas().to_dict("records"):
+        cells = []
+        for name in ("CPR", "CMD"):
+            interval, random = (_range(row, f"{name}{of}") for of in ("", "_control"))
+            cells += [f"{_number(row, name)} ({interval})" if interval else "", random, _number(row, f"{name}_p")]
+        _add(table, row["family"], *cells)
+    console.print(table)
+    frame = curves.to_frame()
+    table = Table(title="Faithfulness f, by heads kept")
+    for column in ("heads", *curves.families, "random, mean"):
+        table.add_column(printable(column), justify="right")
+    for (size, count), rows in frame[frame["n_heads"] > 0].groupby(["size", "n_heads"]):
+        found = rows.to_dict("records")
+        cells = [*(_number(row, "f") for row in found), _number(found[0], "control")]
+        _add(table, f"{count} ({100 * size:g}%)", *cells)
+    console.print(table)
+    if curves.no_range:
+        console.print(curves.no_range)
 
 
 def print_overlap(overlap: "Overlap", title: str) -> None:
@@ -133,6 +166,17 @@ def print_evaluation(evaluation: "Evaluation", baseline: str) -> None:
     grids = evaluation.choices.groupby("method", sort=False)
     for method, grid in ((method, grid) for method, grid in grids if len(grid) > 1):
         console.print(printable(f"{method}: {grid[grid['chosen']]['setting'].iloc[0]}, chosen from {len(grid)}"))
+
+
+def _range(row: Mapping[Hashable, Any], name: str) -> str:
+    """`NAME_low` to `NAME_high`, or nothing where one is missing or NaN."""
+    ends = [_number(row, f"{name}_{end}") for end in ("low", "high")]
+    return " to ".join(ends) if all(ends) else ""
+
+
+def _number(row: Mapping[Hashable, Any], name: str) -> str:
+    """Three digits, or nothing where the number is missing or NaN."""
+    return f"{row[name]:.3f}" if name in row and not math.isnan(row[name]) else ""
 
 
 def _span(row: Mapping[Hashable, Any], low: str, high: str) -> str:

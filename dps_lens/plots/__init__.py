@@ -4,6 +4,7 @@ from dps_lens.plots.ablation import ablation
 from dps_lens.plots.attention import attention, attention_html
 from dps_lens.plots.evaluation import evaluation
 from dps_lens.plots.export import browser, export
+from dps_lens.plots.faithfulness import faithfulness
 from dps_lens.plots.families import families
 from dps_lens.plots.heatmap import heatmap, heatmaps
 from dps_lens.plots.overlap import overlap
@@ -21,6 +22,7 @@ __all__ = [
     "browser",
     "evaluation",
     "export",
+    "faithfulness",
     "families",
     "heatmap",
     "heatmaps",

@@ -1,6 +1,6 @@
 """Families × users → sets of heads: rankings, folds, exclusions, random sets, held-out checks, inherited settings."""
 
-from dps_lens.selection.controls import draw_seed, random_heads, random_sets
+from dps_lens.selection.controls import draw_seed, random_heads, random_rankings, random_sets
 from dps_lens.selection.rankings import HeadSource, Rankings, check_held_out, folds, rankings, undefined_of
 from dps_lens.selection.settings import SHARED, Settings, inherited, score_settings
 
@@ -14,6 +14,7 @@ __all__ = [
     "folds",
     "inherited",
     "random_heads",
+    "random_rankings",
     "random_sets",
     "rankings",
     "score_settings",

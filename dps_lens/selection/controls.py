@@ -71,3 +71,19 @@ def random_sets(model: HookedModel, like: HeadSet, draws: int | Sequence[int], s
     """
     numbers = range(draws) if isinstance(draws, int) else draws
     return [random_heads(model, like, match="nearest", seed=draw_seed(seed, draw)) for draw in numbers]
+
+
+def random_rankings(model: HookedModel, n: int, seed: int = 0) -> list[HeadSet]:
+    """All heads of the model in random orders, the control of rankings as a whole.
+
+    Args:
+        model: its config says which heads there are.
+        n: how many rankings.
+        seed: of all of them.
+    """
+    cfg = model.cfg
+    everything = [Head(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    generators = [random.Random(f"random_rankings|{draw_seed(seed, draw)}") for draw in range(n)]
+    return [
+        HeadSet(rng.sample(everything, len(everything)), "random", (cfg.n_layers, cfg.n_heads)) for rng in generators
+    ]

@@ -14,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+import toy
 from conftest import write_jsonl
 
 import dps_lens as dps
@@ -65,7 +66,19 @@ def scored(tmp_path_factory, model):
 def test_help_answers_at_once_and_names_every_command():
     done = spawn("--help")
     assert done.returncode == 0
-    for command in ("score", "steer", "demo", "compare", "ablate", "evaluate", "fetch", "report", "explore", "merge"):
+    for command in (
+        "score",
+        "steer",
+        "demo",
+        "compare",
+        "ablate",
+        "faithfulness",
+        "evaluate",
+        "fetch",
+        "report",
+        "explore",
+        "merge",
+    ):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
     loaded = subprocess.run(
@@ -668,6 +681,40 @@ def test_ablate_measures_families_and_resumes(scored, model, tmp_path, patch):
     other = run(*command, "--seed", 7)
     assert other.returncode == 2
     assert "made with other settings" in other.stderr
+
+
+def test_faithfulness_measures_rankings_and_resumes(tmp_path):
+    model = toy.build(tmp_path / "model")
+    users = write_jsonl(tmp_path / "users.jsonl", toy.records())
+    common = ["--model", model, "--users", users, "--max-examples", 1]
+    assert run("score", "--out", tmp_path / "run", *common).returncode == 0
+    command = ["faithfulness", "--run", tmp_path / "run", "--out", tmp_path / "f", *common, "--kinds", ""]
+    command += ["--sizes", "0,0.125,0.5,1", "--n-random", 3]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"preference .* 0\.937 \(0\.937 to 0\.938\)", done.stdout), done.stdout
+    assert re.search(r"4 \(50%\) .* 1\.000", done.stdout)
+    assert "a 95% range of random rankings needs 39" in done.stdout
+    curves = dps.Faithfulness.load(tmp_path / "f")
+    assert curves.counts == (0, 1, 4, 8)
+    for name in ("faithfulness.csv", "areas.csv", "faithfulness.html"):
+        assert (tmp_path / "f" / name).is_file()
+    first = (tmp_path / "f" / "faithfulness.safetensors").read_bytes()
+    assert run(*command).returncode == 0
+    assert (tmp_path / "f" / "faithfulness.safetensors").read_bytes() == first
+    other = run(*command, "--seed", 7)
+    assert other.returncode == 2
+    assert "made with other settings" in other.stderr
+
+
+def test_faithfulness_without_a_gain_says_so(scored, model, tmp_path):
+    command = ["faithfulness", "--run", scored[0], "--out", tmp_path / "f", "--model", model, "--max-users", 3, *KINDS]
+    done = run(*command, "--max-examples", 1, "--sizes", "0.1,1", "--n-random", 0)
+    assert done.returncode == 0, done.stderr
+    assert "no faithfulness: the gain over another user's profile is not reliably above 0" in done.stdout
+    wrong = run(*command, "--sizes", "1;2")
+    assert wrong.returncode == 2
+    assert "is not a list of numbers" in wrong.stderr
 
 
 def test_ablate_refuses_what_is_no_list(scored, model, tmp_path):
