@@ -58,7 +58,7 @@ def demo(
         run_config=run_config,
     )  # fmt: skip
     exploration = dps.explore(
-        loaded_model, loaded, scores, maps={"the paper's PCS, first-order estimate": paper}, cost=cost, k=k,
+        loaded_model, loaded, {"scores": scores, "the paper's PCS, first-order estimate": paper}, cost=cost, k=k,
         gammas=(gamma / 2, gamma, 2 * gamma), ks=sorted({max(1, k // 2), k}), out=out / "page", run_config=run_config,
     )  # fmt: skip
     report = exploration.write(out / "report.html")

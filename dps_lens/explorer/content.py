@@ -31,10 +31,9 @@ _SHARE_OF_TOP = 30
 def explore(
     model: HookedModel,
     users: Sequence[User],
-    scores: HeadScores,
+    scores: HeadScores | Mapping[str, HeadScores],
     *,
     families: Mapping[str, HeadScores] | None = None,
-    maps: Mapping[str, HeadScores] | None = None,
     effects: SetEffects | None = None,
     cost: SetEffects | None = None,
     k: int = 10,
@@ -51,8 +50,8 @@ def explore(
     Args:
         model: the model that was scored.
         users: the newest evaluation example of up to `max_users` of them, spread over all, is shown.
-        scores: of `score_heads`.
-        maps: name → other scores of the same users, such as the paper's PCS beside the default, to switch to.
+        scores: of `score_heads`; or several by name, of the same users: the page is about the first, and its map can
+            be switched to the others, such as the paper's PCS.
         families: of `reference_heads`; a family that the model does not show is named with its reason.
         effects: of `ablation_curve` or `patch_heads`.
         cost: of `ablation_cost`; its heads are outlined.
@@ -72,11 +71,9 @@ def explore(
     """
     described = describe_model(model)
     shape = (described["n_layers"], described["n_heads"])
+    scores, maps = _main_and_others(scores)
     if tuple(scores.values.shape[1:]) != shape:
         raise ScoreError(f"explore: scores of {tuple(scores.values.shape[1:])} heads, the model has {shape}")
-    for name, other in (maps or {}).items():
-        if other.users != scores.users or other.values.shape[1:] != scores.values.shape[1:]:
-            raise ScoreError(f"explore: map {name!r} is of other users or another model than the scores")
     shown = [user for user in users if user.examples]
     shown = shown[:: max(1, len(shown) // max_users)][:max_users]
     if not shown:
@@ -105,7 +102,7 @@ def explore(
         scores=scores,
         heads=heads,
         families=families,
-        maps=dict(maps or {}),
+        maps=maps,
         between_users=_between_users(scores, k),
         between_families=overlap({"preference": scores, **defined}, k=k) if defined else None,
         effects=effects,
@@ -113,6 +110,19 @@ def explore(
         views=views,
         grid=grid,
     )
+
+
+def _main_and_others(scores: HeadScores | Mapping[str, HeadScores]) -> tuple[HeadScores, dict[str, HeadScores]]:
+    """The scores that the page is about, and those that its map can be switched to."""
+    if isinstance(scores, HeadScores):
+        return scores, {}
+    if not scores:
+        raise ScoreError("explore: there are no scores")
+    main, *others = scores.items()
+    for name, other in others:
+        if other.users != main[1].users or other.values.shape[1:] != main[1].values.shape[1:]:
+            raise ScoreError(f"explore: scores {name!r} are of other users or another model than {main[0]!r}")
+    return main[1], dict(others)
 
 
 def ranked_by(scores: HeadScores, k: int) -> HeadScores | HeadSet:

@@ -43,8 +43,8 @@ def explored(tinies, probe, tmp_path_factory):
     cost = dps.ablation_cost(model, probe[:6], scores, k=3, n_random=2, max_examples=1)
     shown = {"gammas": (0.5, 2.0), "ks": (1, 3), "max_users": 3, "max_new_tokens": 8}
     patched = dps.score_heads(model, probe[:6], max_examples=1, prompt_config=PROMPT)
-    shown |= {"families": families, "maps": {"integrated patch": patched}, "effects": effects, "cost": cost}
-    return dps.explore(model, probe[:6], scores, out=out, **shown)
+    shown |= {"families": families, "effects": effects, "cost": cost}
+    return dps.explore(model, probe[:6], {"scores": scores, "integrated patch": patched}, out=out, **shown)
 
 
 @pytest.fixture(scope="module")
@@ -329,8 +329,9 @@ def test_explore_resumes_and_refuses_other_models(explored, llama, probe, tmp_pa
     small = dps.HeadScores(torch.zeros(1, 2, 2), example_ids=["a"], user_ids=["a"])
     with pytest.raises(ScoreError, match="the model has"):
         dps.explore(llama.hooked, probe[:1], small)
-    with pytest.raises(ScoreError, match="map 'other' is of other users"):
-        dps.explore(llama.hooked, probe[:6], explored.scores, maps={"other": explored.scores.without([probe[0].id])})
+    others = {"scores": explored.scores, "other": explored.scores.without([probe[0].id])}
+    with pytest.raises(ScoreError, match="scores 'other' are of other users"):
+        dps.explore(llama.hooked, probe[:6], others)
 
 
 def test_heads_of_the_shown_examples_and_bare_scores(explored, llama, probe, tmp_path, open_page):
