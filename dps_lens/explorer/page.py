@@ -210,6 +210,7 @@ def _figures(found: Exploration) -> dict[str, Any]:
             shown = families(found.scores, family, k=len(found.heads), names=("PCS", name.replace("_", " ")))
             drawn["overlap"][f"PCS and {name.replace('_', ' ')}"] = shown
     if found.effects is not None:
+        drawn["ablation"]["gain beside costs"] = ablation(found.effects)
         for measure in found.effects.measures:
             drawn["ablation"][measure] = ablation(found.effects, measure=measure)
     if found.grid is not None and len({one.user for one in found.grid.texts}) > 1:
