@@ -75,6 +75,7 @@ def _print_estimate(model: "HookedModel", users: "list[User]", examples: int, he
         run.ablated(sample)
     clean, sweep = middle - begun, (time.monotonic() - middle) * n_heads
     per_set = 2 * sweep / (model.cfg.n_layers * n_heads)  # a set may start at the first layer, a head starts halfway
-    seconds = 2 * len(users) * (examples * (clean + sweep) + held_out * (clean + per_set * (n_random + 1)))
+    tested = 4 * clean + 6 * per_set * (n_random + 1)  # four prompts; two of them also patched
+    seconds = len(users) * (2 * examples * (clean + sweep) + held_out * tested)
     size = f"{len(users)} users, {model.cfg.n_layers} layers × {n_heads} heads"
     typer.echo(f"{size}: about {max(seconds / 60, 0.1):.1f} minutes", err=True)

@@ -130,7 +130,7 @@ def _side_by_side(effects: "SetEffects", frame: "pandas.DataFrame", measures: Se
     from rich.box import SIMPLE
     from rich.table import Table
 
-    from dps_lens.validation.verdict import beside_random
+    from dps_lens.validation.verdict import stands_out
 
     told = ": +, −: more, less than random sets do (each one-sided, 5%)" if effects.n_random else ""
     title = printable(f"Means, nats per token{told}")
@@ -141,7 +141,7 @@ def _side_by_side(effects: "SetEffects", frame: "pandas.DataFrame", measures: Se
     for family in effects.families:
         for k in effects.ks:
             of = [rows[family, k, measure] for measure in measures]
-            _add(table, family, k, *(f"{row['mean']:.3f}{' +−'[beside_random(row)]}" for row in of))
+            _add(table, family, k, *(f"{row['mean']:.3f}{' +−'[stands_out(row)]}" for row in of))
     return table
 
 

@@ -22,7 +22,7 @@ _PATCHES = {
 }
 
 
-def beside_random(row: Mapping[Any, Any], alpha: float = 0.05) -> int:
+def stands_out(row: Mapping[Any, Any], alpha: float = 0.05) -> int:
     """1 where the chosen set does more than random ones, −1 where it does less, 0 where neither can be told.
 
     More: the interval of the difference, over users and random sets, lies above 0 **and** the chosen set's rank among
@@ -94,7 +94,7 @@ def _costs(shown: str, rows: Mapping[str, Mapping[str, Any]], told: set[str], al
         f"layers cost ({by})",
         -1: f"{shown[0].upper()}{shown[1:]} cost the same task without a profile less than random heads of the same "
         f"layers do ({by})",
-    }[beside_random(rows["task_cost"], alpha)]
+    }[stands_out(rows["task_cost"], alpha)]
     if "neutral_cost" not in told:
         return f"{task}."
     by = _said(rows["neutral_cost"], "difference")
@@ -102,7 +102,7 @@ def _costs(shown: str, rows: Mapping[str, Mapping[str, Any]], told: set[str], al
         1: f"on neutral text they cost more than random heads do, by {by}",
         0: f"on neutral text their cost cannot be told from that of random heads ({by})",
         -1: f"on neutral text they cost less than random heads do ({by})",
-    }[beside_random(rows["neutral_cost"], alpha)]
+    }[stands_out(rows["neutral_cost"], alpha)]
     return f"{task}; {neutral}."
 
 
@@ -114,7 +114,7 @@ def _removed(name: str, row: Mapping[str, Any], gain: Mapping[str, float], alpha
         1: f"More of the gain over {over} goes with them than with random heads, by {by}.",
         0: f"Of the gain over {over}, they cannot be told from random heads ({by}).",
         -1: f"Less of the gain over {over} goes with them than with random heads ({by}).",
-    }[beside_random(row, alpha)]
+    }[stands_out(row, alpha)]
 
 
 def _patched(name: str, row: Mapping[str, Any], alpha: float) -> str:
@@ -123,7 +123,7 @@ def _patched(name: str, row: Mapping[str, Any], alpha: float) -> str:
         1: f"{kind}: {does} more than patching random heads, by {by}.",
         0: f"{kind}: what {does} cannot be told from what random heads do ({by}).",
         -1: f"{kind}: {does} less than patching random heads ({by}).",
-    }[beside_random(row, alpha)]
+    }[stands_out(row, alpha)]
 
 
 def _caveat(skewness: Sequence[float], n_users: int) -> str:
