@@ -179,8 +179,8 @@ def set_effects(
 def said(found: SetEffects) -> dict[str, bool]:
     verdict = found.verdict()
     return {
-        "more": verdict.startswith("More of the gain"),
-        "less": verdict.startswith("Less of the gain"),
+        "more": "More of the gain over no profile" in verdict,
+        "less": "Less of the gain over no profile" in verdict,
         "costs more": "without a profile more than" in verdict,
     }
 

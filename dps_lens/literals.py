@@ -27,3 +27,6 @@ METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
 
 CONDITIONS = ("own", *AGAINST, "neutral")
 """What a prompt shows; neutral text has nothing to do with users."""
+
+PATCHED = ("noising_other", "denoising_other")
+"""Heads patched between two runs: another user's z into the own run, or the reverse."""

@@ -103,7 +103,7 @@ def test_steering_vectors_and_the_benchmark_table(old, probe, short):
 
 def test_ablation_cost_and_controls(old, probe, short):
     cost = dps.ablation_cost(old.hooked, probe[:3], HeadSet.parse("L0H1,L2H3"), n_random=2, prompt_config=short)
-    assert len(cost.beside_random()) == 11
+    assert len(cost.beside_random()) == 6 + 8 + 8 + 6, "full model, these heads, random sets, their difference"
 
 
 def test_reference_families(old):

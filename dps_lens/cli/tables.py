@@ -1,10 +1,11 @@
 """Tables on the terminal; what they show is text, never markup or codes for the terminal."""
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas
     from rich.console import Console
     from rich.table import Table
 
@@ -48,16 +49,27 @@ def print_top(scores: "HeadScores", k: int) -> None:
 
 
 def print_cost(cost: "SetEffects") -> None:
+    """The full model, then one row a measure: of the set, of its random sets, and the difference; and the verdict."""
     from rich.table import Table
 
-    table = Table(
-        title="Held-out examples: nats per token, 95% interval over users (of a difference, also over random sets)"
+    from dps_lens.validation.effects import FULL
+
+    console, frame = _console(), cost.beside_random()
+    rows = frame.to_dict("records")
+    console.print(
+        "Held-out examples: nats per token, 95% intervals over users (of a difference, also over random sets)"
     )
-    for column in ("ablated", "measure", "mean", "interval"):
-        table.add_column(printable(column), justify="left" if column in ("ablated", "measure") else "right")
-    for row in cost.beside_random().to_dict("records"):
-        _add(table, row["ablated"], row["measure"], f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
-    console = _console()
+    for row in (row for row in rows if row["ablated"] == FULL):
+        console.print(printable(f"{row['measure']}: {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f})"))
+    sets = [name for name in dict.fromkeys(frame["ablated"]) if name != FULL]
+    cells = {
+        (row["measure"], row["ablated"]): f"{row['mean']:.3f}\n{row['low']:.3f} to {row['high']:.3f}" for row in rows
+    }
+    table = Table()
+    for column in ("measure", *sets):
+        table.add_column(printable(column), justify="left" if column == "measure" else "right")
+    for measure in dict.fromkeys(row["measure"] for row in rows if row["ablated"] != FULL):
+        _add(table, measure, *(cells.get((measure, name), "") for name in sets))
     console.print(table)
     console.print(printable(cost.verdict()))
 
@@ -114,31 +126,55 @@ def print_overlap(overlap: "Overlap", title: str) -> None:
 
 
 def print_effects(effects: "SetEffects") -> None:
-    """One row a family and K: what it measures, beside the random sets."""
+    """What is removed, both costs and patches side by side, then each measure beside the random sets."""
     from rich.table import Table
+
+    from dps_lens.validation.effects import FULL
+    from dps_lens.validation.measures import MEASURES
 
     frame = effects.to_frame()
     console = _console()
-    for row in frame[frame["family"] == "full model"].to_dict("records"):
+    for row in frame[frame["family"] == FULL].to_dict("records"):
         interval = f"({row['low']:.3f} to {row['high']:.3f})"
-        console.print(f"{row['measure']}: {row['mean']:.3f} {interval} nats per token")
-    shown = [name for name in ("gain_removed", "task_cost", "necessity", "sufficiency") if name in effects.measures]
+        console.print(printable(f"{row['measure']}: {row['mean']:.3f} {interval} nats per token"))
+    shown = [name for name in effects.measures if not MEASURES[name].left]
+    console.print(_side_by_side(effects, frame, shown))
     for measure in shown:
         table = Table(title=f"{measure}, nats per token, 95% intervals over users")
         for column in ("family", "K", "mean", "interval", "next random set (95%)", "difference", "interval ", "p"):
             table.add_column(printable(column), justify="left" if column == "family" else "right")
-        for row in frame[(frame["measure"] == measure) & (frame["family"] != "full model")].to_dict("records"):
+        for row in frame[(frame["measure"] == measure) & (frame["family"] != FULL)].to_dict("records"):
             cells = [row["family"], str(row["k"]), f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
             cells += [
-                _span(row, "control_low", "control_high"),
-                f"{row['difference']:.3f}" if "difference" in row else "",
-                _span(row, "difference_low", "difference_high"),
-                f"{row['p']:.3f}" if "p" in row else "",
+                _range(row, "control"),
+                _number(row, "difference"),
+                _range(row, "difference"),
+                _number(row, "p"),
             ]
             _add(table, *cells)
         console.print(table)
     if effects.no_range:
         console.print(effects.no_range)
+
+
+def _side_by_side(effects: "SetEffects", frame: "pandas.DataFrame", measures: Sequence[str]) -> "Table":
+    """One row a family and K; a sign where a measure can be told from random sets."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from dps_lens.validation.verdict import stands_out
+
+    told = ": +, −: more, less than random sets do (each one-sided, 5%)" if effects.n_random else ""
+    title = printable(f"Means, nats per token{told}")
+    table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("family", "K", *(name.replace("_", " ") for name in measures)):
+        table.add_column(printable(column), justify="left" if column == "family" else "right", overflow="fold")
+    rows = {(row["family"], row["k"], row["measure"]): row for row in frame.to_dict("records")}
+    for family in effects.families:
+        for k in effects.ks:
+            of = [rows[family, k, measure] for measure in measures]
+            _add(table, family, k, *(f"{row['mean']:.3f}{' +−'[stands_out(row)]}" for row in of))
+    return table
 
 
 def print_evaluation(evaluation: "Evaluation", baseline: str) -> None:
@@ -177,8 +213,3 @@ def _range(row: Mapping[Hashable, Any], name: str) -> str:
 def _number(row: Mapping[Hashable, Any], name: str) -> str:
     """Three digits, or nothing where the number is missing or NaN."""
     return f"{row[name]:.3f}" if name in row and not math.isnan(row[name]) else ""
-
-
-def _span(row: Mapping[Hashable, Any], low: str, high: str) -> str:
-    """An interval, or nothing where too few random sets give none."""
-    return f"{row[low]:.3f} to {row[high]:.3f}" if low in row else ""

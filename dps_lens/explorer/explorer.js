@@ -302,8 +302,8 @@ function drawCost(panel) {
   const found = element("table");
   table(found, ["ablated", "measure", "nats per token", "95% interval over users"], data.cost.map((row) =>
     [row.ablated, row.measure, number(row.mean ?? NaN, 3), row.low === null ? "\u2013" : `${number(row.low, 3)} to ${number(row.high, 3)}`]));
-  [...found.rows].slice(1).forEach((row, index) => { if (data.cost[index].measure === "gain_removed") row.classList.add("main"); });
-  panel.append(found, element("p", "Held-out examples. Gain: NLL without the profile minus NLL with it. gain_removed: the gain that the ablation removes. task_cost: what it costs the same task without a profile. Random sets hold other heads of the same layers; the interval of a difference is over users and random sets.", { class: "hint" }));
+  [...found.rows].slice(1).forEach((row, index) => { if (data.cost[index].measure .startsWith("gain_removed")) row.classList.add("main"); });
+  panel.append(found, element("p", "Held-out examples. Gain: NLL without the profile minus NLL with it; gain_other: NLL with another user's profile minus NLL with the own. gain_removed: the gain that the ablation removes. task_cost, neutral_cost: what it costs the same task without a profile, and text that is nobody's. necessity_other: what is lost when the heads' outputs come from a run with another user's profile; sufficiency_other: what that run gets back with the heads' own outputs. Random sets hold other heads of the same layers; the interval of a difference is over users and random sets.", { class: "hint" }));
 }
 
 // texts

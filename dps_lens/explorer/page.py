@@ -213,6 +213,7 @@ def _figures(found: Exploration) -> dict[str, Any]:
             shown = families(found.scores, family, k=len(found.heads), names=("scores", name.replace("_", " ")))
             drawn["overlap"][f"scores and {name.replace('_', ' ')}"] = shown
     if found.effects is not None:
+        drawn["ablation"]["gain beside costs"] = ablation(found.effects)
         for measure in found.effects.measures:
             drawn["ablation"][measure] = ablation(found.effects, measure=measure)
     if found.grid is not None and len({one.user for one in found.grid.texts}) > 1:

@@ -5,19 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dps_lens.data import Example, PromptConfig, User
+from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import neutral_prompt, prompts_in
 from dps_lens.data.examples import held_out_examples
 from dps_lens.errors import ScoreError
 from dps_lens.families.retrieval import shipped_paragraphs
 from dps_lens.heads import HeadSet
-from dps_lens.intervene import AblationLike, Patch
-from dps_lens.literals import CONDITIONS, Select
+from dps_lens.intervene import AblationLike, Patch, Zero
+from dps_lens.literals import AGAINST, CONDITIONS, PATCHED, Select
 from dps_lens.model import HookedModel
 from dps_lens.scores import HeadScores
 from dps_lens.selection import HeadSource, check_held_out
 from dps_lens.validation.edits import Condition, EditWork
 from dps_lens.validation.effects import SetEffects
+from dps_lens.validation.patch import exchanged
 from dps_lens.validation.work import HeldOutConfig
 from dps_lens.work import Engine, Run, RunConfig
 
@@ -39,7 +40,17 @@ def ablation_curve(
     engine: Engine | None = None,
     run_config: RunConfig | None = None,
 ) -> SetEffects:
-    """Ablate the top K heads of every family on evaluation examples: with own profile, without, with another's.
+    """Ablate the top K heads of every family on evaluation examples, and patch them between users' runs.
+
+    Heads are ablated with the own profile, without one, with another user's, and on neutral text: what is removed of
+    the gain over another user and over no profile stands beside what it costs the task and neutral text. With two users
+    or more, the same sets are patched between the own run and another user's, too: `necessity_other` and
+    `sufficiency_other`, as of `patch_heads(against="other_user")`.
+
+    The passes: an example's four prompts are run once each, and every set, chosen or random, is then measured in six
+    conditions, of which the two patched ones are a third. `HeldOutConfig(patched=False)` leaves these out;
+    `HeldOutConfig(controls=("own", "no_profile", "other_user"))` halves the passes of random sets, and still tells
+    what is removed, and what the task costs, from what random heads do.
 
     Args:
         model: a hooked model.
@@ -55,7 +66,7 @@ def ablation_curve(
         ablation: as in `score_heads`; by default that of the scores, and `"zero"` where they were patched.
         max_examples: the newest so many evaluation examples of each user.
         prompt_config: how prompts are built; by default as for the scores.
-        held_out_config: rare settings: exclusions, positions, conditions of the random sets, neutral texts.
+        held_out_config: rare settings: exclusions, positions, patches, conditions of the random sets, neutral texts.
         seed: of folds, donors and random sets.
         out: a run folder; a run that is started again there resumes.
         engine: as in `score_heads`.
@@ -100,9 +111,9 @@ def ablation_cost(
     engine: Engine | None = None,
     run_config: RunConfig | None = None,
 ) -> SetEffects:
-    """Ablate one set of heads on evaluation examples, with and without profile: `.verdict()` says what it shows.
+    """Ablate and patch one set of heads on evaluation examples: `.verdict()` says what it costs and what it removes.
 
-    `ablation_curve` of a single set, every random set of which is measured on every example.
+    `ablation_curve` of a single set, every random set of which is measured on every example, in each of its conditions.
 
     Args:
         heads: the chosen heads, or scores whose top `k` are taken, with the settings that they were made with.
@@ -132,27 +143,19 @@ def ablation_cost(
         seed=seed,
         batch_size=run.config.batch_size,
         spread=False,
-        shown=("own", "no_profile"),
     )
     return work.run(run)
 
 
 @dataclass
 class AblationWork(EditWork):
-    """The run of `ablation_curve`.
-
-    Attributes:
-        shown: conditions that are measured.
-    """
-
-    shown: tuple[str, ...] = CONDITIONS
+    """The run of `ablation_curve`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := {*self.config.controls} - {*CONDITIONS}:
-            raise ScoreError(
-                f"{self.call}: controls {sorted(unknown)} are unknown; use some of {', '.join(CONDITIONS)}"
-            )
+        known = (*CONDITIONS, *PATCHED)
+        if unknown := {*self.config.controls} - {*known}:
+            raise ScoreError(f"{self.call}: controls {sorted(unknown)} are unknown; use some of {', '.join(known)}")
         if isinstance(self.settings.ablation, Patch):
             raise ScoreError(f"{self.call}: 'patch' compares two runs; use patch_heads, or another ablation here")
 
@@ -161,20 +164,42 @@ class AblationWork(EditWork):
         """Neutral texts."""
         return list(self.config.neutral) if self.config.neutral is not None else list(shipped_paragraphs())
 
-    def conditions(self, key: str, example: Example) -> dict[str, Condition]:
-        prompts = {}
-        for name in (name for name in self.shown if name != "neutral"):
+    @property
+    def patched(self) -> bool:
+        """Whether sets are patched, too."""
+        return self.config.patched and self.settings.positions == "response"
+
+    def prompts(self, key: str, example: Example) -> dict[str, Prompt]:
+        """What an example is read in, by condition."""
+        found = {}
+        for name in ("own", *AGAINST):
             config = self.settings.prompt_config
             for prompt in prompts_in(self.model, example, name, self.users, seed=self.seed, config=config):
-                prompts[name] = prompt
-        if self.texts and "neutral" in self.shown:
-            prompts["neutral"] = neutral_prompt(self.model, self.texts[self.places[key] % len(self.texts)])
-        runs = {name: self.clean_run(prompt, name) for name, prompt in prompts.items()}
+                found[name] = prompt
+        if self.texts:
+            found["neutral"] = neutral_prompt(self.model, self.texts[self.places[key] % len(self.texts)])
+        return found
+
+    def conditions(self, key: str, example: Example) -> dict[str, Condition]:
+        prompts, ends = self.prompts(key, example), ("own", "other_user")
+        patched = self.patched and "other_user" in prompts
+        # What edits attention patterns runs another attention, whose run no patch may start from.
+        shared = self.settings.ablation.site == Patch.site
+        runs = {
+            name: self.clean_run(prompt, name, keep_z=patched and shared and name in ends)
+            for name, prompt in prompts.items()
+        }
+        edited = {name: (name, run) for name, run in runs.items()}
+        if patched:
+            own, other = (
+                runs[name] if shared else self.clean_run(prompts[name], name, ablation=Zero(), keep_z=True)
+                for name in ends
+            )
+            edited |= dict(zip(PATCHED, zip(ends, exchanged(own, other), strict=True), strict=True))
         return {
-            name: Condition(name, clean, clean.ablated_losses, drawn=name in self.config.controls)
-            for name, clean in runs.items()
+            name: Condition(full, run, run.ablated_losses, drawn=name in self.config.controls)
+            for name, (full, run) in edited.items()
         }
 
     def more(self) -> dict[str, Any]:
-        neutral = {"neutral": self.texts} if "neutral" in self.shown else {}
-        return {**neutral, "controls": list(self.config.controls)}
+        return {"neutral": self.texts, "controls": list(self.config.controls), "patched": self.config.patched}

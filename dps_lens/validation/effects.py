@@ -1,10 +1,9 @@
 """SetEffects: what ablating or patching sets of heads does, family by family, beside random sets."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -26,7 +25,9 @@ from dps_lens.stats.intervals import (
     sets_for_range,
     user_means,
 )
-from dps_lens.stats.skew import caveat, skewness_of
+from dps_lens.stats.skew import skewness_of
+from dps_lens.validation.measures import GAIN, GAIN_OTHER, MEASURES, Measure
+from dps_lens.validation.verdict import REMOVED, TOLD, verdict
 
 if TYPE_CHECKING:
     import pandas
@@ -34,38 +35,6 @@ if TYPE_CHECKING:
 Share: TypeAlias = Literal["all", "copied", "rest"]
 FULL = "full model"
 _NOTHING = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
-
-
-class Measure(NamedTuple):
-    """A sum of changes of NLL over conditions, and the gain that it is a part of.
-
-    Attributes:
-        weights: condition → weight of its change under the edit.
-        gain: condition → weight of its NLL in the full model; empty where no share is defined.
-        left: count what is left of the gain instead of what is gone.
-    """
-
-    weights: Mapping[str, float]
-    gain: Mapping[str, float]
-    left: bool = False
-
-
-_GAIN = {"no_profile": 1.0, "own": -1.0}
-_GAIN_OTHER = {"other_user": 1.0, "own": -1.0}
-MEASURES = {
-    "gain_removed": Measure({"own": 1.0, "no_profile": -1.0}, _GAIN),
-    "gain_left": Measure({"own": 1.0, "no_profile": -1.0}, _GAIN, left=True),
-    "gain_removed_other": Measure({"own": 1.0, "other_user": -1.0}, _GAIN_OTHER),
-    "gain_left_other": Measure({"own": 1.0, "other_user": -1.0}, _GAIN_OTHER, left=True),
-    "task_cost": Measure({"no_profile": 1.0}, {}),
-    "neutral_cost": Measure({"neutral": 1.0}, {}),
-    "necessity": Measure({"noising": 1.0}, _GAIN),
-    "sufficiency": Measure({"denoising": -1.0}, _GAIN),
-    "recovered": Measure({"vector": -1.0}, _GAIN),
-    "recovered_other": Measure({"vector_other": -1.0}, _GAIN),
-    "necessity_other": Measure({"noising_other": 1.0}, _GAIN_OTHER),
-    "sufficiency_other": Measure({"denoising_other": -1.0}, _GAIN_OTHER),
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,10 +78,12 @@ class SetEffects(Result):
         """One row a family, k and measure.
 
         `gain_removed` is the part of the gain NLL(no profile) − NLL(own profile) that goes with the heads, `gain_left`
-        the part that stays, `…_other` the same over another user's profile. `task_cost` is what the ablation costs the
-        same task without a profile, `neutral_cost` what it costs on text that has nothing to do with users.
+        the part that stays, `…_other` the same over another user's profile. Beside them the off-target costs:
+        `task_cost` is what the ablation costs the same task without a profile, `neutral_cost` what it costs on text
+        that has nothing to do with users.
         `necessity`: loss when the heads' z of a run without profile is patched in; `sufficiency`: what is recovered by
-        patching the profile run's z into a run without profile. `recovered`: what adding the heads' mean output to a
+        patching the profile run's z into a run without profile; `…_other`: that run has another user's profile, as in
+        `ablation_curve`. `recovered`: what adding the heads' mean output to a
         run without profile recovers; `recovered_other`, the mean output over another user's texts.
 
         `NLL, …` is the NLL itself under ablation; of another objective, it stands under its name.
@@ -148,29 +119,23 @@ class SetEffects(Result):
         known = [name for name in CONDITIONS if name in self.full]
         conditions: dict[str, Mapping[str, float]] = {f"{self.loss}, {name}": {name: 1.0} for name in known}
         if "no_profile" in self.full:
-            conditions["gain"] = _GAIN
+            conditions["gain"] = GAIN
         if "other_user" in self.full:
-            conditions["gain_other"] = _GAIN_OTHER
+            conditions["gain_other"] = GAIN_OTHER
         return [
             {"family": FULL, "k": 0, "measure": name, **interval(self._users(self.full, weights, part), level)}
             for name, weights in conditions.items()
         ]
 
     def _row(self, measure: Measure, family: int, k: int, part: Share, level: float) -> dict[str, Any]:
-        chosen = {name: values[:, family, k] for name, values in self.chosen.items()}
-        values = self._users(chosen, measure.weights, part)
+        values = self._chosen(measure, family, k, part)
         gain = self._users(self.full, measure.gain, part) if measure.gain else None
-        if measure.left and gain is not None:
-            values = gain - values
         row: dict[str, Any] = interval(values, level)
         percent = ratio_interval(values, gain, level) if gain is not None else _NOTHING
         row |= columns("percent", {name: 100 * value for name, value in percent.items()})
         row["skewness"] = skewness_of(values)
-        if not self.draws or not all(name in self.draws for name in measure.weights):
+        if (random := self._random(measure, family, k, part)) is None:
             return row
-        random = self._random(measure, family, k, part)
-        if measure.left and gain is not None:
-            random = gain - random
         row |= {"control": float(random.mean()), "controls": self._controls(family, k)}
         row |= columns("difference", crossed_interval(values - random, level))
         means = random.mean(1)
@@ -251,6 +216,7 @@ class SetEffects(Result):
     def beside_random(self, family: str | None = None, k: int | None = None, level: float = 0.95) -> "pandas.DataFrame":
         """One set, its random sets and their difference: `ablated`, `measure`, `mean`, `low`, `high`.
 
+        Every measure that is there; the gain that is left stands as `gain` and `gain_other`, as for the full model.
         Random rows are means over the sets; `difference` has its interval over users and sets. Of the first family and
         the largest K by default.
         """
@@ -262,36 +228,48 @@ class SetEffects(Result):
             {"ablated": FULL, "measure": row["measure"], **{end: row[end] for end in ("mean", "low", "high")}}
             for row in self._full_rows("all", level)
         ]
-        gain = self._users(self.full, _GAIN, "all")
-        shown, difference = f"top {k} heads", []
-        for name, label in (("gain_left", "gain"), ("gain_removed", "gain_removed"), ("task_cost", "task_cost")):
-            measure = MEASURES[name]
-            chosen = self._users({c: v[:, place[0], place[1]] for c, v in self.chosen.items()}, measure.weights, "all")
-            chosen = gain - chosen if measure.left else chosen
+        shown, beside, difference = f"top {k} heads", [], []
+        for name in sorted(self.measures, key=lambda name: not MEASURES[name].left):
+            measure, label = MEASURES[name], name.replace("gain_left", "gain")
+            chosen, random = self._chosen(measure, *place, "all"), self._random(measure, *place, "all")
             rows.append({"ablated": shown, "measure": label, **interval(chosen, level)})
-            if not self.draws:
+            if random is None:
                 continue
-            draws = self._random(measure, *place, "all")
-            draws = gain - draws if measure.left else draws
-            random = f"{len(draws)} random sets"
-            difference.append({"ablated": random, "measure": label, **interval(draws.mean(0), level)})
+            beside.append(
+                {"ablated": f"{len(random)} random sets", "measure": label, **interval(random.mean(0), level)}
+            )
             if not measure.left:
-                rest = crossed_interval(chosen - draws, level)
+                rest = crossed_interval(chosen - random, level)
                 difference.append({"ablated": "difference", "measure": label, **rest})
-        return pd.DataFrame([*rows, *sorted(difference, key=lambda row: row["ablated"] == "difference")])
+        return pd.DataFrame([*rows, *beside, *difference])
 
-    def _random(self, measure: Measure, family: int, k: int, part: Share) -> Float[np.ndarray, "draw user"]:
-        """What random sets do, as if each had been measured on all of a user's examples."""
+    def _chosen(self, measure: Measure, family: int, k: int, part: Share) -> Float[np.ndarray, " user"]:
+        """What the chosen sets do, a mean a user."""
+        chosen = {name: values[:, family, k] for name, values in self.chosen.items()}
+        values = self._users(chosen, measure.weights, part)
+        return self._users(self.full, measure.gain, part) - values if measure.left else values
+
+    def _random(self, measure: Measure, family: int, k: int, part: Share) -> Float[np.ndarray, "draw user"] | None:
+        """What random sets do, as if each had been measured on all of a user's examples; None where they were not."""
+        if not {*measure.weights} <= {*self.draws}:
+            return None
         draws = {name: of_sets[:, :, family, k] for name, of_sets in self.draws.items()}
         random = _sum(draws, measure.weights, part).numpy()
-        return self._levelled(random) if self.manifest.get("spread", True) else random
+        random = self._levelled(random) if self.manifest.get("spread", True) else random
+        return self._users(self.full, measure.gain, part) - random if measure.left else random
 
     def verdict(self, family: str | None = None, k: int | None = None, level: float = 0.95) -> str:
         """The sentences that the numbers support about one family and K, the first and the largest by default.
 
+        First what the set costs the same task without a profile, and neutral text; then what it removes of the gain
+        over another user, and of that over no profile; then, where they were measured, patched necessity and
+        sufficiency. Nothing is claimed of a gain that is not reliably above 0. Without another user, the verdict is
+        about the gain over no profile, and says so.
+
         "More than random heads" needs both an interval over users and draws above 0 and `p` of at most `1 − level`,
-        "less" an interval below 0 and such a `p_less`. Each sentence is a one-sided test, which holds that level where
+        "less" an interval below 0 and such a `p_less`. Each claim is a one-sided test, which holds that level where
         the chosen set is just one more random set: the interval alone would not, as it is about the mean of all sets.
+        The claims are not corrected for each other.
 
         Raises:
             ScoreError: no such family or K, or effects of another kind.
@@ -305,50 +283,16 @@ class SetEffects(Result):
             )
         family, k = self._which(family, k)
         at = self.families.index(family), self.ks.index(k)
-        gain = interval(self._users(self.full, _GAIN, "all"), level)
-        removed, cost = (self._row(MEASURES[name], *at, "all", level) for name in ("gain_removed", "task_cost"))
-        if math.isnan(gain["low"]):
-            return "One user gives no interval over users, so nothing is claimed."
-        if not gain["low"] > 0:
-            return f"Here the profile does not reliably help the model (gain {_said(gain)}); there is little to remove."
-        if not {"own", "no_profile"} <= {*self.draws} and self.draws:
-            return "Random sets were not measured both with and without the own profile, so nothing is claimed."
-        if self.n_random < (needed := sets_for_p(level)):
-            return (
-                f"The profile helps the model (gain {_said(gain)}); {self.n_random} random sets are too few to claim "
-                f"anything of these heads at {level:.0%}, {needed} are needed."
-            )
-        said = _compared(f"the {k} heads of {family!r}", removed, cost, 1 - level)
-        return " ".join([*said, caveat(np.array(removed["skewness"]), len(set(self.user_ids)))]).strip()
-
-
-def _compared(shown: str, removed: Mapping[str, Any], cost: Mapping[str, Any], alpha: float) -> list[str]:
-    """What a set takes and costs beside random sets, a sentence each."""
-    by = _said(removed, "difference")
-    takes = {
-        1: f"More of the gain goes with {shown} than with random heads of the same layers, by {by}.",
-        0: f"Of the gain, {shown} cannot be told from random heads of the same layers ({by}).",
-        -1: f"Less of the gain goes with {shown} than with random heads of the same layers ({by}).",
-    }
-    by = _said(cost, "difference")
-    costs = {
-        1: f"They also cost the same task without a profile more than random heads do ({by}).",
-        0: f"What they cost the task without a profile cannot be told from what random heads cost ({by}).",
-        -1: f"They cost the same task without a profile less than random heads do ({by}).",
-    }
-    return [takes[_beside(removed, alpha)], costs[_beside(cost, alpha)]]
-
-
-def _beside(row: Mapping[str, Any], alpha: float) -> int:
-    """1 where the chosen set does more than random ones, −1 where it does less, 0 where neither can be told."""
-    if row["difference_low"] > 0 and row["p"] <= alpha + 1e-12:
-        return 1
-    return -int(row["difference_high"] < 0 and row["p_less"] <= alpha + 1e-12)
-
-
-def _said(row: Mapping[str, Any], name: str = "") -> str:
-    mean, low, high = (row[key] for key in ((name, f"{name}_low", f"{name}_high") if name else ("mean", "low", "high")))
-    return f"{mean:.3f} nats per token, interval {low:.3f} to {high:.3f}"
+        rows = {name: self._row(MEASURES[name], *at, "all", level) for name in TOLD if name in self.measures}
+        gains = {
+            name: interval(self._users(self.full, MEASURES[name].gain, "all"), level)
+            for name in REMOVED
+            if name in rows
+        }
+        return verdict(
+            f"the {k} heads of {family!r}", rows, gains,
+            n_random=self.n_random, n_users=len({*self.user_ids}), level=level,
+        )  # fmt: skip
 
 
 def _sum(tensors: Mapping[str, Tensor], weights: Mapping[str, float], part: Share) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.data.conditions import prompts_in
 from dps_lens.errors import ScoreError
-from dps_lens.intervene import Patch
+from dps_lens.intervene import Patch, Zero
 from dps_lens.literals import AGAINST, Against, Select
 from dps_lens.model import HookedModel
+from dps_lens.scoring import CleanRun
 from dps_lens.scoring.sweep import aligned_z
 from dps_lens.selection import HeadSource
 from dps_lens.validation.edits import Condition, EditWork
@@ -38,8 +39,8 @@ def patch_heads(
 ) -> SetEffects:
     """Necessity and sufficiency of the top K heads: noising and denoising patches on evaluation examples.
 
-    Noising puts the z of the run without profile into the run with it; denoising the reverse. Arguments as
-    in `ablation_curve`.
+    Noising puts the z of the run without profile into the run with it; denoising the reverse. `ablation_curve` measures
+    both against another user beside its ablations. Arguments as in `ablation_curve`.
 
     Args:
         against: the other run: without profile, or with another user's.
@@ -80,15 +81,34 @@ class PatchWork(EditWork):
 
     def conditions(self, key: str, example: Example) -> dict[str, Condition]:
         own = self.build(example, "own")
-        config = self.settings.prompt_config
+        config, positions = self.settings.prompt_config, self.settings.positions
         (other,) = prompts_in(self.model, example, self.against, self.users, seed=self.seed, config=config)
+        ends = (("own", own, other), (self.against, other, own))
+        if positions == "response":
+            noised, denoised = exchanged(
+                *(self.clean_run(prompt, name, ablation=Zero(), keep_z=True) for name, prompt, _ in ends)
+            )
+        else:
+            aligned = [aligned_z(self.model, base, source, positions) for _, base, source in ends]
+            noised, denoised = (
+                self.clean_run(base, name, ablation=Patch(z=z), where=where)
+                for (name, base, _), (z, where) in zip(ends, aligned, strict=True)
+            )
         suffix = "_other" if self.against == "other_user" else ""
-        conditions = {}
-        for name, full, base, source in (("noising", "own", own, other), ("denoising", self.against, other, own)):
-            z, where = aligned_z(self.model, base, source, self.settings.positions)
-            clean = self.clean_run(base, full, ablation=Patch(z=z), where=where)
-            conditions[name + suffix] = Condition(full, clean, clean.ablated_losses, drawn=True)
-        return conditions
+        return {
+            f"noising{suffix}": Condition("own", noised, noised.ablated_losses, drawn=True),
+            f"denoising{suffix}": Condition(self.against, denoised, denoised.ablated_losses, drawn=True),
+        }
 
     def more(self) -> dict[str, Any]:
         return {"against": self.against}
+
+
+def exchanged(own: CleanRun, other: CleanRun) -> tuple[CleanRun, CleanRun]:
+    """The own run to be patched with the other's z (noising), and the reverse (denoising); nothing is run again.
+
+    Args:
+        own: a run of the response with the own profile, its z kept.
+        other: of the same response after another prompt.
+    """
+    return own.with_values(Patch(z=other.z)), other.with_values(Patch(z=own.z))

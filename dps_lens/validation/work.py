@@ -17,7 +17,7 @@ from dps_lens.digests import tensor_digest
 from dps_lens.errors import ScoreError
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Context, Mean, Where
-from dps_lens.literals import Positions, Select
+from dps_lens.literals import CONDITIONS, PATCHED, Positions, Select
 from dps_lens.model import HookedModel, ModelConfig, Runner, runner_of
 from dps_lens.scores import HeadScores
 from dps_lens.scoring import CleanRun, Objective
@@ -46,7 +46,10 @@ class HeldOutConfig:
         exclude: family → heads that its ranking by scores may not hold, such as
             `{"preference": refs["induction"].top_share(0.02)}` (Yin & Steinhardt 2025, arXiv 2502.14010).
         positions: where heads are edited; by default as for the scores.
-        controls: conditions that random sets are measured in, out of `own`, `no_profile`, `other_user` and `neutral`.
+        patched: let `ablation_curve` and `ablation_cost` patch the same sets between the own run and another user's,
+            too; at positions other than `"response"`, where the two runs do not align, they never do.
+        controls: conditions that random sets are measured in, out of `own`, `no_profile`, `other_user`, `neutral`,
+            `noising_other` and `denoising_other`. Of what is left out, nothing is claimed beside random sets.
         ngram: a response token counts as copied when it ends an n-gram of the response that the profile holds.
         neutral: texts to measure the neutral cost on; by default prose of the package.
         objective: what is measured; by default as for the scores, else the NLL of the response.
@@ -56,7 +59,8 @@ class HeldOutConfig:
 
     exclude: Mapping[str, HeadSet] = field(default_factory=dict)
     positions: Positions | None = None
-    controls: tuple[str, ...] = ("own", "no_profile")
+    patched: bool = True
+    controls: tuple[str, ...] = (*CONDITIONS, *PATCHED)
     ngram: int = 2
     neutral: Sequence[str] | None = None
     objective: Objective | None = None
@@ -166,7 +170,13 @@ class HeldOutWork(Work):
         return build_prompt(self.model, example, profile, config=self.settings.prompt_config)
 
     def clean_run(
-        self, prompt: Prompt, condition: str, *, ablation: Ablation | None = None, where: Where | None = None
+        self,
+        prompt: Prompt,
+        condition: str,
+        *,
+        ablation: Ablation | None = None,
+        where: Where | None = None,
+        keep_z: bool = False,
     ) -> CleanRun:
         return CleanRun(
             self.runner,
@@ -176,6 +186,7 @@ class HeldOutWork(Work):
             objective=self.settings.objective,
             context=self.context(condition),
             where=where,
+            keep_z=keep_z,
             batch_size=self.batch_size,
         )
 

@@ -425,7 +425,9 @@ def test_report_shows_a_run(scored, model, tmp_path):
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
-    assert {*found["figures"]["ablation"]} >= {"gain_removed", "task_cost"}
+    figures = found["figures"]["ablation"]
+    assert {*figures} >= {"gain_removed", "task_cost", "neutral_cost", "necessity_other"}
+    assert next(iter(figures)) == "gain beside costs"
     assert [*found["families"]] == ["induction"]
     assert found["grid"]["gammas"] == [0.5, 2.0]
     units = [unit for folder in out.glob("page-*") for unit in folder.rglob("*.safetensors")]
@@ -669,7 +671,18 @@ def test_ablate_measures_families_and_resumes(scored, model, tmp_path, patch):
     command += ["--max-examples", 1, "--ks", "1,2", "--n-random", 3, *(["--patch"] if patch else [])]
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert ("necessity" if patch else "gain_removed") in done.stdout
+    ablated = (
+        "gain_removed_other",
+        "gain_removed",
+        "task_cost",
+        "neutral_cost",
+        "necessity_other",
+        "sufficiency_other",
+    )
+    measures = ("necessity", "sufficiency") if patch else ablated
+    places = [done.stdout.index(f"{measure}, nats per token") for measure in measures]
+    assert places == sorted(places)
+    assert "Means, nats per token" in done.stdout
     assert "random sets" in done.stdout
     effects = dps.SetEffects.load(tmp_path / "a")
     assert effects.families == ("preference", "induction", "previous_token")

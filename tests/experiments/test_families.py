@@ -54,7 +54,7 @@ def test_tables_show_what_the_effects_hold(llama, probe, short, tmp_path):
     frame = effects.to_frame().set_index(["family", "k", "measure"])
     lines = markdown(shown(effects)).splitlines()
     assert len(lines) == 2 + 2 * 4, "two families, four measures"
-    row = frame.loc[("a", 2, "gain_removed")]
+    row = frame.loc[("a", 2, "gain_removed_other")]
     for name, ends in (("mean", ("low", "high")), ("control", ("control_low", "control_high"))):
         expected = "{:.3f} ({:.3f} to {:.3f})".format(row[name], *(row[end] for end in ends)).replace("-", "−")
         assert f"| {expected} |" in lines[2]

@@ -34,7 +34,8 @@ def test_only_the_carriers_ablation_removes_the_gain(toy_model, toy_users):
     assert abs(frame["top 1 heads", "gain"]) < 0.05 * gain
     assert frame["top 1 heads", "gain_removed"] == pytest.approx(gain, rel=0.05)
     assert cost.to_frame().query("measure == 'gain_removed'")["p"].tolist() == [1 / 21]
-    assert "More of the gain goes with" in cost.verdict()
+    assert "More of the gain over another user goes with" in cost.verdict()
+    assert "More of the gain over no profile goes with" in cost.verdict()
     for layer in range(2):
         for head in range(4):
             if (layer, head) != CARRIER:

@@ -21,6 +21,7 @@ from dps_lens.errors import FileError, HeadError, PromptError, RunError, ScoreEr
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots import ablation as plot
 from dps_lens.scores import HeadScores
+from dps_lens.scoring import CleanRun
 from dps_lens.selection import draw_seed, folds, rankings
 from dps_lens.validation.edits import EditWork, copied_tokens
 from dps_lens.validation.effects import SetEffects
@@ -605,6 +606,8 @@ def test_a_folder_of_another_run_is_refused(toy_model, toy_users, tmp_path):
         ({"n_random": 2}, "n_random was 1, now 2"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"held_out_config": dps.HeldOutConfig(ngram=3)}, "ngram was 2, now 3"),
+        ({"held_out_config": dps.HeldOutConfig(patched=False)}, "patched was true, now false"),
+        ({"held_out_config": dps.HeldOutConfig(controls=("own",))}, "controls was"),
         ({"ablation": "uniform"}, 'ablation was "zero", now "uniform"'),
         ({"held_out_config": dps.HeldOutConfig(positions="all")}, 'positions was "response", now "all"'),
         ({"held_out_config": dps.HeldOutConfig(neutral=())}, "neutral was"),
@@ -746,6 +749,90 @@ def test_the_carriers_vector_brings_the_own_user_back(toy_model, toy_users, laye
         assert frame.loc[("carrier", 0, name), "mean"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("ablation", ["zero", "uniform"])
+def test_a_curve_patches_as_patch_heads_does(llama, users, short, ablation):
+    """The same sets between the same two runs, whatever the curve ablates with; random sets are the same, too."""
+    families = {"p": HEADS, "q": HeadSet.parse("L2H0,L1H1,L0H3")}
+    options = {"ks": (1, 3), "n_random": 3, "seed": 5, "prompt_config": short}
+    curve = dps.ablation_curve(llama.hooked, users, families, ablation=ablation, **options)
+    alone = dps.patch_heads(llama.hooked, users, families, against="other_user", **options)
+    assert {"necessity_other", "sufficiency_other", "gain_removed_other"} < {*curve.measures}
+    for held in (curve.chosen, curve.draws):
+        assert {"noising_other", "denoising_other"} < held.keys()
+    for name, values in alone.chosen.items():
+        # Two passes over the same float32 weights; the effects are above 1e-2.
+        assert values.abs().max() > 1e-2
+        assert torch.allclose(curve.chosen[name], values, atol=1e-6)
+        assert torch.allclose(curve.draws[name], alone.draws[name], atol=1e-6)
+    for name in ("own", "other_user"):
+        assert torch.allclose(curve.full[name], alone.full[name], atol=1e-6)
+    frames = [effects.to_frame().set_index(["family", "k", "measure"]) for effects in (curve, alone)]
+    for name in alone.measures:
+        both = [frame.loc[("q", 3, name), ["mean", "low", "control", "difference"]].astype(float) for frame in frames]
+        assert np.allclose(*both, atol=1e-6)
+    without = dps.HeldOutConfig(patched=False)
+    bare = dps.ablation_curve(llama.hooked, users, families, ablation=ablation, held_out_config=without, **options)
+    assert bare.chosen.keys() == {"own", "no_profile", "other_user", "neutral"}
+    for name, values in bare.chosen.items():
+        assert torch.equal(values, curve.chosen[name]), "patches change no ablation"
+
+
+@pytest.mark.parametrize(("ablation", "n_runs"), [("zero", 4), ("uniform", 6)])
+def test_no_prompt_is_run_twice(toy_model, toy_users, monkeypatch, ablation, n_runs):
+    """Own, none, another's, neutral: once each; attention that is edited has no run that a patch could start from."""
+    ran = []
+    real = CleanRun.__init__
+
+    def init(self, runner, prompt, **options):
+        ran.append(prompt)
+        real(self, runner, prompt, **options)
+
+    monkeypatch.setattr(CleanRun, "__init__", init)
+    dps.ablation_curve(toy_model, toy_users[:2], SETS, ks=(1,), n_random=1, max_examples=1, ablation=ablation)
+    assert len(ran) == 2 * n_runs
+    texts = [prompt.text for prompt in ran[:4]]
+    assert len({*texts}) == 4
+
+
+def test_patches_need_a_response_and_another_user(toy_model, toy_users):
+    everywhere = dps.HeldOutConfig(positions="all")
+    effects = dps.ablation_curve(toy_model, toy_users[:2], SETS, ks=(1,), n_random=1, held_out_config=everywhere)
+    assert "gain_removed_other" in effects.measures
+    assert "necessity_other" not in effects.measures
+    own = dps.HeldOutConfig(controls=("own", "noising_other"))
+    effects = dps.ablation_curve(toy_model, toy_users[:2], SETS, ks=(1,), n_random=1, held_out_config=own)
+    assert effects.draws.keys() == {"own", "noising_other"}
+    assert "sufficiency_other" in effects.measures
+    alone = dps.ablation_cost(toy_model, toy_users[:1], SETS["carrier"], n_random=1)
+    assert alone.chosen.keys() == {"own", "no_profile", "neutral"}
+
+
+def test_the_cost_of_one_set_is_measured_in_every_condition(toy_model, toy_users):
+    cost = dps.ablation_cost(toy_model, toy_users, SETS["carrier"], n_random=20, max_examples=1)
+    assert cost.chosen.keys() == cost.draws.keys()
+    frame = cost.beside_random().set_index(["ablated", "measure"])["mean"]
+    gain = frame["full model", "gain_other"]
+    removed = ("gain_removed_other", "necessity_other", "sufficiency_other")
+    for measure in removed:
+        assert frame["top 1 heads", measure] == pytest.approx(gain, rel=0.03)
+    for measure, condition in (("task_cost", "no_profile"), ("neutral_cost", "neutral")):
+        by_hand = np.mean([float(change) for change in cost.chosen[condition][:, 0, 0, 0]])  # one example a user
+        assert frame["top 1 heads", measure] == pytest.approx(by_hand)
+    for measure in (*removed, "task_cost", "neutral_cost"):
+        difference = frame["top 1 heads", measure] - frame["20 random sets", measure]
+        assert frame["difference", measure] == pytest.approx(difference, abs=1e-9)
+    assert frame["top 1 heads", "gain_other"] == pytest.approx(gain - frame["top 1 heads", "gain_removed_other"])
+    verdict = cost.verdict()
+    told = [
+        "More of the gain over another user",
+        "More of the gain over no profile",
+        "Necessity: patching them from another user's run loses more",
+        "Sufficiency: patching them into another user's run brings back more",
+    ]
+    places = [verdict.index(one) for one in ("the same task without a profile", "on neutral text", *told)]
+    assert places == sorted(places), "costs first"
+
+
 def test_patches_equal_plain_hugging_face(tinies, users, short):
     for architecture in ("llama", "gpt2"):
         tiny = tinies(architecture)
@@ -881,13 +968,13 @@ def test_vectors_of_outside_heads_are_refused(llama, users):
 
 def test_figure_holds_the_values_of_the_frame(curve):
     frame = curve.to_frame()
-    for measure in (None, *curve.measures):
-        figure = plot(curve, measure=measure)
-        name = measure or curve.measures[0]
+    assert {"gain_removed_other", "task_cost", "neutral_cost", "sufficiency_other"} < {*curve.measures}
+    for name in curve.measures:
+        figure = plot(curve, measure=name)
         lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
         assert [trace.name for trace in lines] == list(curve.families)
         bands = {trace.legendgroup: trace for trace in figure.data if trace.fill == "toself"}
-        assert set(bands) == (set(curve.families) if name in ("gain_removed", "gain_left", "task_cost") else set())
+        assert set(bands) == set(curve.families)
         for trace in lines:
             rows = frame[(frame["family"] == trace.name) & (frame["measure"] == name)]
             assert list(trace.y) == list(rows["mean"])
@@ -900,11 +987,59 @@ def test_figure_holds_the_values_of_the_frame(curve):
                 assert list(band.y) == [*rows["control_high"], *rows["control_low"][::-1]]
                 assert list(band.x) == [*curve.ks, *curve.ks[::-1]]
         at = [shape.y0 for shape in figure.layout.shapes]
-        gain = float(frame.loc[frame["measure"] == "gain", "mean"].iloc[0])
-        assert at == ([gain, 0] if name in ("gain_removed", "gain_left") else [0])
+        assert at == [*gains_of(frame, name), 0]
     assert curve.plot("task_cost").to_dict() == plot(curve, measure="task_cost").to_dict()
     with pytest.raises(ScoreError, match="measure 'loss' is not in these effects"):
         plot(curve, measure="loss")
+
+
+def gains_of(frame, measure):
+    """The gain that a measure is a part of, if it is one of any."""
+    if measure in ("task_cost", "neutral_cost"):
+        return []
+    return list(frame.loc[frame["measure"] == ("gain_other" if measure.endswith("_other") else "gain"), "mean"])
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+def test_figure_shows_both_costs_and_patches_beside_what_is_removed(curve, columns):
+    """By default: a panel each, on one scale, in the order of the table."""
+    frame, figure = curve.to_frame(), plot(curve, columns=columns)
+    shown = ("gain_removed_other", "task_cost", "neutral_cost", "necessity_other", "sufficiency_other")
+    names = [note.text for note in figure.layout.annotations if note.text.startswith("<b>")]
+    assert names == [
+        "<b>gain removed, other user</b>",
+        "<b>task cost</b>",
+        "<b>neutral cost</b>",
+        "<b>necessity, other user</b>",
+        "<b>sufficiency, other user</b>",
+    ]
+    axes = list(dict.fromkeys(trace.yaxis for trace in figure.data))
+    assert len(axes) == len(shown)
+    assert len({figure.layout[f"yaxis{axis[1:]}"].matches or axis for axis in axes}) == 1, "one scale"
+    for axis, measure in zip(axes, shown, strict=True):
+        lines = [trace for trace in figure.data if trace.yaxis == axis and trace.mode == "lines+markers"]
+        assert [trace.name for trace in lines] == list(curve.families)
+        for trace in lines:
+            rows = frame[(frame["family"] == trace.name) & (frame["measure"] == measure)]
+            assert list(trace.y) == list(rows["mean"])
+        marked = [shape.y0 for shape in figure.layout.shapes if shape.yref == axis]
+        assert marked == [*gains_of(frame, measure), 0]
+    legend = [trace.name for trace in figure.data if trace.showlegend is not False]
+    assert legend == list(curve.families)
+    places = {(note.x, note.y) for note in figure.layout.annotations if note.text.startswith("<b>")}
+    assert len(places) == len(shown)
+
+
+def test_figure_falls_back_to_what_was_measured(toy_model, toy_users, curve):
+    alone = dps.ablation_curve(toy_model, toy_users[:1], SETS, ks=(1,), n_random=0)
+    patched = dps.patch_heads(toy_model, toy_users[:2], SETS, ks=(1,), n_random=0, max_examples=1)
+    for effects, first in ((alone, "gain removed, no profile"), (patched, "necessity")):
+        names = [note.text for note in plot(effects).layout.annotations if note.text.startswith("<b>")]
+        assert first in names[0]
+    several = plot(curve, ["gain_left", "task_cost"])
+    assert len({trace.yaxis for trace in several.data}) == 2
+    with pytest.raises(ScoreError, match="measure 'loss' is not in these effects"):
+        plot(curve, ["task_cost", "loss"])
 
 
 def test_figure_shows_every_family(curve):
@@ -918,23 +1053,27 @@ def test_figure_shows_every_family(curve):
     assert lines == list(many.families)
 
 
-def random_set_effects(taken, cost, gain):
-    """Effects of one set (the first row of each) and of its random sets, a user an example."""
+def random_set_effects(taken, cost, gain, gain_other=None, **changes):
+    """Effects of one set (the first row of each) and of its random sets, a user an example.
+
+    Beside own and no_profile, `changes` of the NLL in other conditions.
+    """
     names = tuple(f"u{index}" for index in range(len(gain)))
 
     def both(values):
         values = torch.tensor(values)
         return torch.stack([values, torch.zeros_like(values)], dim=-1)
 
-    own = taken + cost
+    changes = {"own": taken + cost, "no_profile": cost} | changes
+    full = {"own": 0 * gain, "no_profile": gain, "other_user": gain_other, "neutral": 0 * gain}
     return SetEffects(
         ("heads",),
         (1,),
         names,
         names,
-        {"own": both(np.full(len(gain), 3.0)), "no_profile": both(3 + gain)},
-        {"own": both(own[0])[:, None, None], "no_profile": both(cost[0])[:, None, None]},
-        {"own": both(own[1:])[:, :, None, None], "no_profile": both(cost[1:])[:, :, None, None]},
+        {name: both(3 + nll) for name, nll in full.items() if name in changes},
+        {name: both(change[0])[:, None, None] for name, change in changes.items()},
+        {name: both(change[1:])[:, :, None, None] for name, change in changes.items()},
         {"spread": False, "model": {"n_heads": 4}, "sets": {"heads": {name: ["L0H0"] for name in names}}},
     )
 
@@ -957,17 +1096,90 @@ def test_a_verdict_about_one_more_random_set_is_rarely_wrong(spread_of_sets, n_u
     rng, runs = np.random.default_rng(0), 200
     said = [claims_of(rng, n_users, spread_of_sets) for _ in range(runs)]
     claims = ("More of the gain", "Less of the gain", "profile more than random", "profile less than random")
+    assert not any("neutral" in verdict or "another user goes" in verdict for verdict in said), "were not measured"
     for claim in claims:
         # Each is a one-sided test at 5%, and what chance may add to it in 200 runs.
         assert sum(claim in verdict for verdict in said) / runs <= 0.05 + 2.6 * (0.05 * 0.95 / runs) ** 0.5, claim
     assert any("cannot be told from random heads" in verdict for verdict in said)
-    assert any("cannot be told from what random heads cost" in verdict for verdict in said)
+    assert any("cannot be told from what random heads of the same layers cost" in verdict for verdict in said)
 
 
 def test_a_verdict_about_a_real_effect_is_mostly_right():
     rng = np.random.default_rng(0)
-    assert sum(claims_of(rng, 12, 0.3, more=1.0).startswith("More of the gain") for _ in range(40)) >= 34
-    assert sum(claims_of(rng, 12, 0.3, more=-1.0).startswith("Less of the gain") for _ in range(40)) >= 34
+    assert sum("More of the gain over no profile" in claims_of(rng, 12, 0.3, more=1.0) for _ in range(40)) >= 34
+    assert sum("Less of the gain over no profile" in claims_of(rng, 12, 0.3, more=-1.0) for _ in range(40)) >= 34
+
+
+CLAIMS = {
+    "task_cost": ("profile more than random", "profile less than random", "of the same layers cost ("),
+    "neutral_cost": ("neutral text they cost more", "neutral text they cost less", "their cost cannot be told"),
+    "gain_removed_other": ("More of the gain over another", "Less of the gain over another", "Of the gain over anoth"),
+    "gain_removed": ("More of the gain over no", "Less of the gain over no", "Of the gain over no profile"),
+    "necessity_other": ("run loses more than", "run loses less than", "run loses cannot be told"),
+    "sufficiency_other": ("brings back more than", "brings back less than", "brings back cannot be told"),
+}
+
+
+def everywhere(rng, n_users=12, n=20, sd=0.3, more=None):
+    """The chosen set is one more random set in every measure, plus `more` in some."""
+
+    def drawn(name):
+        level, user = sd * rng.standard_normal((n + 1, 1)), 0.3 * rng.standard_normal(n_users)
+        values = 0.3 + level + user + 0.2 * rng.standard_normal((n + 1, n_users))
+        values[0] += (more or {}).get(name, 0.0)
+        return values
+
+    of = {name: drawn(name) for name in CLAIMS}
+    gains = [3 + 0.4 * rng.standard_normal(n_users) for _ in range(2)]
+    own = of["gain_removed"] + of["task_cost"]
+    return random_set_effects(
+        of["gain_removed"], of["task_cost"], *gains,
+        other_user=own - of["gain_removed_other"], neutral=of["neutral_cost"],
+        noising_other=of["necessity_other"], denoising_other=-of["sufficiency_other"],
+    )  # fmt: skip
+
+
+def test_every_claim_of_a_verdict_is_rarely_wrong():
+    rng, runs = np.random.default_rng(1), 150
+    said = [everywhere(rng).verdict() for _ in range(runs)]
+    for more, less, untold in CLAIMS.values():
+        for claim in (more, less):
+            assert sum(claim in verdict for verdict in said) / runs <= 0.05 + 2.6 * (0.05 * 0.95 / runs) ** 0.5, claim
+        assert all((more in one) + (less in one) + (untold in one) == 1 for one in said)
+
+
+@pytest.mark.parametrize("planted", CLAIMS)
+def test_a_verdict_claims_what_is_planted(planted):
+    for sign, claim in ((1.0, CLAIMS[planted][0]), (-1.0, CLAIMS[planted][1])):
+        assert claim in everywhere(np.random.default_rng(0), sd=0.1, more={planted: 2 * sign}).verdict()
+    verdict = everywhere(np.random.default_rng(0), sd=0.1, more={planted: 2.0}).verdict()
+    for other, (more, _, _) in CLAIMS.items():
+        assert (more in verdict) == (other == planted)
+
+
+def test_a_verdict_claims_nothing_of_a_gain_that_is_not_there():
+    rng = np.random.default_rng(0)
+    effects = everywhere(rng, more=dict.fromkeys(CLAIMS, 3.0))
+    own, noise = effects.full["own"], torch.from_numpy(0.1 * rng.standard_normal((12, 1)))
+    no_other = replace(effects, full=effects.full | {"other_user": own + noise}).verdict()
+    assert "The gain over another user is not reliably above 0" in no_other
+    assert "More of the gain over no profile" in no_other
+    assert not any(word in no_other for word in ("More of the gain over another", "Necessity", "Sufficiency"))
+    no_profile = replace(effects, full=effects.full | {"no_profile": own + noise}).verdict()
+    assert "The gain over no profile is not reliably above 0" in no_profile
+    assert "More of the gain over another user" in no_profile
+    neither = replace(effects, full=effects.full | {"no_profile": own + noise, "other_user": own + noise}).verdict()
+    assert neither.startswith("Here the profile does not reliably help")
+
+
+def test_a_verdict_names_what_it_is_not_about():
+    effects = everywhere(np.random.default_rng(0), more=dict.fromkeys(CLAIMS, 3.0))
+    fewer = replace(effects, draws={name: effects.draws[name] for name in ("own", "no_profile", "noising_other")})
+    verdict = fewer.verdict()
+    assert "Random sets were not measured for neutral_cost, gain_removed_other, sufficiency_other" in verdict
+    assert "Necessity: patching them from another user's run loses more" in verdict
+    assert "Nothing was measured with another user's profile" in claims_of(np.random.default_rng(0), 12, 0.0)
+    assert "Nothing was measured" not in effects.verdict()
 
 
 def test_a_verdict_says_where_intervals_fall_short():
@@ -1003,7 +1215,7 @@ def test_a_verdict_needs_random_sets_for_its_level():
     taken = 0.3 + 0.1 * rng.standard_normal((20, 8))
     taken[0] += 3
     effects = random_set_effects(taken, 0 * taken, np.full(8, 3.0) + 0.1 * rng.normal(size=8))
-    assert effects.verdict().startswith("More of the gain")
+    assert "More of the gain" in effects.verdict()
     assert "19 random sets are too few to claim anything of these heads at 99%, 99 are needed" in effects.verdict(
         level=0.99
     )
