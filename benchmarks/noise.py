@@ -15,7 +15,7 @@ def main() -> None:
     arguments = parser.parse_args()
     users = dps.load_users(arguments.users, max_users=arguments.examples)
     low, reference = dps.load_model(dtype="bfloat16"), dps.load_model(dtype="float32")
-    scores = dps.score_heads(low, users, max_examples=1)
+    scores = dps.score_heads(low, users, ablation="zero", against="no_profile", method="exact", max_examples=1)
     floor = dps.measure_noise(scores, low, reference, users, n_examples=len(users))
     print(f"bfloat16 - float32, profile-specific PCS, {floor.n_examples} examples x {scores.values[0].numel()} heads")
     print(f"SD {floor.sd:.5f}, mean bias {floor.bias:+.5f} nats per token")

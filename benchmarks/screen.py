@@ -57,11 +57,12 @@ def main() -> None:
     if arguments.exact:
         exact = dps.HeadScores.load(arguments.exact)
         options = score_settings(exact)
+        del options["method"]
     else:
         against = None if arguments.against == "none" else arguments.against
-        options = {"max_examples": 1, "positions": arguments.positions, "against": against}
+        options = {"ablation": "zero", "max_examples": 1, "positions": arguments.positions, "against": against}
         folder = arguments.out / f"{Path(arguments.users).stem}-{arguments.positions}-{arguments.against}"
-        exact = dps.score_heads(model, users, out=folder, **options)
+        exact = dps.score_heads(model, users, method="exact", out=folder, **options)
     exact = exact.without({*exact.users} - {user.id for user in users})
     estimated = dps.score_heads(model, users, method="attribution", **options)
     about = f"positions {exact.manifest['positions']}, against {exact.manifest['against']}"

@@ -11,7 +11,10 @@ Against: TypeAlias = Literal["no_profile", "other_user"]
 Direction: TypeAlias = Literal["noising", "denoising"]
 """Of a patch: the counterfactual run's z into the profile run, or the reverse."""
 
-ScoreMethod: TypeAlias = Literal["exact", "attribution", "screened"]
+ScoreAgainst: TypeAlias = Literal["other_user", "no_profile", "both", "other_user-no_profile", "no_profile-other_user"]
+"""What heads are scored against: one of the two, their mean, or what one shows beyond the other."""
+
+ScoreMethod: TypeAlias = Literal["integrated", "exact", "attribution", "screened"]
 Discovery: TypeAlias = Literal["history", "labelled"]
 Select: TypeAlias = Literal["global", "user"]
 """Heads by other users, or by each user's own examples."""
@@ -19,6 +22,7 @@ Select: TypeAlias = Literal["global", "user"]
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
 AGAINST: tuple[Against, ...] = get_args(Against)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+SCORE_AGAINST: tuple[ScoreAgainst, ...] = get_args(ScoreAgainst)
 METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
 
 CONDITIONS = ("own", *AGAINST, "neutral")

@@ -31,6 +31,17 @@ def t_quantile(freedom: int | float, level: float) -> float:
     return float(t.ppf(0.5 + level / 2, freedom))
 
 
+PROFILES = {
+    "own": "own profile",
+    "no_profile": "no profile",
+    "other_user": "other users' profiles",
+    "both": "no profile and other users'",
+    "other_user-no_profile": "other users' profiles beyond none",
+    "no_profile-other_user": "no profile beyond other users'",
+}
+"""What a prompt shows, and what profiles are compared with, in words."""
+
+
 class NoiseFloor(NamedTuple):
     """Scores in a low-precision format minus the same in float32, nats per token.
 
@@ -57,10 +68,12 @@ class HeadScores(Result):
         values: `Float[Tensor, "example layer head"]`, nats per token for PCS.
         example_ids: one a row.
         user_ids: one a row.
-        components: what `values` was made of, same shape: for a profile-specific PCS `"own"` and
-            `"no_profile"` or `"other_user"`.
+        components: what `values` was made of, same shape: for patches `"patch.other_user"` and `"patch.no_profile"`,
+            for ablations `"own"` and what it was compared with, `"no_profile"` or `"other_user"`.
         nll: mean NLL of the unablated model per example, nats per token, by condition.
         exact: `Bool[Tensor, "example layer head"]`, False where a value is a first-order estimate; all True by default.
+        gap: `Float64[Tensor, "example"]`, of integrated scores: their sum over all heads, minus what patching all heads
+            at once changes; 0 where the path was followed finely enough (completeness). Empty for other scores.
         tensors: what else was found, such as `"mean.own"`, the mean z that heads were replaced by.
         manifest: model, data, settings, seed and sign convention.
     """
@@ -74,6 +87,7 @@ class HeadScores(Result):
     components: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
     nll: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
     exact: Tensor = field(default_factory=lambda: torch.empty(0), kw_only=True)
+    gap: Tensor = field(default_factory=lambda: torch.empty(0), kw_only=True)
     tensors: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
     manifest: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
@@ -90,6 +104,8 @@ class HeadScores(Result):
                 raise ScoreError(f"HeadScores: {name} is {tuple(shape)}, the values are {tuple(self.values.shape)}")
         if wrong := [name for name, each in self.nll.items() if each.shape != self.values.shape[:1]]:
             raise ScoreError(f"HeadScores: nll {wrong[0]!r} has not one value for each of {len(self.values)} examples")
+        if self.gap.numel() and self.gap.shape != self.values.shape[:1]:
+            raise ScoreError(f"HeadScores: gap has not one value for each of {len(self.values)} examples")
         if not self.exact.numel():
             self.exact = torch.ones(self.values.shape, dtype=torch.bool)
         self.example_ids, self.user_ids = tuple(self.example_ids), tuple(self.user_ids)
@@ -97,6 +113,24 @@ class HeadScores(Result):
     def summary(self) -> str:
         examples, layers, heads = self.values.shape
         return f"{examples} examples of {len(self.users)} users, {layers} layers × {heads} heads"
+
+    @property
+    def name(self) -> str:
+        """What the scores are, in a few words, for titles."""
+        about = self.manifest
+        if "family" in about:
+            return str(about["family"]).replace("_", " ")
+        against, method = PROFILES.get(str(about.get("against"))), about.get("method", "exact")
+        if about.get("ablation") == "patch":
+            return f"{method} patch, own profile → {against}"
+        name = f"PCS, own profile − {against}" if against else "PCS"
+        return name if method == "exact" else f"{name} ({method})"
+
+    def name_of(self, component: str) -> str:
+        """What a component is, in a few words."""
+        patched = component.removeprefix("patch.")
+        words = PROFILES.get(patched, patched)
+        return f"patch → {words}" if patched != component else f"PCS, {words}"
 
     @property
     def users(self) -> tuple[str, ...]:
@@ -143,7 +177,7 @@ class HeadScores(Result):
             ScoreError: they are of other models, or made of other components.
         """
         first = parts[0]
-        made_of = [(part.values.shape[1:], {*part.components}, {*part.nll}) for part in parts]
+        made_of = [(p.values.shape[1:], {*p.components}, {*p.nll}, p.gap.numel() > 0) for p in parts]
         if wrong := [number for number, of in enumerate(made_of, start=1) if of != made_of[0]]:
             raise ScoreError(f"HeadScores.join: part {wrong[0]} is of another model, or made of other components")
         return replace(
@@ -154,6 +188,7 @@ class HeadScores(Result):
             components={name: torch.cat([part.components[name] for part in parts]) for name in first.components},
             nll={name: torch.cat([part.nll[name] for part in parts]) for name in first.nll},
             exact=torch.cat([part.exact for part in parts]),
+            gap=torch.cat([part.gap for part in parts]),
         )
 
     def take(self, rows: Sequence[int]) -> "HeadScores":
@@ -166,6 +201,7 @@ class HeadScores(Result):
             components={name: component[rows] for name, component in self.components.items()},
             nll={name: values[rows] for name, values in self.nll.items()},
             exact=self.exact[rows],
+            gap=self.gap[rows] if self.gap.numel() else self.gap,
         )
 
     def samples(self, user: str | None = None, *, of: str | None = None) -> Float[Tensor, "sample layer head"]:
@@ -242,7 +278,10 @@ class HeadScores(Result):
         if max_task_cost is not None:
             baseline = next((name for name in ("no_profile", "other_user") if name in self.components), None)
             if baseline is None:
-                raise ScoreError("top: max_task_cost needs scores against another prompt")
+                raise ScoreError(
+                    "top: max_task_cost needs what ablating a head costs another prompt, which these scores do not "
+                    "hold; use find_heads, which bounds the cost of the whole set"
+                )
             allowed = self.mean(user, of=baseline) <= max_task_cost
         if exclude is not None:
             allowed &= ~exclude.mask(SimpleNamespace(n_layers=mean.shape[0], n_heads=mean.shape[1]))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import edited_positions, z_of
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.errors import InterventionError, RunError, ScoreError
@@ -29,7 +30,7 @@ def means(tiny, users, short, condition, positions="response"):
 @pytest.mark.parametrize(("name", "made"), [("zero", dps.Zero), ("mean", dps.Mean), ("uniform", dps.Uniform)])
 def test_a_name_is_short_for_an_object(llama, probe, short, name, made):
     users, options = probe[:6], {"max_examples": 1, "prompt_config": short}
-    by_name, by_object = (dps.score_heads(llama.hooked, users, ablation=one, **options) for one in (name, made()))
+    by_name, by_object = (score_pcs(llama.hooked, users, ablation=one, **options) for one in (name, made()))
     assert torch.equal(by_name.values, by_object.values)
     tested = [
         dps.ablation_curve(llama.hooked, users, {"p": by_name}, ablation=one, **TEST) for one in (None, name, made())
@@ -41,7 +42,7 @@ def test_a_name_is_short_for_an_object(llama, probe, short, name, made):
 
 def test_heads_scored_by_their_mean_are_tested_with_it(tinies, probe, short):
     tiny, users = tinies("llama"), list(probe[:6])
-    scores = dps.score_heads(tiny.hooked, users, ablation="mean", max_examples=1, prompt_config=short)
+    scores = score_pcs(tiny.hooked, users, ablation="mean", max_examples=1, prompt_config=short)
     own = means(tiny, users, short, "own")
     assert torch.allclose(scores.tensors["mean.own"], own, atol=1e-5)
     effects = dps.ablation_curve(tiny.hooked, users, {"p": scores}, **TEST)
@@ -70,7 +71,7 @@ def test_heads_scored_by_their_mean_are_tested_with_it(tinies, probe, short):
 
 def test_means_that_differ_are_not_mixed(llama, probe, short, tmp_path):
     users, options = probe[:6], {"ablation": "mean", "prompt_config": short}
-    few, many = (dps.score_heads(llama.hooked, users, max_examples=n, **options) for n in (1, 2))
+    few, many = (score_pcs(llama.hooked, users, max_examples=n, **options) for n in (1, 2))
     with pytest.raises(ScoreError, match="'many' holds other means"):
         dps.ablation_curve(llama.hooked, users, {"few": few, "many": many}, **TEST)
     dps.ablation_curve(llama.hooked, users, {"p": few}, out=tmp_path, **TEST)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from flat import generate
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.heads import HeadSet
@@ -57,9 +58,17 @@ def test_rules_run_in_bfloat16(models, probe, rule):
     assert all(bool(values.isfinite().all()) for values in out.logprobs)
 
 
-@pytest.mark.parametrize("method", ["exact", "attribution"])
+@pytest.mark.parametrize("method", ["exact", "attribution", "integrated"])
 @pytest.mark.parametrize("positions", ["response", "all"])
 def test_scores_are_the_same(models, probe, method, positions):
     options = {"method": method, "positions": positions, "max_examples": 1}
-    one, other = (dps.score_heads(models[name], [probe[0]], **options) for name in ("cpu", "cuda"))
+    one, other = (score_pcs(models[name], [probe[0]], **options) for name in ("cpu", "cuda"))
     assert torch.allclose(one.values, other.values.cpu(), atol=1e-4)
+
+
+def test_patched_scores_are_the_same(models, probe):
+    users = [probe[0], probe[5]]
+    one, other = (dps.score_heads(models[name], users, max_examples=1) for name in ("cpu", "cuda"))
+    assert torch.allclose(one.values, other.values.cpu(), atol=1e-4)
+    rounded = dps.score_heads(models["bfloat16"], users, max_examples=1)
+    assert float((rounded.values.cpu() - one.values).abs().max()) < 0.1 * float(one.values.abs().max())

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.errors import ExtensionError, RunError, ScoreError
@@ -102,17 +103,17 @@ def test_settings_tell_objects_apart():
 
 def test_a_run_of_another_objective_is_refused(llama, probe, short, tmp_path):
     options = {"max_examples": 1, "prompt_config": short}
-    once = dps.score_heads(llama.hooked, probe[:1], objective=Weighed(1.0), out=tmp_path, **options)
+    once = score_pcs(llama.hooked, probe[:1], objective=Weighed(1.0), out=tmp_path, **options)
     with pytest.raises(RunError, match="objective.weight was 1.0, now 7.0"):
-        dps.score_heads(llama.hooked, probe[:1], objective=Weighed(7.0), out=tmp_path, **options)
-    twice = dps.score_heads(llama.hooked, probe[:1], objective=Weighed(2.0), **options)
+        score_pcs(llama.hooked, probe[:1], objective=Weighed(7.0), out=tmp_path, **options)
+    twice = score_pcs(llama.hooked, probe[:1], objective=Weighed(2.0), **options)
     assert torch.allclose(twice.values, 2 * once.values, atol=1e-5)
 
 
 def test_heads_are_tested_by_the_objective_that_found_them(llama, probe, short):
     options = {"max_examples": 1, "prompt_config": short}
     # Users of other folds rank for the one that is tested.
-    scores = dps.score_heads(llama.hooked, probe[:6], objective=Weighed(2.0), **options)
+    scores = score_pcs(llama.hooked, probe[:6], objective=Weighed(2.0), **options)
     test = {"ks": (1,), "n_random": 0, "max_examples": 1}
     with pytest.raises(ScoreError, match="scored with the objective .*weighed.*give that object"):
         dps.ablation_curve(llama.hooked, probe[:6], {"p": scores}, **test)
@@ -132,9 +133,7 @@ def test_heads_are_tested_by_the_objective_that_found_them(llama, probe, short):
 def test_a_flat_objective_has_no_estimate(llama, probe, short):
     for method in ("attribution", "screened"):
         with pytest.raises(ScoreError, match="'flat' is flat at the full model"):
-            dps.score_heads(
-                llama.hooked, probe[:1], objective=Flat(), method=method, max_examples=1, prompt_config=short
-            )
+            score_pcs(llama.hooked, probe[:1], objective=Flat(), method=method, max_examples=1, prompt_config=short)
 
 
 def test_a_metric_with_a_summary_is_registered():

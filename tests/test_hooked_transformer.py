@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracles import ablated_nll, attention_modules, nll, output_projection, uniform_z, z_of
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.data import build_prompt
@@ -27,9 +28,7 @@ def test_check_model(old):
 @pytest.mark.parametrize("ablation", ["zero", "uniform"])
 def test_scores(old, probe, short, ablation, positions):
     model, cfg = old.hooked, old.hooked.cfg
-    scores = dps.score_heads(
-        model, probe[:2], ablation=ablation, positions=positions, max_examples=1, prompt_config=short
-    )
+    scores = score_pcs(model, probe[:2], ablation=ablation, positions=positions, max_examples=1, prompt_config=short)
     for row, user in enumerate(probe[:2]):
         prompt = build_prompt(model, user.discovery_examples()[-1], config=short)
         for layer, head in [(0, 0), (1, 3), (2, 1)]:
@@ -44,9 +43,9 @@ def test_scores(old, probe, short, ablation, positions):
 
 def test_mean_patch_and_run_folder(old, probe, short, tmp_path):
     options = {"max_examples": 1, "prompt_config": short}
-    mean = dps.score_heads(old.hooked, probe[:2], ablation="mean", out=tmp_path, **options)
+    mean = score_pcs(old.hooked, probe[:2], ablation="mean", out=tmp_path, **options)
     assert torch.equal(dps.HeadScores.load(tmp_path).values, mean.values)
-    patch = dps.score_heads(old.hooked, probe[:2], ablation="patch", **options)
+    patch = score_pcs(old.hooked, probe[:2], ablation="patch", **options)
     assert float(patch.values.abs().max()) > 1e-3
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from pcs import score_pcs
 from safetensors.torch import load_file, save_file
 
 import dps_lens as dps
@@ -71,7 +72,7 @@ class Start:
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
 
     def score(self, out=None):
-        return dps.score_heads(self.model, self.users, out=out, **self.options)
+        return score_pcs(self.model, self.users, out=out, **self.options)
 
     def change_user(self, **values):
         self.users[0] = replace(self.users[0], **values)

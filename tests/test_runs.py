@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from folders import digest
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.data.examples import key_of
@@ -41,30 +42,30 @@ def counting(monkeypatch, fail_after=None):
 
 
 def test_an_interrupted_run_resumes_and_equals_an_uninterrupted_one(llama, probe, options, tmp_path, monkeypatch):
-    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "whole", **options)
+    score_pcs(llama.hooked, probe[:3], out=tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         counting(patch, fail_after=4)
         with pytest.raises(KeyboardInterrupt):
-            dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
+            score_pcs(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
     assert not (tmp_path / "cut" / "scores.json").exists()
     calls = counting(monkeypatch)
-    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
+    score_pcs(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
     assert len(calls) == 2
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
-    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
+    score_pcs(llama.hooked, probe[:3], out=tmp_path / "cut", **options)
     assert len(calls) == 2
-    dps.score_heads(llama.hooked, probe[:3], out=tmp_path / "cut", run_config=dps.RunConfig(force=True), **options)
+    score_pcs(llama.hooked, probe[:3], out=tmp_path / "cut", run_config=dps.RunConfig(force=True), **options)
     assert len(calls) == 8
 
 
 def test_a_torn_unit_is_computed_again(llama, probe, options, tmp_path, monkeypatch):
-    dps.score_heads(llama.hooked, probe[:2], out=tmp_path, **options)
+    score_pcs(llama.hooked, probe[:2], out=tmp_path, **options)
     before = digest(tmp_path)
     torn = sorted((tmp_path / "units").iterdir())[1]
     torn.write_bytes(torn.read_bytes()[:40])
     calls = counting(monkeypatch)
     with pytest.warns(UserWarning, match="is not a whole safetensors file"):
-        dps.score_heads(llama.hooked, probe[:2], out=tmp_path, **options)
+        score_pcs(llama.hooked, probe[:2], out=tmp_path, **options)
     assert len(calls) == 1
     assert digest(tmp_path) == before
 
@@ -79,20 +80,20 @@ def test_a_torn_unit_is_computed_again(llama, probe, options, tmp_path, monkeypa
     ],
 )
 def test_a_folder_of_another_run_is_refused(llama, probe, options, tmp_path, change, named):
-    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, **options)
+    score_pcs(llama.hooked, probe[:1], out=tmp_path, **options)
     before = digest(tmp_path)
     with pytest.raises(RunError, match=named):
-        dps.score_heads(llama.hooked, probe[:1], out=tmp_path, **{**options, **change})
+        score_pcs(llama.hooked, probe[:1], out=tmp_path, **{**options, **change})
     assert digest(tmp_path) == before
 
 
 def test_another_model_is_refused(llama, tiny_folders, probe, options, tmp_path):
-    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, **options)
+    score_pcs(llama.hooked, probe[:1], out=tmp_path, **options)
     other = dps.load_model(str(tiny_folders["llama"]))
     with torch.no_grad():
         other.blocks[0].attn.o.original_component.weight.mul_(1.01)
     with pytest.raises(RunError, match="model.weights was"):
-        dps.score_heads(other, probe[:1], out=tmp_path, **options)
+        score_pcs(other, probe[:1], out=tmp_path, **options)
 
 
 # Loads the model once; then starts a child for each line it reads, and says the child's process id.
@@ -120,7 +121,8 @@ for line in sys.stdin:
     log = out + ".log"
     child = os.fork()
     if child == 0:
-        dps.score_heads(model, users, max_examples=3, prompt_config=config, out=out, run_config=quiet)
+        pcs = {"ablation": "zero", "against": "no_profile", "method": "exact"}
+        dps.score_heads(model, users, **pcs, max_examples=3, prompt_config=config, out=out, run_config=quiet)
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -178,11 +180,11 @@ def test_settings_that_are_not_json_are_compared_as_json(tmp_path):
 
 
 def test_batch_size_may_change_and_force_drops_old_scores(llama, probe, options, tmp_path, monkeypatch):
-    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, run_config=dps.RunConfig(batch_size=4), **options)
-    dps.score_heads(llama.hooked, probe[:1], out=tmp_path, run_config=dps.RunConfig(batch_size=2), **options)
+    score_pcs(llama.hooked, probe[:1], out=tmp_path, run_config=dps.RunConfig(batch_size=4), **options)
+    score_pcs(llama.hooked, probe[:1], out=tmp_path, run_config=dps.RunConfig(batch_size=2), **options)
     counting(monkeypatch, fail_after=1)
     with pytest.raises(KeyboardInterrupt):
-        dps.score_heads(
+        score_pcs(
             llama.hooked, probe[:1], out=tmp_path, ablation="uniform", run_config=dps.RunConfig(force=True), **options
         )
     with pytest.raises(dps.DPSLensError, match="holds no HeadScores"):
@@ -246,14 +248,14 @@ def test_a_run_that_was_begun_anew_meanwhile_does_not_save(llama, probe, options
 
     def make(self, key, given=None):
         monkeypatch.setattr(Sweep, "make", real)
-        dps.score_heads(
+        score_pcs(
             llama.hooked, probe[:1], out=tmp_path, ablation="uniform", run_config=dps.RunConfig(force=True), **options
         )
         return real(self, key, given)
 
     monkeypatch.setattr(Sweep, "make", make)
     with pytest.raises(RunError, match="was begun anew with other settings"):
-        dps.score_heads(llama.hooked, probe[:1], out=tmp_path, **options)
+        score_pcs(llama.hooked, probe[:1], out=tmp_path, **options)
     assert dps.HeadScores.load(tmp_path).manifest["ablation"] == "uniform"
 
 
@@ -265,7 +267,7 @@ def test_foreign_manifests_are_not_touched(tmp_path):
 
 
 def test_a_save_that_fails_leaves_what_was_there(llama, probe, options, tmp_path, monkeypatch):
-    scores = dps.score_heads(llama.hooked, probe[:1], **options)
+    scores = score_pcs(llama.hooked, probe[:1], **options)
     scores.save(tmp_path)
     before = digest(tmp_path)
 
@@ -282,7 +284,7 @@ def test_a_save_that_fails_leaves_what_was_there(llama, probe, options, tmp_path
 
 def test_merging_takes_only_units_and_scores_of_the_run(llama, tiny_folders, probe, options, tmp_path):
     for place, ablation in (("run", "zero"), ("other", "uniform")):
-        dps.score_heads(llama.hooked, probe[:1], out=tmp_path / place, ablation=ablation, **options)
+        score_pcs(llama.hooked, probe[:1], out=tmp_path / place, ablation=ablation, **options)
     mine, foreign = (sorted((tmp_path / place / "units").iterdir()) for place in ("run", "other"))
     content = mine[0].read_bytes()
     for bad, said in ((foreign[0], "is not of this run"), (mine[1], "is another unit")):

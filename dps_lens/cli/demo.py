@@ -1,6 +1,7 @@
 """`dps-lens demo`."""
 
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,14 +45,21 @@ def demo(
         raise HeadError(f"demo: {k} heads and as many random ones are more than the model's {total}; use a smaller --k")
     _print_estimate(loaded_model, loaded, max_examples, held_out, n_random)
     run_config = dps.RunConfig(force=force)
-    scores = dps.score_heads(loaded_model, loaded, max_examples=max_examples, out=out, run_config=run_config)
+    scores = dps.score_heads(
+        loaded_model, loaded, against="other_user" if len(loaded) > 1 else "no_profile", max_examples=max_examples,
+        out=out, run_config=run_config,
+    )  # fmt: skip
+    paper = dps.score_heads(
+        loaded_model, loaded, ablation="zero", against=None, method="attribution", max_examples=max_examples,
+        out=out / "pcs", run_config=run_config,
+    )  # fmt: skip
     cost = dps.ablation_cost(
         loaded_model, loaded, scores, k=k, n_random=n_random, max_examples=held_out, out=out / "ablation",
         run_config=run_config,
     )  # fmt: skip
     exploration = dps.explore(
-        loaded_model, loaded, scores, cost=cost, k=k, gammas=(gamma / 2, gamma, 2 * gamma),
-        ks=sorted({max(1, k // 2), k}), out=out / "page", run_config=run_config,
+        loaded_model, loaded, scores, maps={"the paper's PCS, first-order estimate": paper}, cost=cost, k=k,
+        gammas=(gamma / 2, gamma, 2 * gamma), ks=sorted({max(1, k // 2), k}), out=out / "page", run_config=run_config,
     )  # fmt: skip
     report = exploration.write(out / "report.html")
     print_top(scores, k)
@@ -60,21 +68,27 @@ def demo(
 
 
 def _print_estimate(model: "HookedModel", users: "list[User]", examples: int, held_out: int, n_random: int) -> None:
-    """Time a sample of ablated runs, equally from every layer, and say how long the whole will take."""
+    """Time a sample of what is run, sets of heads equally from every layer, and say how long the whole will take."""
     from dps_lens.data import build_prompt
     from dps_lens.model import runner_of
-    from dps_lens.scoring import CleanRun, single_heads
+    from dps_lens.scoring import CleanRun, ScoreConfig, single_heads
+    from dps_lens.scoring.paths import integrated
 
-    n_heads = model.cfg.n_heads
+    n_heads, config = model.cfg.n_heads, ScoreConfig()
     prompt = build_prompt(model, users[0].discovery_examples()[-1])
     sample = single_heads(model.cfg.n_layers, n_heads)[::n_heads]
     for _ in range(2):  # the first round warms up
-        begun = time.monotonic()
+        times = [time.monotonic()]
         run = CleanRun(runner_of(model), prompt)
-        middle = time.monotonic()
+        times.append(time.monotonic())
         run.ablated(sample)
-    clean, sweep = middle - begun, (time.monotonic() - middle) * n_heads
-    per_set = 2 * sweep / (model.cfg.n_layers * n_heads)  # a set may start at the first layer, a head starts halfway
-    seconds = 2 * len(users) * (examples * (clean + sweep) + held_out * (clean + per_set * (n_random + 1)))
+        times.append(time.monotonic())
+        integrated(run, config.ig_steps)
+        times.append(time.monotonic())
+    clean, sweep, path = (after - before for before, after in pairwise(times))
+    per_set = 2 * sweep / model.cfg.n_layers  # a set may start at the first layer, a head starts halfway
+    scored = (2 + config.n_donors) * clean + (1 + config.n_donors) * path
+    tested = 4 * clean + 6 * per_set * (n_random + 1)  # own, none, another user's, neutral; two of them also patched
+    seconds = len(users) * (examples * scored + held_out * tested)
     size = f"{len(users)} users, {model.cfg.n_layers} layers × {n_heads} heads"
     typer.echo(f"{size}: about {max(seconds / 60, 0.1):.1f} minutes", err=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dps_lens.literals import Select
+from dps_lens.literals import ScoreAgainst, Select
 
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a Hugging Face id, a folder or a .gguf file.")]
 Users = Annotated[
@@ -29,7 +29,8 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows a batch; chosen
 Force = Annotated[bool, typer.Option(help="Drop what the run folder holds.")]
 OwnHeads = Annotated[Select, typer.Option(help="Heads by other users, or by each user's own examples.")]
 Against = Annotated[
-    Literal["no_profile", "other_user", "none"], typer.Option(help="What the profile is compared with.")
+    Literal[ScoreAgainst, "none"],
+    typer.Option(help="What the own profile is compared with; 'none' for the paper's PCS."),
 ]
 Ablation = Annotated[
     str, typer.Option(help="zero, mean, patch, uniform, or one of your own: file.py:Name or package.module:Name.")

@@ -43,10 +43,13 @@ def score(
         Discovery, typer.Option(help="'labelled' uses the users' own questions (LaMP-1, LaMP-7); evaluate on others.")
     ] = "history",
     method: Annotated[
-        ScoreMethod, typer.Option(help="'screened' measures the likely heads, 'attribution' none.")
-    ] = "exact",
-    against: Against = "no_profile",
-    ablation: Ablation = "zero",
+        ScoreMethod,
+        typer.Option(
+            help="'integrated' follows all heads along the path, 'exact' ablates one by one, 'screened' some."
+        ),
+    ] = "integrated",
+    against: Against = "other_user",
+    ablation: Ablation = "patch",
     objective: Annotated[
         str | None, typer.Option(help="What a score is a change of: file.py:Name; the NLL by default.")
     ] = None,
@@ -63,7 +66,10 @@ def score(
     gpus: Gpus = 0,
     shard: ShardOf = None,
 ) -> None:
-    """Score every head on the discovery examples of users (PCS); resumes where it stopped."""
+    """Score every head on the discovery examples of users; resumes where it stopped.
+
+    The paper's PCS: --ablation zero --against none --method exact.
+    """
     import dps_lens as dps
     from dps_lens.files import write_text
 
@@ -74,7 +80,7 @@ def score(
         scores = dps.score_heads(
             load_for(engine, model, device, dtype),
             loaded,
-            ablation=ablation_of(ablation) or "zero",
+            ablation=ablation_of(ablation) or "patch",
             against=None if against == "none" else against,
             objective=load_object(objective, dps.Objective) if objective else None,
             positions=positions,

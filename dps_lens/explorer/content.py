@@ -34,6 +34,7 @@ def explore(
     scores: HeadScores,
     *,
     families: Mapping[str, HeadScores] | None = None,
+    maps: Mapping[str, HeadScores] | None = None,
     effects: SetEffects | None = None,
     cost: SetEffects | None = None,
     k: int = 10,
@@ -51,6 +52,7 @@ def explore(
         model: the model that was scored.
         users: the newest evaluation example of up to `max_users` of them, spread over all, is shown.
         scores: of `score_heads`.
+        maps: name → other scores of the same users, such as the paper's PCS beside the default, to switch to.
         families: of `reference_heads`; a family that the model does not show is named with its reason.
         effects: of `ablation_curve` or `patch_heads`.
         cost: of `ablation_cost`; its heads are outlined.
@@ -65,13 +67,16 @@ def explore(
 
     Raises:
         ScoreError: none of the users has an evaluation example, heads were chosen on one that would be shown, or the
-            scores are of another model.
+            scores or maps are of another model, or maps of other users.
         HeadError: the model has fewer heads than asked for.
     """
     described = describe_model(model)
     shape = (described["n_layers"], described["n_heads"])
     if tuple(scores.values.shape[1:]) != shape:
         raise ScoreError(f"explore: scores of {tuple(scores.values.shape[1:])} heads, the model has {shape}")
+    for name, other in (maps or {}).items():
+        if other.users != scores.users or other.values.shape[1:] != scores.values.shape[1:]:
+            raise ScoreError(f"explore: map {name!r} is of other users or another model than the scores")
     shown = [user for user in users if user.examples]
     shown = shown[:: max(1, len(shown) // max_users)][:max_users]
     if not shown:
@@ -100,6 +105,7 @@ def explore(
         scores=scores,
         heads=heads,
         families=families,
+        maps=dict(maps or {}),
         between_users=_between_users(scores, k),
         between_families=overlap({"preference": scores, **defined}, k=k) if defined else None,
         effects=effects,

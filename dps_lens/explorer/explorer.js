@@ -62,7 +62,7 @@ function shown(name, user) {
     if (isFamily(name)) return { mean: family(name), half: null, n: 0, unit: data.families[name].unit };
     if (user === EVERYBODY) return { ...summary(maps(name), data.users.map((_, i) => i)), unit: data.unit };
     const at = data.users.indexOf(user);
-    if (name === "PCS" && examples()) return { ...summary(examples(), rowsOf(at)), unit: data.unit };
+    if (name === data.main && examples()) return { ...summary(examples(), rowsOf(at)), unit: data.unit };
     return { ...summary(maps(name), [at]), unit: data.unit };
   });
 }
@@ -130,7 +130,7 @@ const views = data.views, grid = data.grid;
 const texts = grid ? [...new Map(grid.texts.map((one) => [one.key, one]))] : [];
 const first = data.tops.length ? data.tops[0] : nameOf(0);
 const fresh = {
-  tab: "heads", user: EVERYBODY, map: "PCS", head: first, view: views.length ? views[0].key : "",
+  tab: "heads", user: EVERYBODY, map: data.main, head: first, view: views.length ? views[0].key : "",
   text: texts.length ? texts[0][0] : "", gamma: grid ? String(grid.gammas[Math.floor(grid.gammas.length / 2)]) : "0",
   k: grid ? String(grid.ks[grid.ks.length - 1]) : "0", overlap: "", ablation: "",
 };
@@ -173,7 +173,7 @@ function drawHeatmap() {
     return { type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color, width } };
   };
   const boxes = data.tops.filter((name) => indexOf(name) >= 0).map((name) => box(name, "black", 1.2));
-  const dots = state.map === "PCS" && state.user === EVERYBODY ? data.significant.map(indexOf) : [];
+  const dots = state.map === data.main && state.user === EVERYBODY ? data.significant.map(indexOf) : [];
   const traces = [{
     type: "heatmap", z: rows((i) => mean[i]), zmid: 0, zmin: -limit, zmax: limit, colorscale: data.colours, xgap: 1, ygap: 1,
     text: rows((i) => `<b>${nameOf(i)}</b><br>${number(mean[i])} ${plain(unit)}${interval(i)}<br>rank ${rank[i]} of ${size}`),
@@ -201,7 +201,7 @@ function drawDetail() {
   const facts = [[isFamily(state.map) ? words(state.map) : state.map, `${number(mean[i])} ${unit}`]];
   if (half && n > 1) facts.push(["95% interval", `${number(mean[i] - half[i])} to ${number(mean[i] + half[i])}`]);
   facts.push(["rank", `${ranks(state.map, state.user)[i]} of ${size}`]);
-  if (state.map === "PCS" && state.user === EVERYBODY && data.significant.includes(nameOf(i))) facts.push(["population", "p \u2264 0.05, family-wise over heads"]);
+  if (state.map === data.main && state.user === EVERYBODY && data.significant.includes(nameOf(i))) facts.push(["population", "p \u2264 0.05, family-wise over heads"]);
   $("detail-facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
   const families = Object.entries(data.families).map(([name, about]) => (about.reason
     ? [words(name), "not shown by this model", ""]

@@ -35,7 +35,6 @@ MAX_VALUES = 5_000_000
 
 _SINGLE = 500_000
 _GENERATOR = b'<meta name="generator" content="dps_lens">'
-_BASELINES = {"no_profile": "no profile", "other_user": "other users' profiles"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +66,7 @@ class Exploration:
         scores: of `score_heads`.
         heads: that are outlined and tested.
         families: reference families by name.
+        maps: other scores of the same users, by name, to switch to.
         between_users: overlap of the users' top heads, where there are at least two users.
         between_families: overlap of the families' top heads, where there are any.
         effects: of `ablation_curve`.
@@ -79,6 +79,7 @@ class Exploration:
     scores: HeadScores
     heads: HeadSet
     families: dict[str, HeadScores] = field(default_factory=dict)
+    maps: dict[str, HeadScores] = field(default_factory=dict)
     between_users: Overlap | None = None
     between_families: Overlap | None = None
     effects: SetEffects | None = None
@@ -151,9 +152,10 @@ def page(found: Exploration, *, live: bool = False) -> str:
 def content(found: Exploration) -> dict[str, Any]:
     """What the script draws, as plain values."""
     scores = found.scores
-    baseline = str(scores.manifest.get("against"))
     layers, heads = scores.values.shape[1:]
-    names = {"PCS": None, **({"own profile": "own", _BASELINES[baseline]: baseline} if baseline in _BASELINES else {})}
+    parts = scores.components if len(scores.components) > 1 else {}
+    maps = {scores.name: scores.samples()} | {scores.name_of(of): scores.samples(of=of) for of in parts}
+    maps |= {name: other.samples() for name, other in found.maps.items()}
     sizes = {len(scores.users), *(len(scores.rows(user)) for user in scores.users)}
     return {
         "layers": layers,
@@ -161,7 +163,8 @@ def content(found: Exploration) -> dict[str, Any]:
         "unit": scores.manifest.get("unit", "nats per token"),
         "colours": get_colorscale(SIGNED),
         "users": list(scores.users),
-        "maps": {name: _packed(scores.samples(of=of)) for name, of in names.items()},
+        "main": scores.name,
+        "maps": {name: _packed(values) for name, values in maps.items()},
         "examples": _examples(scores),
         "t": {size: t_quantile(size - 1, 0.95) for size in sizes if size > 1},
         "families": {name: _family(family) for name, family in found.families.items()},
@@ -207,8 +210,8 @@ def _figures(found: Exploration) -> dict[str, Any]:
         drawn["overlap"]["families"] = overlap(found.between_families)
         defined = {name: family for name, family in found.families.items() if family.defined}
         for name, family in defined.items():
-            shown = families(found.scores, family, k=len(found.heads), names=("PCS", name.replace("_", " ")))
-            drawn["overlap"][f"PCS and {name.replace('_', ' ')}"] = shown
+            shown = families(found.scores, family, k=len(found.heads), names=("scores", name.replace("_", " ")))
+            drawn["overlap"][f"scores and {name.replace('_', ' ')}"] = shown
     if found.effects is not None:
         for measure in found.effects.measures:
             drawn["ablation"][measure] = ablation(found.effects, measure=measure)

@@ -42,7 +42,7 @@ def heatmap(
     Args:
         scores: of `score_heads`.
         user: one user instead of the mean over users; the title then states how far the user's examples agree.
-        component: `"own"`, `"no_profile"` or `"other_user"` instead of the score itself.
+        component: one of `scores.components` instead of the score itself.
         heads: heads to outline, such as those of a reference family; the title names the set's label.
         significance: of `significant_heads`; dots mark its heads. For populations, not for one user.
         fade: pale cells whose 95% interval spans 0.
@@ -202,17 +202,9 @@ def _reliability(scores: HeadScores, user: str) -> str:
 
 def _title(scores: HeadScores, user: str | None, component: str | None) -> str:
     if "family" in scores.manifest:
-        return (
-            f"{str(scores.manifest['family']).replace('_', ' ').capitalize()}: mean of {len(scores.user_ids)} prompts"
-        )
-    against = scores.manifest.get("against")
-    names = {
-        "no_profile": "PCS, own profile − no profile",
-        "other_user": "PCS, own profile − other users' profiles",
-    }
-    name = names.get(str(against), "PCS")
-    if component:
-        name = {"own": "PCS, own profile", "no_profile": "PCS, no profile"}.get(component, f"PCS, {component}")
+        return f"{scores.name.capitalize()}: mean of {len(scores.user_ids)} prompts"
+    name = scores.name_of(component) if component else scores.name
+    name = name[:1].upper() + name[1:]
     rows = len(scores.rows(user)) if user else len(scores.user_ids)
     whom = f"user {user}" if user else f"mean of {len(scores.users)} users"
     return f"{name}: {whom}, {rows} examples"

@@ -1,11 +1,11 @@
-"""Preference Contribution Scores of every head (PCS, arXiv 2604.22345)."""
+"""Scores of every head: what it contributes to the likelihood of the user's own text."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from dps_lens.data import PromptConfig, User
 from dps_lens.intervene import AblationLike, find_ablation
-from dps_lens.literals import Against, Positions, ScoreMethod
+from dps_lens.literals import Positions, ScoreAgainst, ScoreMethod
 from dps_lens.model import HookedModel
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.objectives import NLL, Objective
@@ -17,11 +17,11 @@ def score_heads(
     model: HookedModel,
     users: Sequence[User],
     *,
-    ablation: AblationLike = "zero",
-    against: Against | None = "no_profile",
+    ablation: AblationLike = "patch",
+    against: ScoreAgainst | None = "other_user",
     objective: Objective | None = None,
     positions: Positions = "response",
-    method: ScoreMethod = "exact",
+    method: ScoreMethod = "integrated",
     max_examples: int | None = None,
     prompt_config: PromptConfig | None = None,
     score_config: ScoreConfig | None = None,
@@ -32,27 +32,35 @@ def score_heads(
 ) -> HeadScores:
     """Score every head of a model on the discovery examples of users.
 
-    The paper's score of head (l, h) is `PCS = NLL(head ablated) − NLL`, on the response, in nats per
-    token. It also rewards heads that matter for any text. The profile-specific score, the default,
-    subtracts the same difference for the same task and response without the user's profile; it equals
-    the part of the personalisation gain `NLL(no profile) − NLL(own profile)` that the ablation takes.
+    By default a head's score is what it carries of the difference between the user's own profile and another user's,
+    on the same task and response: z of all heads goes from the run with the own profile to the run with the other's,
+    and the change of NLL along that path is shared out among the heads by integrated gradients. The scores add up to
+    the gain `NLL(other user) − NLL(own profile)`, in nats per token; a head whose output does not depend on the profile
+    scores 0.
+
+    The paper's PCS (arXiv 2604.22345), `NLL(head ablated) − NLL`, is
+    `ablation="zero", against=None, method="exact"`. It also rewards heads that any text needs; against="no_profile"
+    subtracts the same difference for the same task without the profile.
 
     Args:
         model: a hooked model.
         users: their discovery examples are used, never their evaluation examples (but see `ScoreConfig.discovery`).
-        ablation: `"zero"`, `"mean"` (per head, over the edited positions of these examples, for each
-            prompt condition on its own), `"patch"` (z of the counterfactual run, or with
-            `Patch(direction="denoising")` the reverse, which scores the recovered log-probability), `"uniform"`, or an
-            `Ablation` of your own.
-        against: `"no_profile"`, `"other_user"` (mean over other users' profiles) or None for the paper's PCS. For
+        ablation: `"patch"` (z of the counterfactual run, or with `Patch(direction="denoising")` the reverse, which
+            scores the recovered log-probability), `"zero"`, `"mean"` (per head, over the edited positions of these
+            examples, for each prompt condition on its own), `"uniform"`, or an `Ablation` of your own.
+        against: what the own profile is compared with: `"other_user"` (mean over other users' profiles of equal
+            budget), `"no_profile"`, `"both"` (mean of the two), `"other_user-no_profile"` (what is lost towards a
+            stranger beyond what is lost towards nobody), `"no_profile-other_user"`, or None for the paper's PCS. For
             `"patch"`, the counterfactual run.
         objective: what a score is a change of; the NLL of the response by default.
         positions: `"response"` (from the last prompt token on), `"all"` or `"profile"`.
-        method: `"exact"`: one ablated run a head. `"attribution"`: first-order estimates of all heads from one
-            forward and one backward. `"screened"`: the earliest layers and the heads of largest estimate are
-            measured exactly, the rest keeps its estimate; `scores.exact` says which is which. On real
-            headlines the defaults found 94% (response positions) and 91% (all positions) of each exact top 20
-            at a third of the cost or less.
+        method: `"integrated"`: all heads at once along the path, `ScoreConfig.ig_steps` rows of one forward and
+            backward; `scores.gap` says how far their sum misses the whole change. `"exact"`: one ablated run a head,
+            which does not see heads that back each other up. `"attribution"`: first-order estimates from one
+            forward and one backward. `"screened"`: the earliest layers and the heads of largest estimate are measured
+            exactly, the rest keeps its estimate, integrated for patches, else first-order; `scores.exact` says which
+            is which. On real headlines the defaults found 94% (response positions) and 91% (all positions) of each
+            exact top 20 of zero ablation at a third of the cost or less.
         max_examples: the newest so many discovery examples of each user.
         prompt_config: how prompts are built.
         score_config: rare settings.

@@ -16,16 +16,34 @@ from dps_lens.data.examples import by_key, newest, unit_key, with_examples
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import PromptError, ScoreError
 from dps_lens.intervene import Ablation, Context, Mean, Patch, Where, record_z
-from dps_lens.literals import AGAINST, METHODS, POSITIONS, Against, Discovery, Positions, ScoreMethod
+from dps_lens.literals import (
+    METHODS,
+    POSITIONS,
+    SCORE_AGAINST,
+    Against,
+    Discovery,
+    Positions,
+    ScoreAgainst,
+    ScoreMethod,
+)
 from dps_lens.model import HookedModel, Runner, runner_of
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.attribution import attribute
 from dps_lens.scoring.clean_run import CleanRun, single_heads
 from dps_lens.scoring.means import MeanWork
 from dps_lens.scoring.objectives import Objective
+from dps_lens.scoring.paths import PathScores, integrated
 from dps_lens.work import BatchSize, Run, Units, Work
 
 SIGN = "positive: ablating the head raises the NLL of the user's own text"
+
+_SHARES: dict[ScoreAgainst, dict[Against, float]] = {
+    "other_user": {"other_user": 1.0},
+    "no_profile": {"no_profile": 1.0},
+    "both": {"other_user": 0.5, "no_profile": 0.5},
+    "other_user-no_profile": {"other_user": 1.0, "no_profile": -1.0},
+    "no_profile-other_user": {"no_profile": 1.0, "other_user": -1.0},
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +52,8 @@ class ScoreConfig:
 
     Attributes:
         discovery: `"history"`, or `"labelled"` for tasks whose histories hold no pairs; then evaluate on other users.
-        n_donors: other users for `against="other_user"`, drawn with `seed`.
+        n_donors: other users whose profiles stand in for the own one, drawn with `seed`.
+        ig_steps: for `"integrated"`, nodes of the path integral.
         exact_layers: for `"screened"`, layers that are always exact.
         confirm: for `"screened"`, share of all heads that estimates may choose beyond these layers.
         strict: refuse a user without a discovery example, who else is left out with a warning.
@@ -42,12 +61,14 @@ class ScoreConfig:
 
     discovery: Discovery = "history"
     n_donors: int = 3
+    ig_steps: int = 5
     exact_layers: int = 2
     confirm: float = 0.15
     strict: bool = False
 
     def __post_init__(self) -> None:
         check_whole(ScoreError, "ScoreConfig: n_donors", self.n_donors, least=1)
+        check_whole(ScoreError, "ScoreConfig: ig_steps", self.ig_steps, least=1)
         check_whole(ScoreError, "ScoreConfig: exact_layers", self.exact_layers, least=0)
         check_number(ScoreError, "ScoreConfig: confirm", self.confirm, least=0, most=1, why="a share of all heads")
 
@@ -57,14 +78,13 @@ class Part:
     """One clean run whose heads are ablated, and its part in the score of an example.
 
     Attributes:
-        component: which component of the score it belongs to.
-        condition: whose clean NLL it gives.
-        weight: of its component in the score, divided by the number of prompts of that component.
+        component: which component of the score it belongs to; the mean of its parts is the component.
+        weight: of this part in the score.
         sign: −1 where the ablation helps (denoising) and the recovered log-probability is scored.
+        clean: the run.
     """
 
     component: str
-    condition: str
     weight: float
     sign: int
     clean: CleanRun
@@ -77,9 +97,14 @@ class Part:
             effect[chosen] = (self.clean.ablated(rows) - self.clean.value).float()
         return self.sign * effect
 
-    def estimate(self) -> Float[Tensor, "layer head"]:
+    def attributed(self) -> Float[Tensor, "layer head"]:
         """First-order estimate of the effect of every head."""
         return self.sign * attribute(self.clean)
+
+    def integrated(self, steps: int) -> PathScores:
+        """What every head contributes along the path to the run with all heads ablated."""
+        values, change = integrated(self.clean, steps)
+        return PathScores(self.sign * values, self.sign * change)
 
 
 @dataclass(frozen=True)
@@ -93,7 +118,7 @@ class Sweep(Work):
     model: HookedModel
     users: Sequence[User]
     ablation: Ablation
-    against: Against | None
+    against: ScoreAgainst | None
     objective: Objective
     positions: Positions
     method: ScoreMethod
@@ -107,7 +132,7 @@ class Sweep(Work):
     def __post_init__(self) -> None:
         for name, value, known in (
             ("positions", self.positions, POSITIONS),
-            ("against", self.against, (*AGAINST, None)),
+            ("against", self.against, (*SCORE_AGAINST, None)),
             ("method", self.method, METHODS),
         ):
             if value not in known:
@@ -116,8 +141,20 @@ class Sweep(Work):
             raise ScoreError("score_heads: there are no users")
         if isinstance(self.ablation, Patch) and self.against is None:
             raise ScoreError("score_heads: 'patch' needs the other run; use against='no_profile' or 'other_user'")
-        if self.against == "other_user" and len(self.users) < 2:
-            raise ScoreError("score_heads: against='other_user' needs at least two users")
+        if "other_user" in self.shares and len(self.users) < 2:
+            raise ScoreError(
+                f"score_heads: against={self.against!r} needs at least two users; with one, use against='no_profile'"
+            )
+        if self.method == "integrated" and self.ablation.site != "hook_z":
+            raise ScoreError(
+                f"score_heads: there is no path to {self.ablation.name!r}, which edits attention scores; use "
+                "method='exact'"
+            )
+
+    @property
+    def shares(self) -> Mapping[Against, float]:
+        """Conditions that the own profile is compared with, and their weights."""
+        return _SHARES[self.against] if self.against else {}
 
     @cached_property
     def examples(self) -> list[Example]:
@@ -136,23 +173,41 @@ class Sweep(Work):
 
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
         """Components `[layer head]` and clean NLLs of one example; `exact` says which values are measured."""
-        parts = self.parts(self.by_key[key])
-        size = (self.model.cfg.n_layers, self.model.cfg.n_heads)
-        chosen = torch.ones(size, dtype=torch.bool)
-        effects = [torch.zeros(size) for _ in parts]
-        if self.method != "exact":
-            effects = [part.estimate() for part in parts]
-            weighted = [part.weight * effect for part, effect in zip(parts, effects, strict=True)]
-            chosen = self.confirmed(sum(weighted, torch.zeros(())))
-        effects = [torch.where(chosen, part.exact(chosen), effect) for part, effect in zip(parts, effects, strict=True)]
-        unit: dict[str, Tensor] = {"exact": chosen} if self.method != "exact" else {}
+        parts, nlls = self.parts(self.by_key[key])
+        effects, unit = self.effects(parts)
         for name in dict.fromkeys(part.component for part in parts):
             own = [effect for part, effect in zip(parts, effects, strict=True) if part.component == name]
             unit[f"component.{name}"] = torch.stack(own).mean(0)
-        for name in dict.fromkeys(part.condition for part in parts):
-            nlls = [part.clean.nll for part in parts if part.condition == name]
-            unit[f"nll.{name}"] = torch.tensor(nlls, dtype=torch.float64).mean()
-        return unit
+        return unit | {f"nll.{name}": torch.tensor(each, dtype=torch.float64).mean() for name, each in nlls.items()}
+
+    def effects(
+        self, parts: Sequence[Part], heads: Bool[Tensor, "layer head"] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The effect of every head in every part, and what a unit says of how they were found.
+
+        Args:
+            parts: of an example.
+            heads: where heads are ablated one by one, these only; the others get 0.
+        """
+        if self.method == "exact":
+            every = torch.ones(self.model.cfg.n_layers, self.model.cfg.n_heads, dtype=torch.bool)
+            return [part.exact(every if heads is None else heads) for part in parts], {}
+        unit = {}
+        # Along a path that zeroes all heads together, a head's share says little of what it does alone.
+        if self.method == "integrated" or (self.method == "screened" and isinstance(self.ablation, Patch)):
+            paths = [part.integrated(self.config.ig_steps) for part in parts]
+            effects = [path.values for path in paths]
+            gaps = [
+                part.weight * (float(path.values.sum()) - path.change) for part, path in zip(parts, paths, strict=True)
+            ]
+            unit = {"gap": torch.tensor(sum(gaps), dtype=torch.float64)} if self.method == "integrated" else {}
+        else:
+            effects = [part.attributed() for part in parts]
+        weighted = [part.weight * effect for part, effect in zip(parts, effects, strict=True)]
+        chosen = self.confirmed(sum(weighted, torch.zeros(())))
+        if chosen.any():
+            effects = [torch.where(chosen, part.exact(chosen), one) for part, one in zip(parts, effects, strict=True)]
+        return effects, unit | {"exact": chosen}
 
     def owner(self, key: str) -> str:
         return self.by_key[key].user_id
@@ -161,38 +216,45 @@ class Sweep(Work):
         options = {"n_donors": self.config.n_donors, "seed": self.seed, "config": self.prompt_config}
         return prompts_in(self.model, example, condition, self.users, **options)  # type: ignore[arg-type]
 
-    def parts(self, example: Example) -> list[Part]:
-        """The clean runs of an example whose heads are ablated."""
-        own = self.prompts(example, "own")
-        others = self.prompts(example, self.against) if self.against else []
-        if len({tuple(prompt.response_tokens.tolist()) for prompt in (*own, *others)}) != 1:
+    def parts(self, example: Example) -> tuple[list[Part], dict[str, list[float]]]:
+        """The clean runs of an example whose heads are ablated, and the clean NLLs by condition."""
+        own = self.prompts(example, "own")[0]
+        others = {name: self.prompts(example, name) for name in self.shares}
+        everyone = [own, *(prompt for prompts in others.values() for prompt in prompts)]
+        if len({tuple(prompt.response_tokens.tolist()) for prompt in everyone}) != 1:
             raise ScoreError(f"example {example.id!r}: the response differs between conditions")
         if isinstance(self.ablation, Patch):
-            return [self.patched(self.ablation, own[0], other, 1 / len(others)) for other in others]
-        parts = [Part("own", "own", 1.0, 1, self.clean_run(prompt, "own")) for prompt in own]
-        weight = -1.0 / max(len(others), 1)
-        return parts + [
-            Part(self.against, self.against, weight, 1, self.clean_run(prompt, self.against))
-            for prompt in others
-            if self.against
-        ]
+            return self.patched(self.ablation, own, others)
+        parts = [Part("own", sum(self.shares.values()) if self.shares else 1.0, 1, self.clean_run(own, "own"))]
+        for name, share in self.shares.items():
+            weight = -share / len(others[name])
+            parts += [Part(name, weight, 1, self.clean_run(prompt, name)) for prompt in others[name]]
+        nlls: dict[str, list[float]] = {}
+        for part in parts:
+            nlls.setdefault(part.component, []).append(part.clean.nll)
+        return parts, nlls
 
-    def patched(self, patch: Patch, own: Prompt, other: Prompt, weight: float) -> Part:
-        """Heads patched between the user's own prompt and a counterfactual one."""
-        noising = patch.direction == "noising"
-        base, source = (own, other) if noising else (other, own)
-        z, where = aligned_z(self.model, base, source, self.positions)
-        clean = CleanRun(
-            self.runner,
-            base,
-            ablation=replace(patch, z=z),
-            positions=self.positions,
-            objective=self.objective,
-            where=where,
-            batch_size=self.batch_size,
-        )
-        # A denoising patch lowers the NLL; what it recovers is counted as positive.
-        return Part("own", "own" if noising else str(self.against), weight, 1 if noising else -1, clean)
+    def patched(
+        self, patch: Patch, own: Prompt, others: Mapping[Against, Sequence[Prompt]]
+    ) -> tuple[list[Part], dict[str, list[float]]]:
+        """Heads patched between the user's own prompt and counterfactual ones; every prompt is run once."""
+        noising, keep = patch.direction == "noising", self.positions == "response"
+
+        def run(prompt: Prompt) -> CleanRun:
+            options: dict[str, Any] = {"objective": self.objective, "batch_size": self.batch_size}
+            return CleanRun(self.runner, prompt, positions=self.positions, keep_z=keep, **options)
+
+        of_own, parts, nlls = run(own), [], {}
+        nlls["own"] = [of_own.nll]
+        for name, share in self.shares.items():
+            runs = [run(prompt) for prompt in others[name]]
+            nlls[str(name)] = [one.nll for one in runs]
+            for other in runs:
+                base, source = (of_own, other) if noising else (other, of_own)
+                # A denoising patch lowers the NLL; what it recovers is counted as positive.
+                clean = patch_between(self.model, base, source, patch)
+                parts.append(Part(f"patch.{name}", share / len(runs), 1 if noising else -1, clean))
+        return parts, nlls
 
     def clean_run(self, prompt: Prompt, condition: str) -> CleanRun:
         return CleanRun(
@@ -208,7 +270,7 @@ class Sweep(Work):
     def confirmed(self, estimate: Float[Tensor, "layer head"]) -> Bool[Tensor, "layer head"]:
         """Heads that are measured: the earliest layers, where gradients mislead, and the best estimates."""
         chosen = torch.zeros_like(estimate, dtype=torch.bool)
-        if self.method == "attribution":
+        if self.method != "screened":
             return chosen
         chosen[: self.config.exact_layers] = True
         rest = estimate.masked_fill(chosen, -torch.inf).flatten()
@@ -220,7 +282,7 @@ class Sweep(Work):
         """For mean ablation, the same sweep that knows the mean z of every head."""
         if not isinstance(self.ablation, Mean) or self.ablation.z is not None:
             return self
-        conditions = ("own", self.against) if self.against else ("own",)
+        conditions = ("own", *self.shares)
         work = MeanWork(
             self.model,
             self.users,
@@ -238,9 +300,11 @@ class Sweep(Work):
         more: dict[str, Any] = {}
         if self.method == "screened":
             more |= {"exact_layers": self.config.exact_layers, "confirm": self.config.confirm}
+        if self.method == "integrated" or (self.method == "screened" and isinstance(self.ablation, Patch)):
+            more["ig_steps"] = self.config.ig_steps
         if isinstance(self.ablation, Patch):
             more["direction"] = self.ablation.direction
-        if self.against == "other_user":
+        if "other_user" in self.shares:
             more["n_donors"] = self.config.n_donors
         return {
             "call": "score_heads",
@@ -257,6 +321,13 @@ class Sweep(Work):
             "examples": [unit_key(example) for example in self.examples],
         }
 
+    def weight(self, component: str) -> float:
+        """Of a component in the score."""
+        shares = {str(name): share for name, share in self.shares.items()}
+        if component == "own":
+            return sum(shares.values()) if shares else 1.0
+        return shares[component.removeprefix("patch.")] * (1 if component.startswith("patch.") else -1)
+
     def collect(self, units: Units, manifest: dict[str, Any]) -> HeadScores:
         """Scores of the examples whose units were made."""
         made, examples = list(units.made.values()), [self.by_key[key] for key in units.made]
@@ -266,8 +337,8 @@ class Sweep(Work):
             names = dict.fromkeys(name for unit in made for name in unit if name.startswith(prefix))
             return {name[len(prefix) :]: torch.stack([unit[name] for unit in made]) for name in names}
 
-        components = {"own": torch.stack([unit["component.own"] for unit in made]), **gather("component.")}
-        values = components["own"] - components[str(self.against)] if len(components) > 1 else components["own"]
+        components = gather("component.")
+        values = sum((self.weight(name) * part for name, part in components.items()), torch.zeros(()))
         dated = {user.id: "strictly older documents" if user.dated else "leave-one-out" for user in self.users}
         return HeadScores(
             values,
@@ -276,9 +347,22 @@ class Sweep(Work):
             components=components,
             nll=gather("nll."),
             **({"exact": torch.stack([unit["exact"].bool() for unit in made])} if "exact" in made[0] else {}),
+            **({"gap": torch.stack([unit["gap"] for unit in made])} if "gap" in made[0] else {}),
             tensors={f"mean.{name}": mean for name, mean in self.means.items()},
             manifest={**manifest, "sign": SIGN, "unit": self.objective.unit, "profiles": dated},
         )
+
+
+def patch_between(model: HookedModel, base: CleanRun, source: CleanRun, patch: Patch) -> CleanRun:
+    """The clean run `base`, to be patched with z of the clean run `source` of the same example.
+
+    Raises:
+        PromptError: as `aligned_z`.
+    """
+    if source.z is not None and base.positions == "response":
+        return base.with_values(replace(patch, z=source.z))
+    z, where = aligned_z(model, base.prompt, source.prompt, base.positions)
+    return base.with_values(replace(patch, z=z), where)
 
 
 def aligned_z(

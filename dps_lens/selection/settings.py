@@ -106,13 +106,13 @@ def inherited(
 
 
 def score_settings(scores: HeadScores) -> dict[str, Any]:
-    """Arguments of `score_heads` that make scores like these.
+    """Arguments of `score_heads` that measure scores like these; what was estimated one by one is measured.
 
     Raises:
         ScoreError: the scores do not come from `score_heads`, or from an ablation or objective of somebody's own.
     """
     manifest = scores.manifest
-    names = ("ablation", "against", "objective", "positions", "discovery", "max_examples", "seed", "prompt_config")
+    names = (*SHARED, "against", "method", "discovery", "max_examples", "seed")
     missing = [name for name in names if name not in manifest]
     if missing:
         raise ScoreError(f"these scores do not come from score_heads: their manifest lacks {', '.join(missing)}")
@@ -122,6 +122,8 @@ def score_settings(scores: HeadScores) -> dict[str, Any]:
     if isinstance(ablation, Patch):
         ablation = Patch(direction=manifest["direction"])
     settings = {name: manifest[name] for name in ("against", "positions", "max_examples", "seed")}
-    score_config = ScoreConfig(discovery=manifest["discovery"], n_donors=manifest.get("n_donors", 3))
+    rare = {name: manifest[name] for name in ("discovery", "n_donors", "ig_steps") if name in manifest}
+    score_config = ScoreConfig(**rare)
+    settings["method"] = "integrated" if manifest["method"] == "integrated" else "exact"
     prompt_config = PromptConfig(**manifest["prompt_config"])
     return settings | {"ablation": ablation, "score_config": score_config, "prompt_config": prompt_config}

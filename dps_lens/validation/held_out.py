@@ -54,12 +54,14 @@ def held_out_effects(
     heads, run, settings = scores.top(k), Run(model, HeadScores, config=run_config), score_settings(scores)
     config = settings.pop("score_config")
     sweep = Sweep(
-        model, list(users), objective=NLL(), method="exact", config=config, batch_size=run.config.batch_size, **settings
+        model, list(users), objective=NLL(), config=config, batch_size=run.config.batch_size, **settings
     ).with_means(run)
     chosen, rows = heads.mask(model.cfg), []
     disable = None if run.config.progress else True
     for example in tqdm(examples, desc="held-out effects", unit="example", disable=disable):
-        rows.append(sum((part.weight * part.exact(chosen) for part in sweep.parts(example)), torch.zeros(())))
+        parts, _ = sweep.parts(example)
+        effects, _ = sweep.effects(parts, chosen)
+        rows.append(sum((p.weight * effect for p, effect in zip(parts, effects, strict=True)), torch.zeros(())))
     values = torch.stack(rows)
     owners = [example.user_id for example in examples]
     mean, table = scores.mean(), []

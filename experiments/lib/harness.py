@@ -132,8 +132,10 @@ class Lab:
         return found
 
     def scores(self, users: Sequence[dps.User], label: str = "scores", **settings: Any) -> dps.HeadScores:
-        """`score_heads`, kept where every experiment with these settings finds it."""
-        given: dict[str, Any] = {"prompt_config": self.config.prompt.config(), "max_examples": self.config.max_examples}
+        """`score_heads` by zero ablation, own profile minus none, where nothing else is asked for; kept where every
+        experiment with these settings finds it."""
+        given: dict[str, Any] = {"ablation": "zero", "against": "no_profile", "method": "exact"}
+        given |= {"prompt_config": self.config.prompt.config(), "max_examples": self.config.max_examples}
         given |= settings
         inputs = [[user.id, [example.input for example in user.examples]] for user in users]
         key = json.dumps([str(self.config.model), given, inputs], sort_keys=True, default=asdict)

@@ -536,7 +536,7 @@ def test_a_full_disk_gets_one_line(model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dps_lens.files.save_file", full)
-    done = run("score", "--out", tmp_path, "--model", model, "--max-users", 1, "--max-examples", 1)
+    done = run("score", "--out", tmp_path, "--model", model, "--max-users", 2, "--max-examples", 1)
     assert done.returncode == 2
     assert "could not be written (No space left on device); what was there before is kept; make room" in done.stderr
     assert "Traceback" not in done.stderr

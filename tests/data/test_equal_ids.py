@@ -2,6 +2,7 @@
 
 import pytest
 import toy
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.errors import EvaluationError, ScoreError
@@ -19,9 +20,9 @@ def test_scores_and_effects_are_those_of_distinct_ids(toy_model, toy_users, user
     assert ids[0] == ids[1], "the ids are those of every user"
     options = {"prompt_config": short, "run_config": dps.RunConfig(progress=False)}
     for against in (None, "no_profile"):
-        scores = [dps.score_heads(toy_model, of, against=against, **options) for of in (users, toy_users)]
+        scores = [score_pcs(toy_model, of, against=against, **options) for of in (users, toy_users)]
         assert scores[0].values.equal(scores[1].values)
-    found = dps.score_heads(toy_model, users, against="other_user", max_examples=1, **options)
+    found = score_pcs(toy_model, users, against="other_user", max_examples=1, **options)
     assert len(found.user_ids) == len(users)
     assert found.manifest["examples"] == [f"{u}|{e}" for u, e in zip(found.user_ids, found.example_ids, strict=True)]
     effects = dps.ablation_curve(toy_model, users[:4], SETS, ks=(1,), n_random=1, prompt_config=short, max_examples=1)
@@ -30,9 +31,9 @@ def test_scores_and_effects_are_those_of_distinct_ids(toy_model, toy_users, user
 
 def test_shards_are_put_together_in_the_order_of_the_whole(toy_model, users, short, tmp_path):
     options = {"prompt_config": short, "run_config": dps.RunConfig(progress=False), "max_examples": 1, "against": None}
-    whole = dps.score_heads(toy_model, users, **options)
+    whole = score_pcs(toy_model, users, **options)
     for index in (1, 2):
-        dps.score_heads(toy_model, users, out=tmp_path / str(index), engine=dps.Shard(index, 2), **options)
+        score_pcs(toy_model, users, out=tmp_path / str(index), engine=dps.Shard(index, 2), **options)
     dps.merge_runs([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
     merged = dps.HeadScores.load(tmp_path / "merged")
     assert (merged.user_ids, merged.example_ids) == (whole.user_ids, whole.example_ids)
@@ -57,10 +58,10 @@ def test_users_without_discovery_examples_are_left_out_with_a_count(toy_model, u
     silent = [replace(user, history=user.history[:2]) for user in users[:1]]
     options = {"prompt_config": short, "run_config": dps.RunConfig(progress=False), "max_examples": 1, "against": None}
     with pytest.warns(UserWarning, match=rf"score_heads: 1 user is left out \('{users[0].id}'\)"):
-        found = dps.score_heads(toy_model, [*silent, *users[1:3]], **options)
+        found = score_pcs(toy_model, [*silent, *users[1:3]], **options)
     assert found.users == tuple(user.id for user in users[1:3])
     with pytest.raises(ScoreError, match=f"user '{users[0].id}' has no discovery example"):
-        dps.score_heads(toy_model, [*silent, *users[1:3]], score_config=dps.ScoreConfig(strict=True), **options)
+        score_pcs(toy_model, [*silent, *users[1:3]], score_config=dps.ScoreConfig(strict=True), **options)
     with pytest.warns(UserWarning, match="ablation_curve: 1 user is left out"):
         dps.ablation_curve(
             toy_model, [replace(users[0], examples=()), *users[1:3]], SETS, ks=(1,), n_random=0, prompt_config=short

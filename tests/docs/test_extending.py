@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from pcs import score_pcs
 from sacrebleu import sentence_chrf
 
 import dps_lens as dps
@@ -211,7 +212,7 @@ def test_resampled_heads_are_scored_and_tested_as_by_hand(called, model, users):
 def test_resampling_at_other_positions(called, model, users, short, positions):
     heads, (first, *rest) = [(1, 2)], discovery(users[:2], 2)
     options = {"max_examples": 2, "prompt_config": short, "positions": positions}
-    scores = dps.score_heads(model, users[:2], ablation=called["Resample"](), **options)
+    scores = score_pcs(model, users[:2], ablation=called["Resample"](), **options)
     expected = [float(scores.values[0][head]) for head in heads]
     assert len(donors_of(model, first, rest, expected, heads, positions, short)) == 1
 
@@ -219,7 +220,7 @@ def test_resampling_at_other_positions(called, model, users, short, positions):
 def test_a_seed_decides_what_is_drawn(called, model, users, short):
     make = called["Resample"]
     scored = [
-        dps.score_heads(model, users[:2], ablation=make(seed=seed), max_examples=2, prompt_config=short)
+        score_pcs(model, users[:2], ablation=make(seed=seed), max_examples=2, prompt_config=short)
         for seed in (0, 0, 1, 2)
     ]
     assert torch.equal(scored[0].values, scored[1].values)
@@ -237,7 +238,7 @@ def test_resampling_is_refused_where_nothing_can_be_drawn(called, model, users, 
     ):
         pass
     with pytest.raises(dps.DPSLensError, match="no other discovery example"):
-        dps.score_heads(model, users[:1], ablation=resample, max_examples=1, prompt_config=short)
+        score_pcs(model, users[:1], ablation=resample, max_examples=1, prompt_config=short)
 
 
 def test_kl_is_the_distance_of_two_passes(called, model, users):

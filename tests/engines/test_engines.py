@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from folders import digest
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.errors import DPSLensError, RunError
@@ -92,7 +93,7 @@ def users(probe):
 def whole(engine, tinies, users, tmp_path_factory):
     """The run without an engine, with as many threads as a worker has."""
     folder = tmp_path_factory.mktemp("whole")
-    dps.score_heads(tinies("llama").hooked, users, out=folder, **OPTIONS)
+    score_pcs(tinies("llama").hooked, users, out=folder, **OPTIONS)
     return folder
 
 
@@ -130,7 +131,8 @@ torch.set_num_threads(1)
 config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
 model, users = dps.load_model(sys.argv[1]), dps.load_users("probe", max_users=4)
 with dps.RayEngine(workers=2) as engine:
-    dps.score_heads(model, users, max_examples=3, prompt_config=config, out=sys.argv[2], engine=engine)
+    pcs = {"ablation": "zero", "against": "no_profile", "method": "exact"}
+    dps.score_heads(model, users, **pcs, max_examples=3, prompt_config=config, out=sys.argv[2], engine=engine)
 """
 
 
@@ -147,7 +149,7 @@ def test_a_killed_driver_is_started_again(engine, llama, tiny_folders, users, wh
     kept = len(list(out.glob("units/*.safetensors")))
     assert 4 <= kept < 12
     assert not (out / "scores.json").exists()
-    dps.score_heads(llama.hooked, users, out=out, engine=engine, **OPTIONS)
+    score_pcs(llama.hooked, users, out=out, engine=engine, **OPTIONS)
     assert engine.summary.units == 12 - kept
     for path in out.rglob("*.tmp"):
         path.unlink()
@@ -157,7 +159,7 @@ def test_a_killed_driver_is_started_again(engine, llama, tiny_folders, users, wh
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
 def test_scores_are_those_of_a_run_without_an_engine(engine, llama, users, tmp_path, ablation):
     for name, where in (("here", None), ("ray", engine)):
-        dps.score_heads(llama.hooked, users, ablation=ablation, engine=where, out=tmp_path / name, **OPTIONS)
+        score_pcs(llama.hooked, users, ablation=ablation, engine=where, out=tmp_path / name, **OPTIONS)
     assert digest(tmp_path / "ray") == digest(tmp_path / "here")
     logs = "".join(path.read_text() for path in (tmp_path / "ray" / "logs").iterdir())
     assert all(f"{key}: " in logs for key in keys_of(tmp_path / "here")), "every unit is in the log of a worker"
@@ -193,7 +195,7 @@ def test_an_ablation_from_a_file_travels(engine, llama, users):
     file = Path(__file__).parents[2] / "examples" / "resample.py"
     ablation = load_object(f"{file}:Resample(seed=1)", dps.Ablation)
     here, there = (
-        dps.score_heads(llama.hooked, users, ablation=ablation, engine=where, **OPTIONS) for where in (None, engine)
+        score_pcs(llama.hooked, users, ablation=ablation, engine=where, **OPTIONS) for where in (None, engine)
     )
     torch.testing.assert_close(there.values, here.values, rtol=0, atol=1e-5)
 
@@ -225,8 +227,8 @@ def test_a_run_begins_here_and_ends_on_ray(engine, llama, users, whole, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Sweep, "make", make)
         with pytest.raises(KeyboardInterrupt):
-            dps.score_heads(llama.hooked, users, out=tmp_path, **OPTIONS)
-    dps.score_heads(llama.hooked, users, out=tmp_path, engine=engine, **OPTIONS)
+            score_pcs(llama.hooked, users, out=tmp_path, **OPTIONS)
+    score_pcs(llama.hooked, users, out=tmp_path, engine=engine, **OPTIONS)
     assert engine.summary.units == 7
     assert digest(tmp_path) == digest(whole)
 
@@ -234,8 +236,8 @@ def test_a_run_begins_here_and_ends_on_ray(engine, llama, users, whole, tmp_path
 def test_the_caller_needs_no_weights(engine, tiny_folders, users, whole, tmp_path):
     empty = dps.load_model(str(tiny_folders["llama"]), device="meta")
     with pytest.raises(DPSLensError, match="no weights; give engine=RayEngine"):
-        dps.score_heads(empty, users, **OPTIONS)
-    dps.score_heads(empty, users, out=tmp_path, engine=engine, **OPTIONS)
+        score_pcs(empty, users, **OPTIONS)
+    score_pcs(empty, users, out=tmp_path, engine=engine, **OPTIONS)
     assert digest(tmp_path) == digest(whole)
 
 
@@ -275,7 +277,7 @@ def test_a_killed_worker_of_a_real_run(engine, llama, users, whole, tmp_path):
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    dps.score_heads(llama.hooked, users, out=tmp_path, engine=engine, **OPTIONS)
+    score_pcs(llama.hooked, users, out=tmp_path, engine=engine, **OPTIONS)
     killer.join()
     assert digest(tmp_path) == digest(whole)
     assert engine.summary.again <= engine.in_flight
@@ -316,7 +318,7 @@ def test_workers_have_the_model_of_the_call(engine, llama, tiny_folders, users):
     with torch.no_grad():
         other.blocks[0].attn.o.original_component.weight.mul_(1.01)
     with pytest.raises(RunError, match=r"workers have another model: weights is .* device='meta'"):
-        dps.score_heads(other, users, engine=engine, **OPTIONS)
+        score_pcs(other, users, engine=engine, **OPTIONS)
 
 
 def test_models_that_no_worker_can_load(engine, llama, users, monkeypatch):
@@ -327,7 +329,7 @@ def test_models_that_no_worker_can_load(engine, llama, users, monkeypatch):
             pytest.warns(UserWarning, match="cannot work"),
             pytest.raises(RunError, match=r"(?s)no worker can work.*cannot load 'no such model'"),
         ):
-            dps.score_heads(other, users, engine=engine, **OPTIONS)
+            score_pcs(other, users, engine=engine, **OPTIONS)
     object.__delattr__(other, "_dps_lens_loader")
     with pytest.raises(RunError, match="give load=, a function that does"):
         dps.RayEngine().start(other)
@@ -347,11 +349,11 @@ def test_scores_name_the_example_that_could_not_be_made(engine, llama, users, tm
 
     monkeypatch.setattr(engine, "load", load)
     with pytest.warns(UserWarning, match="'asker-bread|asker-bread-5' was given up: ValueError: out of luck"):
-        scores = dps.score_heads(llama.hooked, users, out=tmp_path, engine=engine, **OPTIONS)
+        scores = score_pcs(llama.hooked, users, out=tmp_path, engine=engine, **OPTIONS)
     assert scores.manifest["quarantined"] == {"asker-bread|asker-bread-5": "ValueError: out of luck"}
     assert len(scores.example_ids) == 11
     assert "asker-bread-5" not in scores.example_ids
-    healed = dps.score_heads(llama.hooked, users, out=tmp_path, **OPTIONS)
+    healed = score_pcs(llama.hooked, users, out=tmp_path, **OPTIONS)
     assert len(healed.example_ids) == 12
     assert "quarantined" not in healed.manifest
 
@@ -369,18 +371,18 @@ def test_ray_is_an_extra(tinies, monkeypatch):
 
 
 def test_shards_are_merged(llama, users, tmp_path):
-    dps.score_heads(llama.hooked, users, out=tmp_path / "whole", **OPTIONS)
+    score_pcs(llama.hooked, users, out=tmp_path / "whole", **OPTIONS)
     parts = []
     for number in (1, 2, 3):
         parts.append(tmp_path / f"part-{number}")
-        scores = dps.score_heads(llama.hooked, users, engine=dps.Shard(number, 3), out=parts[-1], **OPTIONS)
+        scores = score_pcs(llama.hooked, users, engine=dps.Shard(number, 3), out=parts[-1], **OPTIONS)
         assert scores.users == tuple(user.id for user in users[number - 1 :: 3])
         assert scores.manifest["shard"] == f"{number}/3"
     with pytest.raises(RunError, match="3 of 12 examples are missing; these are shards 1/3, 3/3"):
         dps.merge_runs([parts[0], parts[2]], tmp_path / "two")
     assert dps.merge_runs(parts, tmp_path / "merged") == 12
     assert digest(tmp_path / "merged") == digest(tmp_path / "whole")
-    again = dps.score_heads(llama.hooked, users, out=tmp_path / "merged", **OPTIONS)
+    again = score_pcs(llama.hooked, users, out=tmp_path / "merged", **OPTIONS)
     assert torch.equal(again.values, dps.HeadScores.load(tmp_path / "whole").values)
 
 
@@ -411,7 +413,7 @@ def test_shards_of_curves_and_evaluations(llama, users, tmp_path):
 def test_shards_of_different_runs_are_refused(llama, users, tmp_path):
     for number, ablation in ((1, "zero"), (2, "uniform")):
         options = OPTIONS | {"ablation": ablation, "out": tmp_path / str(number)}
-        dps.score_heads(llama.hooked, users, engine=dps.Shard(number, 2), **options)
+        score_pcs(llama.hooked, users, engine=dps.Shard(number, 2), **options)
     with pytest.raises(RunError, match="is of another run than .*: ablation differ"):
         dps.merge_runs([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -421,11 +423,11 @@ def test_shards_of_different_runs_are_refused(llama, users, tmp_path):
         with pytest.raises(RunError, match="is none"):
             dps.Shard.parse(text)
     with pytest.raises(RunError, match="there are only 4 users; use fewer shards"):
-        dps.score_heads(llama.hooked, users, engine=dps.Shard(5, 5), **OPTIONS)
+        score_pcs(llama.hooked, users, engine=dps.Shard(5, 5), **OPTIONS)
 
 
 def test_torn_units_are_left_out(llama, users, tmp_path):
-    dps.score_heads(llama.hooked, users, out=tmp_path / "one", **OPTIONS)
+    score_pcs(llama.hooked, users, out=tmp_path / "one", **OPTIONS)
     torn = next((tmp_path / "one" / "units").iterdir())
     torn.write_bytes(torn.read_bytes()[:50])
     with pytest.warns(UserWarning, match="is not a whole safetensors file.*it is left out"):
@@ -476,7 +478,8 @@ def test_a_lost_node_without_spare_capacity(home, llama, tiny_folders, users, wh
 
     loser = threading.Thread(target=lose)
     loser.start()
-    dps.score_heads(model, users, max_examples=3, prompt_config=config, out=out, engine=engine)
+    pcs = {"ablation": "zero", "against": "no_profile", "method": "exact"}
+    dps.score_heads(model, users, **pcs, max_examples=3, prompt_config=config, out=out, engine=engine)
     loser.join()
     print("result:", engine.summary.units, engine.summary.deaths, engine.summary.again, engine.status)
     ray.shutdown()

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import toy
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.data import Document, Example, Note, User
@@ -333,7 +334,7 @@ def test_bad_input_says_what_to_do(llama, probe):
     bare = User("bare", users[0].task, users[0].history[:2], users[0].examples)
     with pytest.raises(EvaluationError, match="user 'bare' has 0 discovery examples, 1 are needed"):
         evaluate(model, [bare], {"x": "stylevector"}, **ONE, **OPTIONS)
-    scores = dps.score_heads(
+    scores = score_pcs(
         model, users, max_examples=1, prompt_config=PROMPT, score_config=dps.ScoreConfig(discovery="labelled")
     )
     with pytest.raises(ScoreError, match="evaluate"):

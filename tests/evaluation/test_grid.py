@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pcs import score_pcs
 from scipy import stats
 
 import dps_lens as dps
@@ -59,7 +60,7 @@ def test_frame_is_means_of_users_with_paired_differences(grid):
 
 
 def test_users_get_heads_that_others_chose(llama, probe, tmp_path):
-    scores = dps.score_heads(llama.hooked, probe[:6], max_examples=1, prompt_config=PROMPT)
+    scores = score_pcs(llama.hooked, probe[:6], max_examples=1, prompt_config=PROMPT)
     found = dps.steering_grid(llama.hooked, probe[:6], scores, **OPTIONS)
     from dps_lens.selection import folds
 

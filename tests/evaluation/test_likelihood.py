@@ -7,6 +7,7 @@ import pytest
 import torch
 import toy
 from oracles import columns_replaced
+from pcs import score_pcs
 from torch.nn.functional import cross_entropy
 
 import dps_lens as dps
@@ -332,6 +333,6 @@ def test_bad_input_says_what_to_do(llama, probe):
     for strengths in ((), (0.0, 1.0), (2.0, 1.0), (1.0, 1.0)):
         with pytest.raises(SteeringError, match="positive and ascending"):
             sweep({"dps": ("dps", HEADS)}, strengths=strengths)
-    scores = dps.score_heads(llama.hooked, users, positions="all", max_examples=1, prompt_config=PROMPT)
+    scores = score_pcs(llama.hooked, users, positions="all", max_examples=1, prompt_config=PROMPT)
     with pytest.raises(ScoreError, match="positions"):
         sweep({"dps": ("dps", scores)})

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from oracles import attention_modules, nll, output_projection
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.data import build_prompt
@@ -40,7 +41,7 @@ def test_output_slices_equal_the_plain_model(tinies, architecture, probe, short)
     got = branches.ablated(single_heads(3, 4))
     expected = [slice_oracle(tiny.plain, prompt, layer, number, 8) for layer in range(3) for number in range(4)]
     assert torch.allclose(got, torch.tensor(expected, dtype=torch.float64), atol=1e-4)
-    heads = dps.score_heads(tiny.hooked, probe[:1], max_examples=1, prompt_config=short)
+    heads = score_pcs(tiny.hooked, probe[:1], max_examples=1, prompt_config=short)
     slices = score_slices(tiny.hooked, probe[:1], prompt_config=short, max_examples=1)
     assert not torch.allclose(slices.values, heads.values, atol=1e-2), "slices of the output are not heads"
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from pcs import score_pcs
 
 import dps_lens as dps
 from figures.__main__ import NAMES
@@ -14,7 +15,7 @@ def run(tinies, probe, tmp_path_factory):
     """What `dps-lens demo` leaves."""
     model, out = tinies("llama").hooked, tmp_path_factory.mktemp("run")
     config = dps.PromptConfig(items=2, profile_tokens=60, task_tokens=20, response_tokens=6)
-    scores = dps.score_heads(model, probe[:6], max_examples=2, out=out, prompt_config=config)
+    scores = score_pcs(model, probe[:6], max_examples=2, out=out, prompt_config=config)
     options = {"gammas": (0.5, 1.0), "ks": (1, 2), "max_new_tokens": 4, "max_users": 2, "k": 3}
     dps.explore(model, probe[:6], scores, out=out / "page", **options)
     return out

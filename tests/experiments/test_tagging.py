@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracles import columns_replaced
+from pcs import score_pcs
 from torch.nn.functional import cross_entropy
 
 import dps_lens as dps
@@ -66,7 +67,7 @@ def total(logits, targets):
 
 def test_log_probabilities_of_tags_equal_the_plain_model(llama):
     users = tag_users(8)[:2]
-    scores = dps.score_heads(llama.hooked, users, max_examples=1, prompt_config=PROMPT)
+    scores = score_pcs(llama.hooked, users, max_examples=1, prompt_config=PROMPT)
     tagging = Tagging(llama.hooked, users, scores, (2,), (0.5,), PROMPT)
     example = users[0].examples[-1]
     found = tagging.tag(example)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import no_hooks_left
+from pcs import score_pcs
 from playwright.sync_api import expect
 
 import dps_lens as dps
@@ -27,7 +28,7 @@ PROMPT = dps.PromptConfig(items=2, profile_tokens=60, task_tokens=20, response_t
 @pytest.fixture(scope="module")
 def explored(tinies, probe, tmp_path_factory):
     model, out = tinies("llama").hooked, tmp_path_factory.mktemp("explored")
-    scores = dps.score_heads(model, probe[:6], max_examples=2, prompt_config=PROMPT)
+    scores = score_pcs(model, probe[:6], max_examples=2, prompt_config=PROMPT)
     families = {
         "induction": dps.HeadScores(
             torch.rand(2, 3, 4), example_ids=["p", "q"], user_ids=["p", "q"],
@@ -41,7 +42,9 @@ def explored(tinies, probe, tmp_path_factory):
     effects = dps.ablation_curve(model, probe[:6], {"preference": scores}, ks=(1, 2), n_random=2, **options)
     cost = dps.ablation_cost(model, probe[:6], scores, k=3, n_random=2, max_examples=1)
     shown = {"gammas": (0.5, 2.0), "ks": (1, 3), "max_users": 3, "max_new_tokens": 8}
-    return dps.explore(model, probe[:6], scores, families=families, effects=effects, cost=cost, out=out, **shown)
+    patched = dps.score_heads(model, probe[:6], max_examples=1, prompt_config=PROMPT)
+    shown |= {"families": families, "maps": {"integrated patch": patched}, "effects": effects, "cost": cost}
+    return dps.explore(model, probe[:6], scores, out=out, **shown)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +110,10 @@ def test_one_user_gets_their_own_examples(explored, report, open_page):
     assert f"{shown(float(low))} to {shown(float(high))}" in facts
     assert page.locator("#detail-examples circle").count() == 2
     assert "no claim about heads" in page.locator("#map-note").inner_text()
-    page.select_option("#map", "own profile")
+    page.select_option("#map", "PCS, own profile")
     assert f"{shown(float(scores.mean(user, of='own')[head]))} nats per token" in detail(page)[1]
+    page.select_option("#map", "integrated patch")
+    assert f"{shown(float(explored.maps['integrated patch'].mean(user)[head]))} nats per token" in detail(page)[1]
     page.select_option("#map", "induction")
     assert f"{shown(float(explored.families['induction'].mean()[head]))} attention" in detail(page)[1]
 
@@ -324,6 +329,8 @@ def test_explore_resumes_and_refuses_other_models(explored, llama, probe, tmp_pa
     small = dps.HeadScores(torch.zeros(1, 2, 2), example_ids=["a"], user_ids=["a"])
     with pytest.raises(ScoreError, match="the model has"):
         dps.explore(llama.hooked, probe[:1], small)
+    with pytest.raises(ScoreError, match="map 'other' is of other users"):
+        dps.explore(llama.hooked, probe[:6], explored.scores, maps={"other": explored.scores.without([probe[0].id])})
 
 
 def test_heads_of_the_shown_examples_and_bare_scores(explored, llama, probe, tmp_path, open_page):
@@ -335,7 +342,7 @@ def test_heads_of_the_shown_examples_and_bare_scores(explored, llama, probe, tmp
     with pytest.raises(ScoreError, match="evaluate on other examples"):
         dps.explore(llama.hooked, probe[:1], leaking, **options)
     scoring = {"against": None, "max_examples": 1, "prompt_config": PROMPT}
-    alone = dps.score_heads(llama.hooked, probe[:1], **scoring)
+    alone = score_pcs(llama.hooked, probe[:1], **scoring)
     found = dps.explore(llama.hooked, probe[:1], alone, **options)
     assert [*content(found)["maps"]] == ["PCS"]
     assert "the user's older texts" in page(found).replace("&#39;", "'")

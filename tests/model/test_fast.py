@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import no_hooks_left
 from oracles import ablated_nll, columns_replaced, nll, two_pass_greedy
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.heads import Head, HeadSet
@@ -46,7 +47,7 @@ def test_without_the_switch_fast_paths_are_taken(tiny, prompt, guarded):
 
 def test_scores_equal_plain_hugging_face(tiny, probe, short, guarded, monkeypatch):
     monkeypatch.setenv("DPS_LENS_FAST", "0")
-    scores = dps.score_heads(tiny.hooked, probe[:1], max_examples=1, prompt_config=short)
+    scores = score_pcs(tiny.hooked, probe[:1], max_examples=1, prompt_config=short)
     example = probe[0].discovery_examples()[-1]
     for name, profile in (("own", "own"), ("no_profile", "none")):
         prompt = dps.build_prompt(tiny.hooked, example, profile, config=short)

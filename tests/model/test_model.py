@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import make_hf_model, make_tokenizer, no_hooks_left
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.errors import ModelCheckError, ModelLoadError
@@ -160,9 +161,9 @@ def test_left_padded_rows_equal_single_rows(tiny):
 def test_dtype_and_bfloat16(tiny_folders, probe, short):
     model = dps.load_model(str(tiny_folders["llama"]), dtype="bfloat16")
     assert describe_model(model)["dtype"] == "bfloat16"
-    scores = dps.score_heads(model, probe[:1], max_examples=1, ablation="mean", prompt_config=short)
+    scores = score_pcs(model, probe[:1], max_examples=1, ablation="mean", prompt_config=short)
     assert scores.values.dtype == torch.float32
-    exact = dps.score_heads(
+    exact = score_pcs(
         dps.load_model(str(tiny_folders["llama"])), probe[:1], max_examples=1, ablation="mean", prompt_config=short
     )
     assert float((scores.values - exact.values).abs().max()) < 0.1

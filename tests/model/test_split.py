@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.heads import HeadSet
@@ -57,7 +58,7 @@ def pair(request, tinies, tmp_path):
 )
 def test_scores_are_the_same(pair, probe, short, setting):
     options = {"max_examples": 1, "prompt_config": short} | setting
-    one, other = (dps.score_heads(model, probe[:2], **options) for model in pair)
+    one, other = (score_pcs(model, probe[:2], **options) for model in pair)
     torch.testing.assert_close(other.values, one.values, rtol=0, atol=1e-5)
     assert one.values.abs().max() > 1e-3
 
@@ -81,7 +82,7 @@ def test_two_gpus_give_the_same_scores_and_texts(llama, probe, short, tmp_path):
     assert {parameter.device.index for parameter in split.parameters()} == {0, 1}
     options = {"max_examples": 1, "prompt_config": short}
     for setting in ({}, {"positions": "all"}, {"method": "attribution"}, {"ablation": "uniform"}):
-        one, other = (dps.score_heads(m, probe[:2], **options, **setting) for m in (llama.hooked, split))
+        one, other = (score_pcs(m, probe[:2], **options, **setting) for m in (llama.hooked, split))
         torch.testing.assert_close(other.values.cpu(), one.values, rtol=0, atol=1e-3)
     prompts = [dps.build_prompt(llama.hooked, user.examples[0]) for user in probe[:2]]
     out = dps.generate(split, prompts, heads=SETS, gamma=[0.7, 1.5], max_new_tokens=6)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens import plots
@@ -18,7 +19,7 @@ from dps_lens.validation.effects import SetEffects
 @pytest.fixture(scope="module")
 def scores(tinies, probe):
     config = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
-    return dps.score_heads(tinies("llama").hooked, probe[:4], max_examples=1, prompt_config=config)
+    return score_pcs(tinies("llama").hooked, probe[:4], max_examples=1, prompt_config=config)
 
 
 def test_heatmap_holds_the_scores(scores):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 from oracles import ablated_nll, edited_positions, nll, uniform_z, z_of
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.data import build_prompt
@@ -30,7 +31,7 @@ def prompts_of(model, users, config):
 @pytest.mark.parametrize("ablation", ["zero", "mean", "uniform"])
 def test_pcs_equals_plain_hugging_face(tiny, users, short, ablation, positions):
     model, cfg = tiny.hooked, tiny.hooked.cfg
-    scores = dps.score_heads(model, users, ablation=ablation, positions=positions, max_examples=1, prompt_config=short)
+    scores = score_pcs(model, users, ablation=ablation, positions=positions, max_examples=1, prompt_config=short)
     pairs = list(prompts_of(model, users, short))
     checked = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads) if (layer + head) % 2]
     for row, pair in enumerate(pairs):
@@ -63,7 +64,7 @@ def test_pcs_equals_plain_hugging_face(tiny, users, short, ablation, positions):
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_patch_equals_plain_hugging_face(tiny, users, short, direction):
     model, cfg = tiny.hooked, tiny.hooked.cfg
-    scores = dps.score_heads(model, users, ablation=dps.Patch(direction=direction), max_examples=1, prompt_config=short)
+    scores = score_pcs(model, users, ablation=dps.Patch(direction=direction), max_examples=1, prompt_config=short)
     for row, (own, none) in enumerate(prompts_of(model, users, short)):
         base, source = (own, none) if direction == "noising" else (none, own)
         sign = 1 if direction == "noising" else -1
@@ -77,7 +78,7 @@ def test_patch_equals_plain_hugging_face(tiny, users, short, direction):
 
 def test_patch_needs_equal_lengths_outside_the_response(llama, users, short):
     with pytest.raises(PromptError, match="equal token length"):
-        dps.score_heads(llama.hooked, users, ablation="patch", positions="all", max_examples=1, prompt_config=short)
+        score_pcs(llama.hooked, users, ablation="patch", positions="all", max_examples=1, prompt_config=short)
 
 
 def test_patch_from_itself_is_zero_everywhere(llama, users, short):
@@ -122,7 +123,7 @@ def test_patch_at_all_positions_equals_plain_hugging_face(llama, users, short):
 
 def test_profile_specific_score_is_the_gain_that_an_ablation_takes(llama, users, short):
     model, cfg = llama.hooked, llama.hooked.cfg
-    scores = dps.score_heads(model, users, max_examples=1, prompt_config=short)
+    scores = score_pcs(model, users, max_examples=1, prompt_config=short)
     for row, (own, none) in enumerate(prompts_of(model, users, short)):
         gain = nll(llama.plain, none) - nll(llama.plain, own)
         for layer, head in [(0, 0), (2, 2)]:
@@ -134,9 +135,9 @@ def test_profile_specific_score_is_the_gain_that_an_ablation_takes(llama, users,
 def test_other_user_contrast_averages_seeded_donors(llama, probe, short):
     model = llama.hooked
     options = {"max_examples": 1, "prompt_config": short, "against": "other_user"}
-    scores = dps.score_heads(model, probe[:4], seed=3, score_config=dps.ScoreConfig(n_donors=2), **options)
-    again = dps.score_heads(model, probe[:4], seed=3, score_config=dps.ScoreConfig(n_donors=2), **options)
-    other = dps.score_heads(model, probe[:4], seed=4, score_config=dps.ScoreConfig(n_donors=2), **options)
+    scores = score_pcs(model, probe[:4], seed=3, score_config=dps.ScoreConfig(n_donors=2), **options)
+    again = score_pcs(model, probe[:4], seed=3, score_config=dps.ScoreConfig(n_donors=2), **options)
+    other = score_pcs(model, probe[:4], seed=4, score_config=dps.ScoreConfig(n_donors=2), **options)
     assert torch.equal(scores.values, again.values)
     assert not torch.equal(scores.components["other_user"], other.components["other_user"])
     assert torch.equal(scores.components["own"], other.components["own"])
@@ -202,11 +203,11 @@ def test_unknown_settings_are_refused(llama, users, unchecked):
         {"ablation": "patch", "against": None},
     ):
         with pytest.raises(ScoreError):
-            dps.score_heads(llama.hooked, users[:1], max_examples=1, **options)
+            score_pcs(llama.hooked, users[:1], max_examples=1, **options)
     with pytest.raises(InterventionError, match="use one of zero, mean, patch, uniform"):
-        dps.score_heads(llama.hooked, users[:1], ablation="nothing")
+        score_pcs(llama.hooked, users[:1], ablation="nothing")
     with pytest.raises(ScoreError, match="at least two users"):
-        dps.score_heads(llama.hooked, users[:1], against="other_user")
+        score_pcs(llama.hooked, users[:1], against="other_user")
     for batch_size in (0, 2.0, True, "all"):
         with pytest.raises(RunError, match="batch_size .* is not a whole number from 1 up; or 'auto'"):
             dps.RunConfig(batch_size=batch_size)
@@ -220,7 +221,7 @@ def test_nan_in_weights_is_an_error(tiny_folders, users, short):
     with torch.no_grad():
         model.blocks[1].attn.o.original_component.weight[0, 0] = float("nan")
     with pytest.raises(ScoreError, match="check_model"):
-        dps.score_heads(model, users, max_examples=1, prompt_config=short)
+        score_pcs(model, users, max_examples=1, prompt_config=short)
     with pytest.raises(dps.DPSLensError, match="NaN"):
         dps.check_model(model)
 

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from oracles import attention_modules, edited_positions, output_projection, z_of
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.data import build_prompt
@@ -79,9 +80,9 @@ def test_attribution_is_exact_to_first_order(llama, probe, short):
 
 def test_screened_values_are_exact_where_they_say_so(llama, probe, short, tmp_path):
     options = {"max_examples": 1, "prompt_config": short}
-    exact = dps.score_heads(llama.hooked, probe[:3], **options)
-    estimated = dps.score_heads(llama.hooked, probe[:3], method="attribution", **options)
-    screened = dps.score_heads(
+    exact = score_pcs(llama.hooked, probe[:3], **options)
+    estimated = score_pcs(llama.hooked, probe[:3], method="attribution", **options)
+    screened = score_pcs(
         llama.hooked,
         probe[:3],
         method="screened",
@@ -100,7 +101,7 @@ def test_screened_values_are_exact_where_they_say_so(llama, probe, short, tmp_pa
     loaded = dps.HeadScores.load(tmp_path)
     assert torch.equal(loaded.exact, screened.exact)
     assert set(loaded.to_frame()["exact"].astype(float).round(3)) <= {0.0, 0.333, 0.667, 1.0}
-    everything = dps.score_heads(
+    everything = score_pcs(
         llama.hooked, probe[:3], method="screened", score_config=dps.ScoreConfig(exact_layers=3, confirm=0.0), **options
     )
     assert torch.allclose(everything.values, exact.values, atol=1e-6)
@@ -109,12 +110,10 @@ def test_screened_values_are_exact_where_they_say_so(llama, probe, short, tmp_pa
 def test_screening_of_uniform_and_bad_settings(llama, probe, short):
     options = {"max_examples": 1, "prompt_config": short}
     with pytest.raises(ScoreError, match="not for 'uniform'"):
-        dps.score_heads(llama.hooked, probe[:1], method="attribution", ablation="uniform", **options)
+        score_pcs(llama.hooked, probe[:1], method="attribution", ablation="uniform", **options)
     with pytest.raises(ScoreError, match="confirm 2.5 is not a number from 0 to 1"):
-        dps.score_heads(
-            llama.hooked, probe[:1], method="screened", score_config=dps.ScoreConfig(confirm=2.5), **options
-        )
-    patched = dps.score_heads(
+        score_pcs(llama.hooked, probe[:1], method="screened", score_config=dps.ScoreConfig(confirm=2.5), **options)
+    patched = score_pcs(
         llama.hooked,
         probe[:2],
         method="screened",
@@ -128,8 +127,8 @@ def test_screening_of_uniform_and_bad_settings(llama, probe, short):
 
 def test_recall_of_screening_is_kept_with_the_scores(llama, probe, short, tmp_path):
     options = {"max_examples": 1, "prompt_config": short}
-    exact = dps.score_heads(llama.hooked, probe[:3], **options)
-    screened = dps.score_heads(
+    exact = score_pcs(llama.hooked, probe[:3], **options)
+    screened = score_pcs(
         llama.hooked, probe[:2], method="screened", score_config=dps.ScoreConfig(exact_layers=1, confirm=0.1), **options
     )
     tops = [values.flatten(1).topk(4).indices.tolist() for values in (screened.values, exact.values[:2])]
@@ -142,7 +141,7 @@ def test_recall_of_screening_is_kept_with_the_scores(llama, probe, short, tmp_pa
     with pytest.raises(ScoreError, match="hold estimates"):
         dps.screening_recall(exact, screened, k=4)
     with pytest.raises(ScoreError, match="is not in the exact scores"):
-        dps.screening_recall(exact, dps.score_heads(llama.hooked, probe[:2], **options), k=4)
-    elsewhere = dps.score_heads(llama.hooked, probe[:3], positions="all", **options)
+        dps.screening_recall(exact, score_pcs(llama.hooked, probe[:2], **options), k=4)
+    elsewhere = score_pcs(llama.hooked, probe[:3], positions="all", **options)
     with pytest.raises(ScoreError, match="positions is"):
         dps.screening_recall(elsewhere, exact, k=4)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import toy
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.heads import Head, HeadSet
@@ -13,7 +14,7 @@ CARRIER = Head(*toy.CARRIER)
 @pytest.mark.parametrize("ablation", ["zero", "mean", "uniform"])
 @pytest.mark.parametrize("positions", ["response", "all"])
 def test_pcs_ranks_the_carrier_first_with_a_clear_gap(toy_model, toy_users, ablation, positions):
-    scores = dps.score_heads(toy_model, toy_users, ablation=ablation, positions=positions)
+    scores = score_pcs(toy_model, toy_users, ablation=ablation, positions=positions)
     mean = scores.mean().flatten()
     best, second = mean.topk(2).values
     assert scores.top(1).heads == (CARRIER,)
@@ -57,10 +58,10 @@ def test_steering_amplifies_what_the_carrier_writes(toy_model, toy_users):
 
 
 def test_profile_reading_head_is_found_by_denoising(toy_model, toy_users):
-    scores = dps.score_heads(toy_model, toy_users, ablation=dps.Patch(direction="denoising"))
+    scores = score_pcs(toy_model, toy_users, ablation=dps.Patch(direction="denoising"))
     assert scores.top(1).heads == (CARRIER,)
     recovered = scores.mean()[CARRIER]
     gain = scores.nll["no_profile"].mean() - torch.tensor(
-        [dps.score_heads(toy_model, toy_users, max_examples=None).nll["own"].mean()]
+        [score_pcs(toy_model, toy_users, max_examples=None).nll["own"].mean()]
     )
     assert float(recovered) == pytest.approx(float(gain), rel=0.1)

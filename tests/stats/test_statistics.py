@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pcs import score_pcs
 from scipy.stats import skew
 
 import dps_lens as dps
@@ -222,7 +223,7 @@ def test_held_out_effects_are_measured_on_evaluation_examples(llama, probe, shor
     from oracles import ablated_nll, nll
 
     options = {"max_examples": 1, "prompt_config": short}
-    scores = dps.score_heads(llama.hooked, probe[:2], **options)
+    scores = score_pcs(llama.hooked, probe[:2], **options)
     frame = dps.held_out_effects(llama.hooked, probe[:2], scores, k=3)
     assert list(frame["name"]) == [str(head) for head in scores.top(3)]
     best = scores.top(1)[0]
@@ -246,10 +247,10 @@ def test_held_out_effects_are_measured_on_evaluation_examples(llama, probe, shor
 def test_noise_of_bfloat16_is_measured(tiny_folders, llama, probe, short, tmp_path):
     low = dps.load_model(str(tiny_folders["llama"]), dtype="bfloat16")
     options = {"max_examples": 1, "prompt_config": short}
-    scores = dps.score_heads(low, probe[:2], **options)
+    scores = score_pcs(low, probe[:2], **options)
     assert scores.noise_floor is None
     floor = dps.measure_noise(scores, low, llama.hooked, probe, n_examples=2)
-    exact = dps.score_heads(llama.hooked, probe[:2], **options)
+    exact = score_pcs(llama.hooked, probe[:2], **options)
     difference = (scores.values - exact.values).double()
     assert floor.sd == pytest.approx(float(difference.std()))
     assert floor.bias == pytest.approx(float(difference.mean()))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from flat import generate
+from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.data import build_prompt
@@ -114,7 +115,7 @@ def test_weights_that_are_nan_and_logits_beyond_float16(broken, prompts, probe, 
         with pytest.raises(DPSLensError, match="NaN|infinite|nan"):
             dps.evaluate(model, users, {"plain": "plain"}, max_new_tokens=3, prompt_config=short)
         with pytest.raises(ScoreError, match="NLL is nan|NLL is inf"):
-            dps.score_heads(model, users, prompt_config=short, max_examples=1)
+            score_pcs(model, users, prompt_config=short, max_examples=1)
 
 
 def test_scores_of_heads_that_overflow_are_no_scores(llama, probe, short):
@@ -122,6 +123,6 @@ def test_scores_of_heads_that_overflow_are_no_scores(llama, probe, short):
     far = dps.Mean(z=torch.full((cfg.n_layers, cfg.n_heads, cfg.d_head), NAN))
     for method in ("exact", "attribution"):
         with pytest.raises(ScoreError, match="NaN or infinite"):
-            dps.score_heads(
+            score_pcs(
                 llama.hooked, probe[:1], ablation=far, method=method, prompt_config=short, max_examples=1, against=None
             )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pcs import score_pcs
 
 import dps_lens as dps
 
@@ -36,7 +37,7 @@ def same(known, name, found):
 def test_scores(people, known, llama, short, against):
     config = dps.ScoreConfig(n_donors=2)
     options = {"prompt_config": short, "score_config": config, "run_config": QUIET, "max_examples": 1}
-    scores = dps.score_heads(llama.hooked, people, against=against, **options)
+    scores = score_pcs(llama.hooked, people, against=against, **options)
     same(known, against, by_example(scores.user_ids, scores.example_ids, scores.values))
 
 
