@@ -11,9 +11,6 @@ import dps_lens as dps
 from dps_lens.data.conditions import neutral_prompt, prompts_in
 from dps_lens.families.retrieval import shipped_paragraphs
 from dps_lens.heads import Head
-from dps_lens.model import runner_of
-from dps_lens.scoring.clean_run import CleanRun
-from dps_lens.scoring.paths import integrated
 
 EVERY = {Head(layer, head) for layer in range(plants.N_LAYERS) for head in range(plants.N_HEADS)}
 
@@ -180,21 +177,18 @@ def test_single_zero_ablations_rank_the_harmful_head_first(planted):
     assert float(scores.mean()[plants.HARMFUL]) > 3 * max(float(scores.mean()[head]) for head in of.carriers)
 
 
-def walked(planted, against, direction="noising"):
-    """Integrated scores, five steps, summed over two examples of each user and two other users."""
-    runner, model = runner_of(planted.model), planted.model
-    values = torch.zeros(plants.N_LAYERS, plants.N_HEADS)
-    for user in planted.users:
-        for example in user.discovery_examples()[-2:]:
-            (prompt,) = prompts_in(model, example, "own", planted.users)
-            own = CleanRun(runner, prompt, keep_z=True)
-            for prompt in prompts_in(model, example, against, planted.users, n_donors=2):
-                other = CleanRun(runner, prompt, keep_z=True)
-                if direction == "noising":
-                    values += integrated(own.with_values(dps.Patch(z=other.z)), 5).values
-                else:
-                    values -= integrated(other.with_values(dps.Patch(z=own.z)), 5).values
-    return values
+def walked(planted, against, ablation="patch"):
+    """Mean integrated scores."""
+    config = dps.ScoreConfig(n_donors=2)
+    return dps.score_heads(
+        planted.model,
+        planted.users,
+        ablation=ablation,
+        against=against,
+        method="integrated",
+        max_examples=2,
+        score_config=config,
+    ).mean()
 
 
 def ranked(values):
@@ -217,7 +211,7 @@ def test_restoring_misses_the_first_of_a_chain_where_there_is_no_profile(planted
     """What the first head notes cannot be looked for there; the second, as it was, says everything."""
     of = planted("chain")
     first, second = sorted(of.carriers)
-    values = walked(of, "no_profile", "denoising")
+    values = walked(of, "no_profile", dps.Patch(direction="denoising"))
     assert ranked(values)[0] == second
     assert float(values[first]) < 0
 
