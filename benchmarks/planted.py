@@ -2,7 +2,7 @@
 
     python benchmarks/planted.py
 
-The models are those of `tests/planted.py`: small GPT-2s with hand-set weights and eight users. The first table tells
+The models are those of `tests/plants.py`: small GPT-2s with hand-set weights and eight users. The first table tells
 what editing sets of heads does to the newest title of each user; the second which heads each method puts first, on two
 earlier titles of each user.
 """
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -28,7 +29,7 @@ from dps_lens.scoring.clean_run import CleanRun
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import planted
+import plants
 
 RESTORED = dps.Patch(direction="denoising")
 SCORES: list[tuple[str, Mapping[str, Any]]] = [
@@ -51,10 +52,10 @@ def sets_of(name: str, carriers: Iterable[Head]) -> dict[str, list[Head]]:
     together = sorted(carriers)
     sets = {", ".join(map(str, together)): together}
     sets |= {str(head): [head] for head in together}
-    return sets | ({f"{planted.HARMFUL} (no carrier)": [planted.HARMFUL]} if name == "harmful" else {})
+    return sets | ({f"{plants.HARMFUL} (no carrier)": [plants.HARMFUL]} if name == "harmful" else {})
 
 
-def effects(case: planted.Planted, sets: Mapping[str, Sequence[Head]]) -> list[list[str]]:
+def effects(case: plants.Planted, sets: Mapping[str, Sequence[Head]]) -> list[list[str]]:
     """Rows of the first table: nats per token, means over users."""
     runner, cfg = runner_of(case.model), case.model.cfg
     masks = torch.zeros(len(sets), cfg.n_layers, cfg.n_heads, dtype=torch.bool)
@@ -77,12 +78,17 @@ def effects(case: planted.Planted, sets: Mapping[str, Sequence[Head]]) -> list[l
     mean = {name: torch.stack(values).mean(0) for name, values in measured.items()}
     columns = (mean["patched"], mean["own"] - mean["other_user"], mean["task"], mean["neutral"])
     return [
-        [shown, f"{fmean(gains):.2f}", *(f"{float(column[row]) + 0.0:.2f}" for column in columns)]
+        [shown, in_nats(fmean(gains)), *(in_nats(float(column[row])) for column in columns)]
         for row, shown in enumerate(sets)
     ]
 
 
-def scored(case: planted.Planted, settings: Mapping[str, Any]) -> str:
+def in_nats(value: float) -> str:
+    # Adding 0 takes the sign off a zero.
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
+def scored(case: plants.Planted, settings: Mapping[str, Any]) -> str:
     """How many carriers stand first, how far the last of them is above the best other head, and who else is there."""
     n = len(case.carriers)
     scores = dps.score_heads(
@@ -93,7 +99,7 @@ def scored(case: planted.Planted, settings: Mapping[str, Any]) -> str:
     return f"{n - len(wrong)} of {n}" + (f"; {', '.join(wrong)}" if wrong else "")
 
 
-def found(case: planted.Planted, method: str) -> str:
+def found(case: plants.Planted, method: str) -> str:
     """How many carriers the set holds, who else does, and how many resamples of users hold exactly the carriers."""
     n = len(case.carriers)
     result = dps.find_heads(  # type: ignore[attr-defined, unused-ignore]
@@ -117,18 +123,18 @@ def main() -> None:
     parser.parse_args()
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        cases = {name: planted.load(name, Path(folder) / name) for name in planted.NAMES}
+        cases = {name: plants.load(name, Path(folder) / name) for name in plants.NAMES}
         rows = [
             [f"`{name}`", *row] for name, case in cases.items() for row in effects(case, sets_of(name, case.carriers))
         ]
         show(["model", "heads", "gain", "patched", "zeroed", "task cost", "neutral cost"], rows)
         print()
-        methods: list[tuple[str, Callable[[planted.Planted], str]]] = [
-            (label, lambda case, settings=settings: scored(case, settings))
+        methods: list[tuple[str, Callable[[plants.Planted], str]]] = [
+            (label, partial(scored, settings=settings))
             for label, settings in SCORES
             if settings["method"] in literals.METHODS
         ]
-        methods += [(f"`find_heads`, {name}", lambda case, name=name: found(case, name)) for name in FINDERS]
+        methods += [(f"`find_heads`, {name}", partial(found, method=name)) for name in FINDERS]
         shown = ([label, *(method(case) for case in cases.values())] for label, method in methods)
         show(["method", *(f"`{name}`" for name in cases)], shown)
 

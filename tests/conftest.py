@@ -14,7 +14,7 @@ import jaxtyping
 # Shapes and types in public signatures are checked while the tests run.
 jaxtyping.install_import_hook("dps_lens", "beartype.beartype")
 
-import planted as planted_models
+import plants
 import pytest
 import toy
 import torch
@@ -180,11 +180,11 @@ def toy_users(tmp_path_factory):
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory):
     """Models whose carriers of the profile are known, by name."""
-    loaded: dict[str, planted_models.Planted] = {}
+    loaded: dict[str, plants.Planted] = {}
 
-    def get(name: str) -> planted_models.Planted:
+    def get(name: str) -> plants.Planted:
         if name not in loaded:
-            loaded[name] = planted_models.load(name, tmp_path_factory.mktemp(name))
+            loaded[name] = plants.load(name, tmp_path_factory.mktemp(name))
         return loaded[name]
 
     return get

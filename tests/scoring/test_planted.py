@@ -3,7 +3,7 @@
 from functools import cache
 from statistics import fmean
 
-import planted as plants
+import plants
 import pytest
 import torch
 
