@@ -14,6 +14,7 @@ import jaxtyping
 # Shapes and types in public signatures are checked while the tests run.
 jaxtyping.install_import_hook("dps_lens", "beartype.beartype")
 
+import plants
 import pytest
 import toy
 import torch
@@ -174,6 +175,19 @@ def toy_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def toy_users(tmp_path_factory):
     return load_users(write_jsonl(tmp_path_factory.mktemp("users") / "docs.jsonl", toy.records()))
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory):
+    """Models whose carriers of the profile are known, by name."""
+    loaded: dict[str, plants.Planted] = {}
+
+    def get(name: str) -> plants.Planted:
+        if name not in loaded:
+            loaded[name] = plants.load(name, tmp_path_factory.mktemp(name))
+        return loaded[name]
+
+    return get
 
 
 @pytest.fixture(scope="session")

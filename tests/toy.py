@@ -27,34 +27,25 @@ WORDS = [
     "road",
     "glass",
 ]
+FRAME = ["Earlier", "texts", "by", "this", "user", ":", '"', "is", "the"]
+FRAME += ["title", "for", "Generate", "a", "headline", "following", "article", "Answer"]
 CARRIER = (1, 2)
 D_MODEL, N_HEADS, D_HEAD = 64, 4, 16
 
 
-def build(folder: Path) -> Path:
-    vocabulary = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *SIGNATURES,
-        *WORDS,
-        "Earlier",
-        "texts",
-        "by",
-        "this",
-        "user",
-        ":",
-        '"',
-        "is",
-        "the",
-    ]
-    vocabulary += ["title", "for", "Generate", "a", "headline", "following", "article", "Answer"]
+def tokenizer_of(vocabulary: list[str]) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer that knows whole words only, and writes no chat."""
     ids = {word: index for index, word in enumerate(vocabulary)}
     inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+
+
+def build(folder: Path) -> Path:
+    vocabulary = ["<unk>", "<s>", "</s>", *SIGNATURES, *WORDS, *FRAME]
+    ids = {word: index for index, word in enumerate(vocabulary)}
     config = transformers.GPT2Config(
         vocab_size=len(vocabulary),
         n_embd=D_MODEL,
@@ -101,7 +92,7 @@ def build(folder: Path) -> Path:
         for index, word in enumerate(SIGNATURES):
             model.lm_head.weight[ids[word], 8 + index] = 2.0
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer_of(vocabulary).save_pretrained(folder)
     return folder
 
 
