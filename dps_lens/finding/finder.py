@@ -15,7 +15,7 @@ from dps_lens.heads import HeadSet
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the removal of a set may cost where it should change nothing: nats per token, zero ablation, mean over users.
+    """What removing a set may cost where it should change nothing: nats per token, heads zeroed, mean over users.
 
     Attributes:
         task_cost: on the same task without a profile; None bounds nothing.
