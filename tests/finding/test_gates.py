@@ -1,0 +1,210 @@
+"""Gates: the published procedure beside the published package, and sets that are known beforehand."""
+
+import pytest
+import torch
+import toy
+
+from dps_lens.data import build_prompt
+from dps_lens.data.conditions import neutral_prompt, prompts_in
+from dps_lens.errors import ScoreError
+from dps_lens.finding import Bounds, Trial
+from dps_lens.finding.causal_gates import CausalGates, GatingConfig, causal_head_gates, fit_gates, gate_slopes
+from dps_lens.finding.gates import Gates, Part, memberships
+from dps_lens.heads import Head
+from dps_lens.intervene import Patch
+from dps_lens.model import runner_of
+from dps_lens.scoring.clean_run import CleanRun
+
+CARRIER = Head(*toy.CARRIER)
+TEXT = "The council met on Monday and agreed to repair the bridge before the winter comes, said the mayor. " * 3
+
+
+def trial_of(model, users, example, config=None, donors=1, neutral=None):
+    runner = runner_of(model)
+    (own,) = prompts_in(model, example, "own", users, config=config)
+    others = prompts_in(model, example, "other_user", users, n_donors=donors, config=config)
+    (task,) = prompts_in(model, example, "no_profile", users, config=config)
+    clean = CleanRun(runner, own, keep_z=True)
+    runs = [CleanRun(runner, other, keep_z=True) for other in others]
+    return Trial(
+        user_id=example.user_id,
+        removed=tuple(clean.with_values(Patch(z=run.z)) for run in runs),
+        restored=tuple(run.with_values(Patch(z=clean.z)) for run in runs),
+        task=CleanRun(runner, task),
+        neutral=neutral and CleanRun(runner, neutral_prompt(model, neutral)),
+    )
+
+
+@pytest.fixture(scope="module")
+def toy_trials(toy_model, toy_users):
+    return [trial_of(toy_model, toy_users, user.discovery_examples()[-1]) for user in toy_users]
+
+
+@pytest.fixture(scope="module")
+def llama_trials(tinies, probe, short):
+    model = tinies("llama").hooked
+    return [
+        trial_of(model, probe, user.discovery_examples()[-1], short, donors=2, neutral=TEXT) for user in probe[:4]
+    ]
+
+
+def bootstraps(n_users, n, seed=0):
+    """All users, and so many draws of them with replacement, as weights."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.ones(n_users)]
+    rows += [torch.bincount(torch.randint(n_users, (n_users,), generator=generator), minlength=n_users) for _ in range(n)]
+    return torch.stack([row / row.sum() for row in rows])
+
+
+def gain_of(trials, weights, mask):
+    """Of one set, by plain ablation: the mean of what is lost and what is brought back."""
+    total = 0.0
+    for trial, weight in zip(trials, weights.tolist(), strict=True):
+        lost = [float(run.ablated(mask[None])) - run.value for run in trial.removed]
+        back = [run.value - float(run.ablated(mask[None])) for run in trial.restored]
+        total += weight * (sum(lost) / len(lost) + sum(back) / len(back)) / 2
+    return total
+
+
+def cost_of(runs, weights, mask):
+    pairs = zip(runs, weights.tolist(), strict=True)
+    return sum(weight * (float(run.ablated(mask[None])) - run.value) for run, weight in pairs)
+
+
+def test_causal_head_gates_are_those_of_the_published_package(llama, probe):
+    package = pytest.importorskip("causal_head_gating", reason="needs nam-causal-head-gating")
+    model, steps = llama.hooked, 25
+    prompts = [build_prompt(model, user.examples[0]) for user in probe[:4]]
+    # The package's batches hold prompts of one length.
+    length, n_response = 70, 6
+    prompts = [cut(prompt, length, n_response) for prompt in prompts]
+    start = torch.linspace(-1.5, 1.5, 12).reshape(3, 4)[:, [2, 0, 3, 1]]
+    masks = torch.zeros(len(prompts), length, dtype=torch.bool)
+    masks[:, -n_response:] = True
+    dataset = package.MaskedSequenceDataset(
+        pad_token_id=-1, input_ids=torch.stack([prompt.tokens for prompt in prompts]), loss_masks=masks
+    )
+    trainer = package.CHGTrainer(llama.plain, dataset, batch_size=len(prompts))
+    trainer.mask_logits.data.copy_(start)
+    frozen = [parameter.requires_grad_(False) for parameter in llama.plain.parameters()]
+    before = torch.get_autocast_dtype("cpu")
+    # The trainer runs under autocast, which knows no float32 on a CPU and then stays off.
+    torch.set_autocast_dtype("cpu", torch.float32)
+    try:
+        for _ in trainer.fit(num_updates=steps, num_reg_updates=steps, verbose=False):
+            pass
+    finally:
+        torch.set_autocast_dtype("cpu", before)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    config = GatingConfig(steps=steps, pulled_steps=steps)
+    ours = causal_head_gates(model, prompts, start=start, config=config)
+    theirs = trainer.get_final_masks()
+    assert float((ours.free - start.sigmoid()).abs().max()) > 0.2
+    torch.testing.assert_close(ours.free, theirs["unregularized"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours.open, theirs["necessary"], atol=1e-3, rtol=0)
+    torch.testing.assert_close(ours.closed, theirs["sufficient"], atol=1e-3, rtol=0)
+
+
+def cut(prompt, length, n_response):
+    """The last tokens of a prompt, of which some are the response."""
+    from dataclasses import replace
+
+    start, stop = prompt.spans["response"]
+    assert stop - start >= n_response
+    stop = start + n_response
+    spans = {"profile": (0, 0), "task": (0, length - n_response), "response": (length - n_response, length)}
+    return replace(prompt, tokens=prompt.tokens[stop - length : stop], spans=spans)
+
+
+def test_roles_are_those_of_table_1():
+    gates = CausalGates(torch.zeros(1, 3), torch.tensor([[0.9, 0.1, 0.95]]), torch.tensor([[0.8, 0.05, 0.1]]))
+    torch.testing.assert_close(gates.facilitating, torch.tensor([[0.8, 0.05, 0.1]]))
+    torch.testing.assert_close(gates.interfering, torch.tensor([[0.1, 0.9, 0.05]]))
+    torch.testing.assert_close(gates.irrelevant, torch.tensor([[0.18, 0.095, 0.855]]))
+    assert {name: str(heads) for name, heads in gates.roles().items()} == {
+        "facilitating": "L0H0",
+        "interfering": "L0H1",
+        "irrelevant": "L0H2",
+    }
+
+
+def test_slopes_are_those_of_finite_differences(llama_trials):
+    trial = llama_trials[0]
+    lost = [(run, 0.25) for run in trial.removed]
+    part = Part("gain", [lost + [(run, -0.25) for run in trial.restored]])
+    generator = torch.Generator().manual_seed(0)
+    soft = torch.rand(2, 3, 4, generator=generator) * 0.8 + 0.1
+    value, slope = part.soft(0, soft)
+    eps = 5e-3
+    for head in ((0, 1), (1, 3), (2, 0)):
+        up, down = soft.clone(), soft.clone()
+        up[:, head[0], head[1]] += eps
+        down[:, head[0], head[1]] -= eps
+        numeric = (part.soft(0, up)[0] - part.soft(0, down)[0]) / (2 * eps)
+        torch.testing.assert_close(slope[:, head[0], head[1]].double(), numeric, atol=2e-3, rtol=2e-2)
+    assert float(slope.abs().max()) > 0.05
+
+
+def test_soft_sets_end_in_hard_ones(llama_trials):
+    trial = llama_trials[1]
+    part = Part("gain", [[(run, 0.25) for run in trial.removed] + [(run, -0.25) for run in trial.restored]])
+    mask = torch.zeros(1, 3, 4, dtype=torch.bool)
+    mask[0, 1, :2] = mask[0, 2, 3] = True
+    assert float(part.soft(0, mask.float())[0]) == pytest.approx(float(part.hard(0, mask)), abs=1e-5)
+    assert float(part.hard(0, mask)) == pytest.approx(gain_of([trial], torch.ones(1), mask[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 11])
+def test_memberships_keep_the_budget(k):
+    scores = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(k)).double() * 6
+    scores[3] -= 30
+    soft = memberships(scores, k)
+    assert (soft[:3].sum((-1, -2)) <= k + 1e-4).all()
+    for one, found in zip(scores, soft, strict=True):
+        shift = found.logit() - one
+        spread = shift.max() - shift.min()
+        assert float(spread) < 1e-2
+        assert float(shift.max()) < 1e-5
+        # Either the budget binds, or nothing is shifted.
+        assert float(found.sum()) == pytest.approx(k, abs=1e-3) or float(shift.abs().max()) < 1e-5
+
+
+def test_the_carrier_is_found_in_every_bootstrap(toy_trials):
+    fits = Gates().fit(toy_trials, bootstraps(len(toy_trials), 6), 1, Bounds(), 0)
+    assert len(fits) == 7
+    for fit in fits:
+        assert fit.heads.heads == (CARRIER,)
+        assert divmod(int(fit.values.argmax()), 4) == tuple(CARRIER)
+        assert fit.roles["facilitating"].heads[0] == CARRIER
+
+
+def test_fits_of_one_batch_do_not_meet(llama_trials):
+    finder, weights = Gates(visits=2, trials=2, role_steps=4), bootstraps(4, 2, seed=3)
+    bounds = Bounds(task_cost=0.05)
+    together = finder.fit(llama_trials, weights, 3, bounds, 0)
+    for row, fit in enumerate(together):
+        (alone,) = finder.fit(llama_trials, weights[row : row + 1], 3, bounds, 0)
+        assert alone.heads == fit.heads
+        assert alone.roles == fit.roles
+        torch.testing.assert_close(alone.values, fit.values, atol=1e-5, rtol=1e-5)
+
+
+def test_bounds_hold_for_the_set_that_is_returned(llama_trials):
+    weights = bootstraps(len(llama_trials), 1)
+    free = Gates(role_steps=0).fit(llama_trials, weights, 6, Bounds(), 0)
+    runs = {"task": [trial.task for trial in llama_trials], "neutral": [trial.neutral for trial in llama_trials]}
+    for row, fit in enumerate(free):
+        costs = {name: cost_of(own, weights[row], fit.heads.mask(own[0].runner.cfg)) for name, own in runs.items()}
+        assert max(costs.values()) > 0.05
+        tight = Bounds(task_cost=costs["task"] / 2, neutral_cost=max(costs["neutral"] / 2, 0.0))
+        bound = Gates(role_steps=0).fit(llama_trials, weights[row : row + 1], 6, tight, 0)[0]
+        mask = bound.heads.mask(llama_trials[0].task.runner.cfg)
+        assert len(bound.heads) > 0
+        assert cost_of(runs["task"], weights[row], mask) <= tight.task_cost
+        assert cost_of(runs["neutral"], weights[row], mask) <= tight.neutral_cost
+
+
+def test_a_bound_on_neutral_text_needs_neutral_text(toy_trials):
+    with pytest.raises(ScoreError, match="neutral text in every trial"):
+        Gates().fit(toy_trials, bootstraps(len(toy_trials), 0), 1, Bounds(neutral_cost=0.1), 0)
