@@ -12,6 +12,10 @@ Direction: TypeAlias = Literal["noising", "denoising"]
 """Of a patch: the counterfactual run's z into the profile run, or the reverse."""
 
 ScoreMethod: TypeAlias = Literal["exact", "attribution", "screened"]
+FindMethod: TypeAlias = Literal["rank", "greedy", "conditional", "gates"]
+Counterfactual: TypeAlias = Literal["other_user", "no_profile", "both"]
+"""The runs that z is patched from, and into, where sets of heads are looked for."""
+
 Discovery: TypeAlias = Literal["history", "labelled"]
 Select: TypeAlias = Literal["global", "user"]
 """Heads by other users, or by each user's own examples."""
@@ -20,6 +24,7 @@ POSITIONS: tuple[Positions, ...] = get_args(Positions)
 AGAINST: tuple[Against, ...] = get_args(Against)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
+COUNTERFACTUALS: tuple[Counterfactual, ...] = get_args(Counterfactual)
 
 CONDITIONS = ("own", *AGAINST, "neutral")
 """What a prompt shows; neutral text has nothing to do with users."""

@@ -48,9 +48,13 @@ class Finder(ABC):
 
     Attributes:
         name: as it stands in manifests.
+        n_bootstraps: resamples of users that are fitted where nobody asks for another number.
+        together: fits of one call, and of one unit of a run; None makes all of them at once.
     """
 
     name: ClassVar[str]
+    n_bootstraps: ClassVar[int] = 20
+    together: ClassVar[int | None] = None
 
     @abstractmethod
     def fit(
