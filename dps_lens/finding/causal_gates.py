@@ -81,10 +81,6 @@ class CausalGates:
         """G⁺(1 − G⁻): goes wherever it is pulled."""
         return self.open * (1 - self.closed)
 
-    def unbound(self) -> "list[CausalGates]":
-        """The gate maps of several fits, one by one."""
-        return [CausalGates(*maps) for maps in zip(self.free, self.open, self.closed, strict=True)]
-
     def roles(self, threshold: float = 0.5) -> dict[str, HeadSet]:
         """Heads whose score reaches the threshold, by role, highest first; a head may have none, or two.
 
@@ -134,7 +130,9 @@ def causal_head_gates(
     """
     if not prompts or (counterfactuals is not None and len(counterfactuals) != len(prompts)):
         found = "" if counterfactuals is None else f" and {len(counterfactuals)} counterfactuals"
-        raise ScoreError(f"causal_head_gates: needs prompts, and a counterfactual for each, found {len(prompts)}{found}")
+        raise ScoreError(
+            f"causal_head_gates: needs prompts, and a counterfactual for each, found {len(prompts)}{found}"
+        )
     runner, config = runner_of(model), config or GatingConfig()
     if counterfactuals is None:
         runs = [CleanRun(runner, prompt, ablation="zero", positions=positions) for prompt in prompts]
