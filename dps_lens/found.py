@@ -84,6 +84,9 @@ class FoundHeads(Result):
     manifest: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
+        self.example_ids, self.user_ids = tuple(self.example_ids), tuple(self.user_ids)
+        self.folds = tuple(tuple(fold) for fold in self.folds)
+        self.by_fold, self.resampled = tuple(self.by_fold), tuple(self.resampled)
         if len(self.example_ids) != len(self.user_ids):
             raise ScoreError(f"FoundHeads: {len(self.example_ids)} examples, {len(self.user_ids)} users")
         if len(self.folds) != len(self.by_fold):

@@ -44,9 +44,9 @@ def find(
     against: Annotated[Counterfactual, typer.Option(help="What the own profile is patched from.")] = "other_user",
     max_task_cost: Annotated[
         float | None,
-        typer.Option(min=0, help="Most that zeroing the set may cost without a profile, nats per token."),
+        typer.Option(help="Most that zeroing the set may cost without a profile, nats per token."),
     ] = None,
-    max_neutral_cost: Annotated[float | None, typer.Option(min=0, help="The same on neutral text.")] = None,
+    max_neutral_cost: Annotated[float | None, typer.Option(help="The same on neutral text.")] = None,
     max_examples: Annotated[
         int | None, typer.Option(min=1, help="Newest discovery examples of each user; all by default.")
     ] = None,

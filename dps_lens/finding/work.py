@@ -22,7 +22,7 @@ from dps_lens.finding.finder import Bounds, Finder, Fit
 from dps_lens.finding.sets import limits
 from dps_lens.finding.trial import STEPS, Trial
 from dps_lens.found import FoundHeads
-from dps_lens.heads import HeadSet
+from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Patch
 from dps_lens.literals import COUNTERFACTUALS, QUANTITIES, Counterfactual, Discovery, Quantity
 from dps_lens.model import HookedModel, Runner, runner_of
@@ -93,7 +93,7 @@ class FindWork(Work):
             raise HeadError(f"find_heads: asked for {self.k} of {cfg.n_layers * cfg.n_heads} heads")
         for name, most in (("max_task_cost", self.bounds.task_cost), ("max_neutral_cost", self.bounds.neutral_cost)):
             if most is not None:
-                check_number(ScoreError, f"find_heads: {name}", most, least=0, why="nats per token")
+                check_number(ScoreError, f"find_heads: {name}", most, why="nats per token")
         if self.against not in COUNTERFACTUALS:
             raise ScoreError(f"find_heads: against {self.against!r} is unknown; use one of {COUNTERFACTUALS}")
         if not self.users:
@@ -254,7 +254,9 @@ class FindWork(Work):
     def _read(self, unit: Mapping[str, Tensor], name: str) -> Fit:
         cfg = self.model.cfg
         sets = {
-            what.removeprefix(f"{name}."): HeadSet(value.tolist(), "found", (cfg.n_layers, cfg.n_heads))
+            what.removeprefix(f"{name}."): HeadSet(
+                (Head(*one) for one in value.tolist()), "found", (cfg.n_layers, cfg.n_heads)
+            )
             for what, value in unit.items()
             if what.startswith(f"{name}.") and not what.endswith(".values")
         }
