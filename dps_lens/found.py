@@ -16,24 +16,22 @@ from dps_lens.scores import t_quantile
 if TYPE_CHECKING:
     import pandas
 
-MEASURES = ("removed", "restored", "task_cost", "neutral_cost")
-
 
 class Inclusion(NamedTuple):
     """How many resamples of users chose a head.
 
     Attributes:
-        count: so many.
-        n: of so many.
+        chosen: so many.
+        of: so many in all.
     """
 
-    count: int
-    n: int
+    chosen: int
+    of: int
 
     @property
     def frequency(self) -> float:
         """Share of the resamples."""
-        return self.count / self.n
+        return self.chosen / self.of
 
     def ci(self, level: float = 0.95) -> tuple[float, float]:
         """Wilson's interval of the share (1927), for resamples to come; users are those that were resampled."""
@@ -41,7 +39,7 @@ class Inclusion(NamedTuple):
             raise ScoreError(f"an interval's level is a share between 0 and 1, such as 0.95; found {level}")
         from scipy.stats import binomtest
 
-        found = binomtest(self.count, self.n).proportion_ci(level, method="wilson")
+        found = binomtest(self.chosen, self.of).proportion_ci(level, method="wilson")
         return float(found.low), float(found.high)
 
 
@@ -86,6 +84,9 @@ class FoundHeads(Result):
     manifest: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
+        self.example_ids, self.user_ids = tuple(self.example_ids), tuple(self.user_ids)
+        self.folds = tuple(tuple(fold) for fold in self.folds)
+        self.by_fold, self.resampled = tuple(self.by_fold), tuple(self.resampled)
         if len(self.example_ids) != len(self.user_ids):
             raise ScoreError(f"FoundHeads: {len(self.example_ids)} examples, {len(self.user_ids)} users")
         if len(self.folds) != len(self.by_fold):

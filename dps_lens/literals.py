@@ -15,6 +15,8 @@ ScoreMethod: TypeAlias = Literal["exact", "attribution", "screened"]
 FindMethod: TypeAlias = Literal["rank", "greedy", "conditional", "gates"]
 Counterfactual: TypeAlias = Literal["other_user", "no_profile", "both"]
 """The runs that z is patched from, and into, where sets of heads are looked for."""
+Quantity: TypeAlias = Literal["removed", "restored", "task_cost", "neutral_cost"]
+"""What a set does: takes from the own run, brings to the counterfactual one, costs without a profile, on other text."""
 
 Discovery: TypeAlias = Literal["history", "labelled"]
 Select: TypeAlias = Literal["global", "user"]
@@ -24,6 +26,7 @@ POSITIONS: tuple[Positions, ...] = get_args(Positions)
 AGAINST: tuple[Against, ...] = get_args(Against)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 COUNTERFACTUALS: tuple[Counterfactual, ...] = get_args(Counterfactual)
 
 CONDITIONS = ("own", *AGAINST, "neutral")

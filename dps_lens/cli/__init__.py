@@ -4,10 +4,10 @@ import sys
 
 import typer
 
-from dps_lens.cli import ablate, compare, demo, evaluate, fetch, merge, report, score, steer
+from dps_lens.cli import ablate, compare, demo, evaluate, fetch, find, merge, report, score, steer
 from dps_lens.cli.app import app
 
-__all__ = ["ablate", "app", "compare", "demo", "evaluate", "fetch", "main", "merge", "report", "score", "steer"]
+__all__ = ["ablate", "app", "compare", "demo", "evaluate", "fetch", "find", "main", "merge", "report", "score", "steer"]
 
 
 def main() -> None:

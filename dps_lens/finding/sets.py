@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from dps_lens.finding.finder import Bounds
-from dps_lens.finding.trial import Quantity, Trial
+from dps_lens.finding.trial import Trial
 from dps_lens.heads import Head, HeadSet
+from dps_lens.literals import Quantity
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from dps_lens.errors import ScoreError
+from dps_lens.literals import Quantity
 from dps_lens.scoring.clean_run import CleanRun
 from dps_lens.scoring.paths import integrated
-
-Quantity: TypeAlias = Literal["removed", "restored", "task_cost", "neutral_cost"]
-"""What a set does: takes from the own run, brings to the counterfactual one, costs without a profile, on other text."""
 
 STEPS = 5
 

@@ -20,11 +20,11 @@ from dps_lens.errors import HeadError, ScoreError
 from dps_lens.families import shipped_paragraphs
 from dps_lens.finding.finder import Bounds, Finder, Fit
 from dps_lens.finding.sets import limits
-from dps_lens.finding.trial import STEPS, Quantity, Trial
-from dps_lens.found import MEASURES, FoundHeads
-from dps_lens.heads import HeadSet
+from dps_lens.finding.trial import STEPS, Trial
+from dps_lens.found import FoundHeads
+from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Patch
-from dps_lens.literals import COUNTERFACTUALS, Counterfactual, Discovery
+from dps_lens.literals import COUNTERFACTUALS, QUANTITIES, Counterfactual, Discovery, Quantity
 from dps_lens.model import HookedModel, Runner, runner_of
 from dps_lens.scoring import NLL, CleanRun
 from dps_lens.selection import folds
@@ -93,7 +93,7 @@ class FindWork(Work):
             raise HeadError(f"find_heads: asked for {self.k} of {cfg.n_layers * cfg.n_heads} heads")
         for name, most in (("max_task_cost", self.bounds.task_cost), ("max_neutral_cost", self.bounds.neutral_cost)):
             if most is not None:
-                check_number(ScoreError, f"find_heads: {name}", most, least=0, why="nats per token")
+                check_number(ScoreError, f"find_heads: {name}", most, why="nats per token")
         if self.against not in COUNTERFACTUALS:
             raise ScoreError(f"find_heads: against {self.against!r} is unknown; use one of {COUNTERFACTUALS}")
         if not self.users:
@@ -167,7 +167,7 @@ class FindWork(Work):
     @property
     def measures(self) -> tuple[Quantity, ...]:
         """What sets are measured to do."""
-        return MEASURES if self.texts else MEASURES[:-1]
+        return QUANTITIES if self.texts else QUANTITIES[:-1]
 
     def owner(self, key: str) -> str:
         return key
@@ -217,7 +217,7 @@ class FindWork(Work):
         """By fit, what each example weighs; users weigh equally, in a resample as often as they were drawn."""
         owners = [self.by_key[key].user_id for key in keys]
         users = sorted(set(owners))
-        counts = {"all": np.ones(len(users))}
+        counts: dict[str, np.ndarray] = {"all": np.ones(len(users))}
         for number, fold in enumerate(self.folds):
             counts[f"fold{number}"] = np.array([float(user not in fold) for user in users])
         n = self.config.n_bootstraps
@@ -254,7 +254,9 @@ class FindWork(Work):
     def _read(self, unit: Mapping[str, Tensor], name: str) -> Fit:
         cfg = self.model.cfg
         sets = {
-            what.removeprefix(f"{name}."): HeadSet(value.tolist(), "found", (cfg.n_layers, cfg.n_heads))
+            what.removeprefix(f"{name}."): HeadSet(
+                (Head(*one) for one in value.tolist()), "found", (cfg.n_layers, cfg.n_heads)
+            )
             for what, value in unit.items()
             if what.startswith(f"{name}.") and not what.endswith(".values")
         }
@@ -276,7 +278,7 @@ class FindWork(Work):
         units = run.units(self, list(self._given), "measuring sets", split=False).made
         made = {key.removeprefix(_EFFECTS): unit for key, unit in units.items()}
         effects, crossed = (
-            {name: torch.stack([unit[name][place] for unit in made.values()]) for name in self.measures}
+            {str(name): torch.stack([unit[name][place] for unit in made.values()]) for name in self.measures}
             for place in (0, -1)
         )
         result = FoundHeads(
