@@ -7,6 +7,7 @@ import pytest
 import torch
 import toy
 
+import dps_lens as dps
 from dps_lens.data import build_prompt
 from dps_lens.data.conditions import neutral_prompt, prompts_in
 from dps_lens.errors import ScoreError
@@ -241,3 +242,45 @@ def test_sets_are_nearly_the_best_of_all_and_keep_their_bounds(six_trials):
 def test_a_bound_on_neutral_text_needs_neutral_text(toy_trials):
     with pytest.raises(ScoreError, match="no neutral text"):
         Gates().fit(toy_trials, bootstraps(len(toy_trials), 0), 1, Bounds(neutral_cost=0.1), 0)
+
+
+def test_find_heads_by_gates(toy_model, toy_users):
+    config = dps.FindConfig(n_bootstraps=4, n_donors=1)
+    found = dps.find_heads(toy_model, toy_users, 1, method="gates", max_examples=1, find_config=config)
+    assert found.heads.heads == (CARRIER,)
+    assert all(heads.heads == (CARRIER,) for heads in (*found.by_fold, *found.resampled))
+    assert len(found.by_fold) > 1
+    assert len(found.resampled) == 4
+    assert found.roles["facilitating"].heads == (CARRIER,)
+    assert found.manifest["method"]["name"] == "gates"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Gates(visits=0), "visits"),
+        (lambda: Gates(memory=1.0), "memory"),
+        (lambda: Gates(sharpness=(4.0, -1.0)), "sharpness"),
+        (lambda: GatingConfig(pull=0.0), "pull"),
+        (lambda: GatingConfig(runs=0), "runs"),
+        (lambda: CausalGates(*torch.zeros(3, 2, 3, 4)).roles(), "found \\[2, 3, 4\\]"),
+    ],
+)
+def test_settings_that_cannot_be(make, said):
+    with pytest.raises(ScoreError, match=said):
+        make()
+
+
+def test_causal_head_gates_towards_a_counterfactual_tell_the_carrier(toy_model, toy_users):
+    examples = [user.discovery_examples()[-1] for user in toy_users]
+    own = [build_prompt(toy_model, example) for example in examples]
+    others = [prompts_in(toy_model, example, "other_user", toy_users)[0] for example in examples]
+    config = GatingConfig(steps=10, pulled_steps=20, lr=0.4)
+    # Half-open gates, and steps that are small beside the clip: what is pulled can come all the way.
+    gates = causal_head_gates(
+        toy_model, own, counterfactuals=others, positions="response", start=torch.zeros(2, 4), config=config
+    )
+    assert gates.roles()["facilitating"].heads == (CARRIER,)
+    assert len(gates.roles()["irrelevant"]) == 7
+    with pytest.raises(ScoreError, match="6 and 1 counterfactuals"):
+        causal_head_gates(toy_model, own, counterfactuals=others[:1])
