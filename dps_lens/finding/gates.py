@@ -42,7 +42,7 @@ class Gates(Finder):
     trials that it was fitted to.
 
     Attributes:
-        visits: how often each trial's gradient is renewed.
+        visits: how often each trial's gradient is renewed; those of costs half as often.
         trials: between two updates of the memberships.
         sharpness: β at the first and at the last update; they rise geometrically.
         memory: what a renewed gradient keeps of the former one, in [0, 1).
@@ -52,12 +52,13 @@ class Gates(Finder):
     """
 
     name: ClassVar[str] = "gates"
+    n_bootstraps: ClassVar[int] = 9
     visits: int = 4
     trials: int = 4
     sharpness: tuple[float, float] = (4.0, 40.0)
     memory: float = 0.8
     corrections: int = 5
-    role_steps: int = 10
+    role_steps: int = 8
 
     def __post_init__(self) -> None:
         for name, least in (("visits", 1), ("trials", 1), ("corrections", 1), ("role_steps", 0)):
@@ -78,9 +79,10 @@ class Gates(Finder):
         most = {name: torch.full((len(weights),), one, dtype=torch.float64) for name, one in limits(bounds).items()}
         n, size = len(trials), min(self.trials, len(trials))
         steps = self.visits * -(-n // size)
-        betas = torch.logspace(*(torch.tensor(self.sharpness).log10().tolist()), steps).tolist()
+        first, last = self.sharpness
+        betas = [first * (last / first) ** (step / max(steps - 1, 1)) for step in range(steps)]
         for beta, batch in zip(betas, batches_of(n, size, steps, seed), strict=True):
-            field.renew(batch, _balanced(field, most, beta, k)[0], self.memory)
+            field.renew(batch, _balanced(field, most, beta, k)[0], self.memory, self.visits)
         fits = list(Weighted.rows(trials, weights))
         sets, slopes = self._measured(fits, field, most, k)
         found = [Fit(heads, slope.float()) for heads, slope in zip(sets, slopes, strict=True)]
@@ -184,14 +186,15 @@ class _Slopes:
     ) -> None:
         self.trials, self.weights, self.costs = trials, weights, costs
         self.turns = [0] * len(trials)
-        paths = {"gain": [trial.path("removed") for trial in trials]}
+        paths: dict[str, list[Tensor]] = {"gain": [trial.path("removed") for trial in trials]}
         paths |= {name: [trial.path(name) for trial in trials] for name in costs}
         n_fits = len(weights)
         self.slopes = {name: torch.stack(one)[:, None].repeat(1, n_fits, 1, 1).float() for name, one in paths.items()}
         # Integrated scores add up to what all heads cost; at no head there is no cost.
         self.offsets = {name: torch.zeros(len(trials), n_fits, dtype=torch.float64) for name in costs}
 
-    def renew(self, trials: Sequence[int], soft: Float[Tensor, "fit layer head"], memory: float) -> None:
+    def renew(self, trials: Sequence[int], soft: Float[Tensor, "fit layer head"], memory: float, visits: int) -> None:
+        """At a soft set; costs only at the last of so many visits and at every second one before it."""
         for index in trials:
             rows, trial = self.weights[:, index] > 0, self.trials[index]
             if not bool(rows.any()):
@@ -199,7 +202,7 @@ class _Slopes:
             shown = soft[rows].float()
             _, slope = soft_gain(trial, shown, self.turns[index])
             self._mix("gain", index, rows, slope, memory)
-            for name in self.costs:
+            for name in self.costs if (visits - self.turns[index]) % 2 else ():
                 cost, slope = soft_cost(trial, name, shown)
                 self._mix(name, index, rows, slope, memory)
                 first_order = (self.slopes[name][index, rows] * shown).sum((-1, -2))
@@ -213,7 +216,7 @@ class _Slopes:
         """Weighted mean of slopes over trials."""
         return torch.einsum("ft,tflh->flh", self.weights, self.slopes[name].double())
 
-    def offset(self, name: str) -> Float64[Tensor, " fit"]:
+    def offset(self, name: Quantity) -> Float64[Tensor, " fit"]:
         """What a cost is beyond the sum of memberships times slopes, near the soft sets that trials saw last."""
         return (self.weights.T * self.offsets[name]).sum(0)
 
