@@ -29,6 +29,22 @@ if TYPE_CHECKING:
     )
     from dps_lens.explorer import Exploration, explore
     from dps_lens.families import Family, FunctionVector, Repeated, Retrieval, reference_heads
+    from dps_lens.finding import (
+        Bounds,
+        CausalGates,
+        Conditional,
+        FindConfig,
+        Finder,
+        Fit,
+        Gates,
+        GatingConfig,
+        Greedy,
+        Rank,
+        Trial,
+        causal_head_gates,
+        find_heads,
+    )
+    from dps_lens.found import FoundHeads
     from dps_lens.heads import Head, HeadSet
     from dps_lens.intervene import Ablation, Context, Mean, Patch, Uniform, Zero, ablate, record_z
     from dps_lens.model import HookedModel, check_model, load_model
@@ -78,6 +94,11 @@ _MODULES = {
     ),
     "explorer": "Exploration explore",
     "families": "Family FunctionVector Repeated Retrieval reference_heads",
+    "finding": (
+        "Bounds CausalGates Conditional FindConfig Finder Fit Gates GatingConfig Greedy Rank Trial causal_head_gates "
+        "find_heads"
+    ),
+    "found": "FoundHeads",
     "heads": "Head HeadSet",
     "intervene": "Ablation Context Mean Patch Uniform Zero ablate record_z",
     "model": "HookedModel check_model load_model",
@@ -101,18 +122,20 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 
 # fmt: off
 __all__ = [
-    "AblatedTexts", "Ablation", "AttentionPattern", "Context", "DPSLensError", "DecodeConfig", "Document", "Endpoint",
-    "Engine", "EvaluateConfig", "Evaluation", "Example", "Exploration", "Faithfulness", "Family", "FunctionVector",
-    "Generation", "Head", "HeadScores", "HeadSet", "HeldOutConfig", "HookedModel", "Mean", "Metric", "NoiseFloor",
-    "Note", "Objective", "Overlap", "Patch", "Prompt", "PromptConfig", "RayEngine", "Repeated", "Result", "Retrieval",
-    "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance", "SteeredText", "SteeringGrid",
-    "SteeringSweep", "SteeringVector", "Term", "TextStream", "Uniform", "User", "UserClusters", "VectorConfig",
-    "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost", "ablation_curve", "attention_pattern",
-    "build_prompt", "chat_prompt", "check_model", "cluster_users", "evaluate", "explore", "export_lora",
-    "faithfulness", "generate", "held_out_effects", "judge", "load_model", "load_users", "logits_processor",
-    "measure_noise", "merge_runs", "overlap", "patch_heads", "plots", "preference_vector", "profile_attention",
-    "random_heads", "record_z", "reference_heads", "score_heads", "screening_recall", "significant_heads",
-    "split_half", "stability", "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
+    "AblatedTexts", "Ablation", "AttentionPattern", "Bounds", "CausalGates", "Conditional", "Context", "DPSLensError",
+    "DecodeConfig", "Document", "Endpoint", "Engine", "EvaluateConfig", "Evaluation", "Example", "Exploration",
+    "Faithfulness", "Family", "FindConfig", "Finder", "Fit", "FoundHeads", "FunctionVector", "Gates", "GatingConfig",
+    "Generation", "Greedy", "Head", "HeadScores", "HeadSet", "HeldOutConfig", "HookedModel", "Mean", "Metric",
+    "NoiseFloor", "Note", "Objective", "Overlap", "Patch", "Prompt", "PromptConfig", "Rank", "RayEngine", "Repeated",
+    "Result", "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance",
+    "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream", "Trial", "Uniform",
+    "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost",
+    "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt", "check_model",
+    "cluster_users", "evaluate", "explore", "export_lora", "faithfulness", "find_heads", "generate",
+    "held_out_effects", "judge", "load_model", "load_users", "logits_processor", "measure_noise", "merge_runs",
+    "overlap", "patch_heads", "plots", "preference_vector", "profile_attention", "random_heads", "record_z",
+    "reference_heads", "score_heads", "screening_recall", "significant_heads", "split_half", "stability",
+    "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
 ]
 # fmt: on
 

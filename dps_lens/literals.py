@@ -15,6 +15,12 @@ ScoreAgainst: TypeAlias = Literal["other_user", "no_profile", "both", "other_use
 """What heads are scored against: one of the two, their mean, or what one shows beyond the other."""
 
 ScoreMethod: TypeAlias = Literal["integrated", "exact", "attribution", "screened"]
+FindMethod: TypeAlias = Literal["rank", "greedy", "conditional", "gates"]
+Counterfactual: TypeAlias = Literal["other_user", "no_profile", "both"]
+"""The runs that z is patched from, and into, where sets of heads are looked for."""
+Quantity: TypeAlias = Literal["removed", "restored", "task_cost", "neutral_cost"]
+"""What a set does: takes from the own run, brings to the counterfactual one, costs without a profile, on other text."""
+
 Discovery: TypeAlias = Literal["history", "labelled"]
 Select: TypeAlias = Literal["global", "user"]
 """Heads by other users, or by each user's own examples."""
@@ -24,6 +30,8 @@ AGAINST: tuple[Against, ...] = get_args(Against)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 SCORE_AGAINST: tuple[ScoreAgainst, ...] = get_args(ScoreAgainst)
 METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+COUNTERFACTUALS: tuple[Counterfactual, ...] = get_args(Counterfactual)
 
 CONDITIONS = ("own", *AGAINST, "neutral")
 """What a prompt shows; neutral text has nothing to do with users."""

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from dps_lens.cli import ablate, compare, demo, evaluate, faithfulness, fetch, merge, report, score, steer
+from dps_lens.cli import ablate, compare, demo, evaluate, faithfulness, fetch, find, merge, report, score, steer
 from dps_lens.cli.app import app
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "evaluate",
     "faithfulness",
     "fetch",
+    "find",
     "main",
     "merge",
     "report",

@@ -12,6 +12,7 @@ from dps_lens.extensions import is_path, load_object
 if TYPE_CHECKING:
     from dps_lens.data import User
     from dps_lens.families import Family
+    from dps_lens.finding import Finder
     from dps_lens.intervene import AblationLike
     from dps_lens.model import HookedModel
     from dps_lens.scores import HeadScores
@@ -78,6 +79,13 @@ def ablation_of(text: str | None) -> "AblationLike | None":
     from dps_lens.intervene import Ablation
 
     return load_object(text, Ablation)
+
+
+def finder_of(text: str) -> "Finder":
+    """A finder by name, or one of somebody's own."""
+    from dps_lens.finding import Finder, find_finder
+
+    return load_object(text, Finder) if is_path(text) else find_finder(text)  # type: ignore[arg-type]  # it refuses others
 
 
 def rule_of(text: str) -> "RuleLike":

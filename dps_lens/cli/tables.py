@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dps_lens.evaluation import Evaluation
+    from dps_lens.found import FoundHeads
     from dps_lens.scores import HeadScores
     from dps_lens.stats import Overlap
     from dps_lens.validation import Faithfulness, SetEffects
@@ -46,6 +47,29 @@ def print_top(scores: "HeadScores", k: int) -> None:
         parts = [f"{row[name]:.4f}" for name in scores.components]
         _add(table, row["name"], f"{row['mean']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}", *parts)
     _console().print(table)
+
+
+def print_found(found: "FoundHeads") -> None:
+    """The set with its inclusion frequencies, and what it was measured to do."""
+    from rich.table import Table
+
+    n = len(found.resampled)
+    table = Table(title=printable(f"{len(found.heads)} heads, chosen on {len(found.users)} users"))
+    for column in ("place", "head", "value", f"in resamples (of {n})", "interval", f"in folds (of {len(found.folds)})"):
+        table.add_column(printable(column), justify="left" if column == "head" else "right")
+    frame = found.to_frame()
+    for row in frame[frame["place"].notna()].to_dict("records"):
+        share = [f"{row['inclusion']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}"] if n else ["", ""]
+        _add(table, row["place"], row["name"], f"{row['value']:.4f}", *share, row["folds"])
+    console = _console()
+    console.print(table)
+    table = Table(title="Discovery examples: nats per token, 95% interval over users")
+    for column in ("sample", "measure", "mean", "interval"):
+        table.add_column(column, justify="left" if column in ("sample", "measure") else "right")
+    for row in found.evidence().to_dict("records"):
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        _add(table, row["sample"], row["measure"], f"{row['mean']:.3f}", interval)
+    console.print(table)
 
 
 def print_cost(cost: "SetEffects") -> None:

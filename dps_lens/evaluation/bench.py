@@ -25,6 +25,7 @@ from dps_lens.evaluation.methods import Method, Setting, Writer, describe, write
 from dps_lens.evaluation.metrics import Metric, check_reference, metric_libraries, metrics_of, score_text
 from dps_lens.evaluation.result import REFERENCE, Evaluation
 from dps_lens.evaluation.style import StyleMeasure
+from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.literals import Select
 from dps_lens.model import HookedModel
@@ -335,5 +336,5 @@ def _check_users(bench: Bench) -> None:
     for example in bench.examples:
         check_reference(example)
     for method in methods:
-        if isinstance(method.family, HeadScores):
+        if isinstance(method.family, HeadScores | FoundHeads):
             check_held_out("evaluate", method.family, bench.examples)

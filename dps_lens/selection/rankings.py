@@ -1,18 +1,19 @@
 """Which heads each user is tested with: rankings of families, chosen without the user's evaluation data."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 from warnings import warn
 
 from dps_lens.data import Example, User
 from dps_lens.errors import HeadError, ScoreError
+from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.literals import Select
 from dps_lens.scores import HeadScores
 
-HeadSource: TypeAlias = HeadScores | HeadSet | Sequence[HeadSet] | Mapping[str, HeadSet]
-"""Scores; a ranking, best head first; nested sets, one for each k; or a ranking for each user."""
+HeadSource: TypeAlias = HeadScores | FoundHeads | HeadSet | Sequence[HeadSet] | Mapping[str, HeadSet]
+"""Scores; a set that was found; a ranking, best head first; nested sets, one for each k; or a ranking for each user."""
 
 Rankings: TypeAlias = dict[str, dict[str, list[HeadSet]]]
 """Family → user → one set for each k."""
@@ -39,7 +40,8 @@ def rankings(
         select: `"user"` ranks by a user's own discovery examples; reference families have none and keep their one
             ranking. `"global"` ranks by all users; where the scores
             hold the tested users, by those in other folds, so that nobody is tested with heads that the
-            same person chose. One for all families or one a family.
+            same person chose. One for all families or one a family. Sets of `find_heads` were fitted without each of
+            their own folds of users, and know only `"global"`.
         exclude: family → heads that its ranking by scores may not hold.
         seed: of the folds.
 
@@ -116,6 +118,13 @@ def _of_family(
         else:
             ranked = dict.fromkeys(tested, family.top(most, exclude=exclude, label=name))
         return {user: [_prefix(call, name, heads, k) for k in ks] for user, heads in ranked.items()}
+    if isinstance(family, FoundHeads):
+        if select == "user":
+            raise ScoreError(
+                f"{call}: family {name!r} was found for all users together; use select='global' for it, or find heads "
+                "for each user, {user.id: find_heads(…, [user], against='no_profile').heads}"
+            )
+        return {user: [_prefix(call, name, heads, k) for k in ks] for user, heads in _found(call, name, family, users)}
     if isinstance(family, HeadSet):
         return {user.id: [_prefix(call, name, family, k) for k in ks] for user in users}
     if isinstance(family, Mapping):
@@ -124,6 +133,18 @@ def _of_family(
             raise ScoreError(f"{call}: family {name!r} holds no heads for user {missing[0]!r}")
         return {user.id: [_prefix(call, name, family[user.id], k) for k in ks] for user in users}
     return {user.id: [_nested(call, name, family, k) for k in ks] for user in users}
+
+
+def _found(call: str, name: str, family: FoundHeads, users: Sequence[User]) -> Iterator[tuple[str, HeadSet]]:
+    """Each user's set, of the fit that left the user out; the whole set for users who chose none."""
+    own = {*family.users}
+    for user in users:
+        if user.id in own and not family.folds:
+            raise ScoreError(
+                f"{call}: family {name!r} was chosen by user {user.id!r}, who is tested, and no fit left the user out; "
+                "find it with FindConfig(folds=True) and at least two users, or pass its heads, found.heads"
+            )
+        yield user.id, family.of_user(user.id)
 
 
 def _prefix(call: str, name: str, heads: HeadSet, k: int) -> HeadSet:
@@ -142,8 +163,8 @@ def _nested(call: str, name: str, sets: Sequence[HeadSet], k: int) -> HeadSet:
     return by_size[k]
 
 
-def check_held_out(call: str, scores: HeadScores, examples: Sequence[Example]) -> None:
-    """Refuse examples that the scores were measured on.
+def check_held_out(call: str, scores: HeadScores | FoundHeads, examples: Sequence[Example]) -> None:
+    """Refuse examples that the scores were measured on, or the heads found.
 
     Raises:
         ScoreError: names one of them.

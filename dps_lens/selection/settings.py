@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dps_lens.data import PromptConfig
 from dps_lens.errors import ScoreError
+from dps_lens.found import FoundHeads
 from dps_lens.intervene import Ablation, AblationLike, Mean, Patch, find_ablation
 from dps_lens.literals import Positions
 from dps_lens.scores import HeadScores
@@ -16,6 +17,7 @@ from dps_lens.scoring.objectives import NLL, Objective
 from dps_lens.scoring.sweep import ScoreConfig
 from dps_lens.selection.rankings import HeadSource
 
+_HEADS = {HeadScores: "scores.top(k)", FoundHeads: "found.heads"}
 SHARED = ("ablation", "positions", "objective", "prompt_config")
 
 
@@ -52,7 +54,7 @@ def inherited(
 
     Args:
         call: the public function, for errors.
-        families: scores among them are looked at.
+        families: scores and found sets among them are looked at.
         ablation: as asked for; so are the following.
         positions: where.
         objective: what is measured.
@@ -71,7 +73,9 @@ def inherited(
     }
     means: dict[str, Tensor] = {}
     for name, family in families.items():
-        if not isinstance(family, HeadScores) or family.manifest.get("call") != "score_heads":
+        if not isinstance(family, HeadScores | FoundHeads):
+            continue
+        if family.manifest.get("call") not in ("score_heads", "find_heads"):
             continue
         for key, value in ((key, agreed[key]) for key in uses):
             scored = family.manifest[key]
@@ -81,10 +85,11 @@ def inherited(
             if value is not None and value != scored and not given_means:
                 raise ScoreError(
                     f"{call}: family {name!r} was scored with {key} {scored!r}, asked for is {value!r}; score "
-                    f"it anew, or pass its heads, scores.top(k), to test them with other {key}"
+                    f"it anew, or pass its heads, {_HEADS[type(family)]}, to test them with other {key}"
                 )
             agreed[key] = scored
-        own = {key.removeprefix("mean."): mean for key, mean in family.tensors.items() if key.startswith("mean.")}
+        kept = family.tensors if isinstance(family, HeadScores) else {}
+        own = {key.removeprefix("mean."): mean for key, mean in kept.items() if key.startswith("mean.")}
         if asked is None and "ablation" in uses:
             for condition in own.keys() & means.keys():
                 if not torch.equal(own[condition], means[condition]):

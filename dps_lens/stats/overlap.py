@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from dps_lens.errors import HeadError, ScoreError
+from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.result import Result
 from dps_lens.scores import HeadScores
@@ -112,7 +113,7 @@ class Overlap(Result):
 
 
 def overlap(
-    sets: Mapping[str, HeadSet | HeadScores] | HeadScores,
+    sets: Mapping[str, HeadSet | HeadScores | FoundHeads] | HeadScores,
     *,
     k: int = 10,
     n_null: int = 1000,
@@ -124,8 +125,8 @@ def overlap(
     """Compare head sets of users or families, beside layer-matched random sets.
 
     Args:
-        sets: by name; scores stand for their top `k`, head sets for themselves. Scores alone stand for their
-            users, one set a user, and give the ceiling.
+        sets: by name; scores stand for their top `k`, head sets and found ones for themselves. Scores alone stand for
+            their users, one set a user, and give the ceiling.
         k: heads to take from scores.
         n_null: random pairs of sets for each pair, with as many heads in each layer as the pair.
         exclude: before A is compared with B, drop the best share of B's heads (such as 0.02) from A and then take
@@ -140,7 +141,8 @@ def overlap(
         ScoreError: fewer than two sets, undefined scores, or `exclude` for sets without scores or for a share
             that holds the whole top `k`.
     """
-    entries = _by_user(sets) if isinstance(sets, HeadScores) else dict(sets)
+    given = _by_user(sets) if isinstance(sets, HeadScores) else sets
+    entries = {name: one.heads if isinstance(one, FoundHeads) else one for name, one in given.items()}
     if len(entries) < 2:
         raise ScoreError(f"overlap: {len(entries)} set; give at least two sets, or scores of at least two users")
     if min(k, n_null, n_splits) < 1:

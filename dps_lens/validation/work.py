@@ -15,6 +15,7 @@ from dps_lens.data.examples import by_key, held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.digests import tensor_digest
 from dps_lens.errors import ScoreError
+from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Context, Mean, Where
 from dps_lens.literals import CONDITIONS, PATCHED, Positions, Select
@@ -139,7 +140,7 @@ class HeldOutWork(Work):
         if self.n_random < 0:
             raise ScoreError(f"{self.call}: n_random is not negative")
         for family in self.families.values():
-            if isinstance(family, HeadScores):
+            if isinstance(family, HeadScores | FoundHeads):
                 check_held_out(self.call, family, self.examples)
 
     @cached_property

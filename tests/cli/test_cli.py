@@ -68,6 +68,7 @@ def test_help_answers_at_once_and_names_every_command():
     assert done.returncode == 0
     for command in (
         "score",
+        "find",
         "steer",
         "demo",
         "compare",
@@ -108,6 +109,32 @@ def test_score_writes_a_run_and_resumes(scored, model):
     assert other.returncode == 2
     assert other.stderr.strip().endswith("use another folder, or --force to start anew")
     assert "Traceback" not in other.stderr
+
+
+def test_find_prints_the_set_with_its_inclusion_and_costs(model, tmp_path):
+    options = ("--model", model, "--max-users", 3, "--max-examples", 1, "--n-donors", 1, "--k", 2)
+    done = run("find", "--out", tmp_path / "a", *options, "--n-bootstraps", 4, "--max-task-cost", 9)
+    assert done.returncode == 0, done.stderr
+    found = dps.FoundHeads.load(tmp_path / "a")
+    assert len(found.heads) == 2
+    assert (len(found.resampled), len(found.folds)) == (4, 3)
+    table = found.to_frame().set_index("name")
+    for head in found.heads:
+        (line,) = (line for line in done.stdout.splitlines() if f" {head} " in line)
+        assert f"{table.loc[str(head), 'inclusion']:.0%}" in line
+    for row in found.evidence().to_dict("records"):
+        assert any(row["measure"] in line and f"{row['mean']:.3f}" in line for line in done.stdout.splitlines())
+    assert (tmp_path / "a" / "found.csv").is_file()
+    again = run("find", "--out", tmp_path / "a", *options, "--n-bootstraps", 4, "--max-task-cost", 9)
+    assert again.stdout == done.stdout
+    own = tmp_path / "mine.py"
+    own.write_text("import dps_lens as dps\nclass Few(dps.Greedy):\n    name = 'few'\n")
+    done = run("find", "--out", tmp_path / "b", *options, "--method", f"{own}:Few(candidates=3)", "--n-bootstraps", 0)
+    assert done.returncode == 0, done.stderr
+    assert dps.FoundHeads.load(tmp_path / "b").manifest["method"] == {"name": "few", "candidates": 3, "least": 1e-4}
+    done = run("find", "--out", tmp_path / "c", *options, "--method", "best")
+    assert done.returncode == 2
+    assert "find_heads: method 'best' is unknown; use one of rank, greedy, conditional" in done.stderr
 
 
 def test_score_on_workers_and_in_shards_is_the_same(scored, model, tmp_path, monkeypatch):

@@ -1,0 +1,78 @@
+"""The runs that finders of sets measure on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from dps_lens.errors import ScoreError
+from dps_lens.literals import Quantity
+from dps_lens.scoring.clean_run import CleanRun
+from dps_lens.scoring.paths import integrated
+
+STEPS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """The clean runs of one discovery example that finders measure on; made once, every prompt cached.
+
+    Attributes:
+        user_id: whose example.
+        removed: own-profile runs, one per counterfactual, to be patched with its z: losing these heads (noising).
+        restored: counterfactual runs, to be patched with the own run's z: bringing these heads (denoising).
+        task: the same task without a profile, heads zeroed.
+        neutral: neutral text, heads zeroed; None where it is not asked for.
+        paths: `Float[Tensor, "layer head"]` by quantity, integrated scores that were made before.
+        memo: what sets were measured to do, by quantity and mask.
+    """
+
+    user_id: str
+    removed: tuple[CleanRun, ...]
+    restored: tuple[CleanRun, ...]
+    task: CleanRun
+    neutral: CleanRun | None
+    paths: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    memo: dict[tuple[Quantity, bytes], float] = field(default_factory=dict, repr=False)
+
+    def runs(self, quantity: Quantity) -> tuple[CleanRun, ...]:
+        """The runs whose mean a quantity is.
+
+        Raises:
+            ScoreError: there is no neutral text.
+        """
+        if quantity in ("removed", "restored"):
+            return self.removed if quantity == "removed" else self.restored
+        if quantity == "task_cost":
+            return (self.task,)
+        if self.neutral is None:
+            raise ScoreError("neutral_cost: these trials hold no neutral text; give FindConfig(neutral=…) some")
+        return (self.neutral,)
+
+    def path(self, quantity: Quantity, steps: int = STEPS) -> Tensor:
+        """Integrated scores `[layer head]` of a quantity: kept ones, else made with so many steps."""
+        kept = self.paths.get(quantity)
+        if kept is not None:
+            return kept
+        return _sign(quantity) * torch.stack([integrated(run, steps).values for run in self.runs(quantity)]).mean(0)
+
+    def measured(self, quantity: Quantity, masks: Bool[Tensor, "row layer head"]) -> Float64[Tensor, " row"]:
+        """What the sets of these rows do, in nats per token, each set measured once.
+
+        `removed`: patched NLL of the own text minus that of the own run. `restored`: counterfactual NLL minus the
+        patched one. The costs: NLL with the heads zeroed minus the clean one.
+        """
+        keys: list[tuple[Quantity, bytes]] = [(quantity, mask.numpy().tobytes()) for mask in masks]
+        missing = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in self.memo}
+        if missing:
+            rows = torch.stack(list(missing.values()))
+            changes = torch.stack([run.ablated(rows) - run.value for run in self.runs(quantity)]).mean(0)
+            self.memo.update(zip(missing, (_sign(quantity) * changes).tolist(), strict=True))
+        return torch.tensor([self.memo[key] for key in keys], dtype=torch.float64)
+
+
+def _sign(quantity: Quantity) -> int:
+    # What patching in brings lowers the NLL.
+    return -1 if quantity == "restored" else 1
