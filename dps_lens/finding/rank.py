@@ -49,9 +49,9 @@ class Rank(Finder):
         cost = sum((trials.path(name).clamp(min=0) for name in bounded), score.new_zeros(()))
         ranked = [score - penalty * cost for penalty in self.penalties]
         sets = [best(values, k, positive=True) for values in ranked]
-        # A batch of sets costs little more than one of them.
-        for heads, values, kept in zip(sets, ranked, trials.keeps(sets, bounds), strict=True):
-            if kept and len(heads):
+        # One at a time: on a CPU a batch of neutral texts is no cheaper, and most often an early one is kept.
+        for heads, values in zip(sets, ranked, strict=True):
+            if len(heads) and trials.keeps([heads], bounds)[0]:
                 return Fit(heads, values.float())
         shorter = [sets[-1][:size] for size in range(len(sets[-1]) - 1, 0, -1)]
         longest = next(
