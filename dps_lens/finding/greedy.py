@@ -14,6 +14,8 @@ from dps_lens.finding.sets import Weighted, best
 from dps_lens.finding.trial import Trial
 from dps_lens.heads import HeadSet
 
+_AT_ONCE = 8
+
 
 @dataclass(frozen=True)
 class Greedy(Finder):
@@ -73,9 +75,11 @@ def first_kept(
     bounds: Bounds,
 ) -> HeadSet | None:
     """The head that adds most, and more than `least`, of those with which the set keeps its bounds."""
-    for index in (-added).argsort(stable=True).tolist():
-        if added[index] <= least:
-            return None
-        if trials.keeps(chosen | left[index : index + 1], bounds):
-            return left[index : index + 1]
+    order = [index for index in (-added).argsort(stable=True).tolist() if added[index] > least]
+    # Where bounds do not bind, the first one keeps them; where they do, a batch costs little more than one.
+    for part in (order[:1], *(order[start : start + _AT_ONCE] for start in range(1, len(order), _AT_ONCE))):
+        tried = [left[index : index + 1] for index in part]
+        for head, kept in zip(tried, trials.keeps([chosen | head for head in tried], bounds), strict=True):
+            if kept:
+                return head
     return None

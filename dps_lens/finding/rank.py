@@ -47,10 +47,14 @@ class Rank(Finder):
         if not bounded:
             return Fit(best(score, k, positive=True), score.float())
         cost = sum((trials.path(name).clamp(min=0) for name in bounded), score.new_zeros(()))
-        for penalty in self.penalties:
-            values = score - penalty * cost
-            heads = best(values, k, positive=True)
-            if len(heads) and trials.keeps(heads, bounds):
+        ranked = [score - penalty * cost for penalty in self.penalties]
+        sets = [best(values, k, positive=True) for values in ranked]
+        # One at a time: on a CPU a batch of neutral texts is no cheaper, and most often an early one is kept.
+        for heads, values in zip(sets, ranked, strict=True):
+            if len(heads) and trials.keeps([heads], bounds)[0]:
                 return Fit(heads, values.float())
-        size = next((size for size in range(len(heads) - 1, 0, -1) if trials.keeps(heads[:size], bounds)), 0)
-        return Fit(heads[:size], values.float())
+        shorter = [sets[-1][:size] for size in range(len(sets[-1]) - 1, 0, -1)]
+        longest = next(
+            (one for one, kept in zip(shorter, trials.keeps(shorter, bounds), strict=True) if kept), sets[-1][:0]
+        )
+        return Fit(longest, ranked[-1].float())

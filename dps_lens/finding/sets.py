@@ -49,14 +49,17 @@ class Weighted:
         return self.weights @ torch.stack([trial.measured(quantity, masks) for trial in self.trials])
 
     def mask(self, heads: HeadSet) -> Bool[Tensor, "layer head"]:
-        mask = torch.zeros(self.shape, dtype=torch.bool)
-        for head in heads:
-            mask[head] = True
-        return mask
+        """The set as a mask over the model's heads."""
+        return heads.mask(self.trials[0].task.runner.cfg)
 
-    def keeps(self, heads: HeadSet, bounds: Bounds) -> bool:
-        """Whether a set, measured as a whole, costs no more than its bounds."""
-        return all(float(self.measured(name, [heads])[0]) <= most for name, most in limits(bounds).items())
+    def keeps(self, sets: Sequence[HeadSet], bounds: Bounds) -> list[bool]:
+        """Whether each set, measured as a whole, costs no more than its bounds."""
+        kept = torch.ones(len(sets), dtype=torch.bool)
+        for name, most in limits(bounds).items():
+            rows = kept.nonzero().flatten().tolist()
+            if rows:
+                kept[rows] = self.measured(name, [sets[row] for row in rows]) <= most
+        return kept.tolist()
 
 
 def limits(bounds: Bounds) -> Mapping[Quantity, float]:
