@@ -99,10 +99,10 @@ def scored(case: plants.Planted, settings: Mapping[str, Any]) -> str:
     return f"{n - len(wrong)} of {n}" + (f"; {', '.join(wrong)}" if wrong else "")
 
 
-def found(case: plants.Planted, method: str) -> str:
+def found(case: plants.Planted, method: FindMethod) -> str:
     """How many carriers the set holds, who else does, and how many resamples of users hold exactly the carriers."""
     n = len(case.carriers)
-    result = dps.find_heads(  # type: ignore[attr-defined, unused-ignore]
+    result = dps.find_heads(
         case.model, case.users, n, method=method, max_examples=2, run_config=dps.RunConfig(progress=False)
     )
     wrong = [str(head) for head in result.heads if head not in case.carriers]
