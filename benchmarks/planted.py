@@ -20,10 +20,10 @@ from typing import Any, get_args
 import torch
 
 import dps_lens as dps
-from dps_lens import literals
 from dps_lens.data.conditions import neutral_prompt, prompts_in
 from dps_lens.families.retrieval import shipped_paragraphs
 from dps_lens.heads import Head
+from dps_lens.literals import FindMethod
 from dps_lens.model import runner_of
 from dps_lens.scoring.clean_run import CleanRun
 
@@ -44,7 +44,7 @@ SCORES: list[tuple[str, Mapping[str, Any]]] = [
     ("restored, no profile, integrated", {"ablation": RESTORED, "against": "no_profile", "method": "integrated"}),
     ("patch, integrated (the default)", {"ablation": "patch", "against": "other_user", "method": "integrated"}),
 ]
-FINDERS: tuple[str, ...] = get_args(getattr(literals, "FindMethod", None))
+FINDERS: tuple[FindMethod, ...] = get_args(FindMethod)
 
 
 def sets_of(name: str, carriers: Iterable[Head]) -> dict[str, list[Head]]:
@@ -130,9 +130,7 @@ def main() -> None:
         show(["model", "heads", "gain", "patched", "zeroed", "task cost", "neutral cost"], rows)
         print()
         methods: list[tuple[str, Callable[[plants.Planted], str]]] = [
-            (label, partial(scored, settings=settings))
-            for label, settings in SCORES
-            if settings["method"] in literals.METHODS
+            (label, partial(scored, settings=settings)) for label, settings in SCORES
         ]
         methods += [(f"`find_heads`, {name}", partial(found, method=name)) for name in FINDERS]
         shown = ([label, *(method(case) for case in cases.values())] for label, method in methods)

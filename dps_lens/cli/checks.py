@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from dps_lens.data import User
     from dps_lens.families import Family
     from dps_lens.finding import Finder
+    from dps_lens.found import FoundHeads
     from dps_lens.intervene import AblationLike
     from dps_lens.model import HookedModel
     from dps_lens.scores import HeadScores
@@ -46,7 +48,15 @@ def template_kwargs(text: str | None) -> dict[str, Any]:
     return found
 
 
-def check_same_model(command: str, scores: "HeadScores", model: "HookedModel") -> None:
+def heads_of(run: Path) -> "HeadScores | FoundHeads":
+    """What a run folder of 'score' or 'find' holds."""
+    from dps_lens.found import FoundHeads
+    from dps_lens.scores import HeadScores
+
+    return FoundHeads.load(run) if (run / f"{FoundHeads.stem}.json").is_file() else HeadScores.load(run)
+
+
+def check_same_model(command: str, scores: "HeadScores | FoundHeads", model: "HookedModel") -> None:
     """Refuse scores of another model."""
     from dps_lens.errors import ScoreError
     from dps_lens.model import describe_model

@@ -6,20 +6,20 @@ from typing import Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, families, numbers, with_discovery
+from dps_lens.cli.checks import check_same_model, families, heads_of, numbers, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     BatchSize,
     Device,
     Dtype,
     Force,
+    HeadsRun,
     HeldOutExamples,
     Kinds,
     MaxUsers,
     Model,
     Outputs,
     OwnHeads,
-    Run,
     Strict,
     Users,
 )
@@ -30,7 +30,7 @@ from dps_lens.literals import Against
 
 @app.command()
 def faithfulness(
-    run: Run,
+    run: HeadsRun,
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; a run started again there resumes.")],
     users: Users = "probe",
     outputs: Outputs = None,
@@ -59,7 +59,7 @@ def faithfulness(
     import dps_lens as dps
     from dps_lens.files import write_text
 
-    scores = dps.HeadScores.load(run)
+    scores = heads_of(run)
     with engine_of(workers, ray, cpus, gpus, shard) as engine:
         loaded = load_for(engine, model, device, dtype)
         check_same_model("faithfulness", scores, loaded)

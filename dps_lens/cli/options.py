@@ -36,6 +36,7 @@ Ablation = Annotated[
     str, typer.Option(help="zero, mean, patch, uniform, or one of your own: file.py:Name or package.module:Name.")
 ]
 Run = Annotated[Path, typer.Option(help="Run folder of 'score'.")]
+HeadsRun = Annotated[Path, typer.Option("--run", help="Run folder of 'score' or 'find'.")]
 Kinds = Annotated[
     str,
     typer.Option(

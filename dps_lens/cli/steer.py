@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from dps_lens.cli.app import app
 from dps_lens.cli.chat import chat as talk
 from dps_lens.cli.chat import check_answers
-from dps_lens.cli.checks import ablation_of, check_same_model, rule_of, template_kwargs
+from dps_lens.cli.checks import ablation_of, check_same_model, heads_of, rule_of, template_kwargs
 from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Strict, TemplateKwargs, Users
 from dps_lens.cli.requests import Lines, Request, read_requests, sampling_of
 from dps_lens.literals import Positions
@@ -28,7 +28,9 @@ def steer(
     prompt: Annotated[
         str | None, typer.Argument(help="Text to continue; without it the users' examples are used.")
     ] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder of 'score', whose top heads are used.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run folder of 'score' or 'find', whose first heads are used.")
+    ] = None,
     heads: Annotated[str | None, typer.Option(help="Heads by name, such as L12H3,L4H0.")] = None,
     k: Annotated[int, typer.Option(help="Heads to take from a run.")] = 10,
     rule: Annotated[
@@ -88,10 +90,10 @@ def steer(
         raise SteeringError("steer: give one of a text, --requests and --chat")
     own_heads = requests is not None and run is None
     if chosen_rule.needs_heads and not own_heads and (run is None) == (heads is None):
-        raise SteeringError("steer: give either --run, a folder of 'dps-lens score', or --heads L12H3,L4H0")
+        raise SteeringError("steer: give either --run, a folder of 'dps-lens score' or 'find', or --heads L12H3,L4H0")
     if chosen_rule.has("negative") and (prompt is not None or chat):
         raise SteeringError(f"steer: rule {rule!r} needs prompts with a profile; leave the text out to use --users")
-    scores = dps.HeadScores.load(run) if run else None
+    scores = heads_of(run) if run else None
     chosen = scores.top(k) if scores else dps.HeadSet.parse(heads or "")
     sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     defaults = {"heads": str(chosen), "gamma": gamma, "alpha": alpha, **sampling}

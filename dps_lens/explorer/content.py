@@ -13,6 +13,7 @@ from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import ScoreError
 from dps_lens.evaluation import steering_grid
 from dps_lens.explorer.page import ExampleView, Exploration
+from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel, describe_model
 from dps_lens.scores import HeadScores
@@ -33,7 +34,7 @@ def explore(
     users: Sequence[User],
     scores: HeadScores | Mapping[str, HeadScores],
     *,
-    families: Mapping[str, HeadScores] | None = None,
+    families: Mapping[str, HeadScores | FoundHeads] | None = None,
     effects: SetEffects | None = None,
     cost: SetEffects | None = None,
     k: int = 10,
@@ -52,7 +53,8 @@ def explore(
         users: the newest evaluation example of up to `max_users` of them, spread over all, is shown.
         scores: of `score_heads`; or several by name, of the same users: the page is about the first, and its map can
             be switched to the others, such as the paper's PCS.
-        families: of `reference_heads`; a family that the model does not show is named with its reason.
+        families: of `reference_heads`, where a family that the model does not show is named with its reason, or sets
+            of `find_heads`, which are shown by what the finder ranked by.
         effects: of `ablation_curve` or `patch_heads`.
         cost: of `ablation_cost`; its heads are outlined.
         k: the top heads to outline and compare.
@@ -78,7 +80,7 @@ def explore(
     shown = shown[:: max(1, len(shown) // max_users)][:max_users]
     if not shown:
         raise ScoreError("explore: none of the users has an evaluation example to show")
-    families = dict(families or {})
+    shown_families = {name: _as_map(one) for name, one in (families or {}).items()}
     heads = next(iter(cost.sets().values())) if cost is not None else scores.top(k)
     config = PromptConfig(**scores.manifest.get("prompt_config", {}))
     check_held_out("explore", scores, [user.examples[-1] for user in shown])
@@ -94,14 +96,14 @@ def explore(
         engine=engine,
         run_config=run_config,
     )
-    looked = _looked_at(scores, families, shape, len(shown) * config.profile_tokens * 2)
+    looked = _looked_at(scores, shown_families, shape, len(shown) * config.profile_tokens * 2)
     run = Run(model, None, Path(out) / "attention" if out is not None else None, engine, run_config)
     views = ViewWork(model, shown, looked, config).views(run)
-    defined = {name: family for name, family in families.items() if family.defined}
+    defined = {name: family for name, family in shown_families.items() if family.defined}
     return Exploration(
         scores=scores,
         heads=heads,
-        families=families,
+        families=shown_families,
         maps=maps,
         between_users=_between_users(scores, k),
         between_families=overlap({"preference": scores, **defined}, k=k) if defined else None,
@@ -110,6 +112,14 @@ def explore(
         views=views,
         grid=grid,
     )
+
+
+def _as_map(family: HeadScores | FoundHeads) -> HeadScores:
+    """A family as a map of scores: of heads that were found, what the finder ranked by."""
+    if isinstance(family, HeadScores):
+        return family
+    about = {"family": "found", "unit": "what the finder ranked by", "call": "find_heads"}
+    return HeadScores(family.values[None], example_ids=["all"], user_ids=["all"], manifest=about)
 
 
 def _main_and_others(scores: HeadScores | Mapping[str, HeadScores]) -> tuple[HeadScores, dict[str, HeadScores]]:

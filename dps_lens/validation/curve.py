@@ -10,6 +10,7 @@ from dps_lens.data.conditions import neutral_prompt, prompts_in
 from dps_lens.data.examples import held_out_examples
 from dps_lens.errors import ScoreError
 from dps_lens.families.retrieval import shipped_paragraphs
+from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import AblationLike, Patch, Zero
 from dps_lens.literals import AGAINST, CONDITIONS, PATCHED, Select
@@ -98,7 +99,7 @@ def ablation_curve(
 def ablation_cost(
     model: HookedModel,
     users: Sequence[User],
-    heads: HeadSet | HeadScores,
+    heads: HeadSet | HeadScores | FoundHeads,
     *,
     k: int = 10,
     n_random: int = 20,
@@ -116,23 +117,30 @@ def ablation_cost(
     `ablation_curve` of a single set, every random set of which is measured on every example, in each of its conditions.
 
     Args:
-        heads: the chosen heads, or scores whose top `k` are taken, with the settings that they were made with.
+        heads: the chosen heads; a set that `find_heads` found, each user tested with what others chose; or scores
+            whose top `k` are taken. Of the latter two, the settings that they were made with are taken, too.
         k: how many heads to take from scores.
 
     Raises:
         ScoreError: as `ablation_curve`.
     """
     run = Run(model, SetEffects, out, engine, run_config)
-    settings: Mapping[str, HeadSource] = {"scores": heads} if isinstance(heads, HeadScores) else {}
-    if isinstance(heads, HeadScores):
+    settings: Mapping[str, HeadSource] = {} if isinstance(heads, HeadSet) else {"scores": heads}
+    if not isinstance(heads, HeadSet):
         check_held_out("ablation_cost", heads, held_out_examples("ablation_cost", users, max_examples))
-    chosen = heads.top(k) if isinstance(heads, HeadScores) else heads
+    tested: dict[str, HeadSource]
+    if isinstance(heads, FoundHeads):
+        # Fits without a fold may have found fewer.
+        tested, size = {"found": heads}, min(map(len, (heads.heads, *heads.by_fold)))
+    else:
+        chosen = heads.top(k) if isinstance(heads, HeadScores) else heads
+        tested, size = {chosen.label or "heads": chosen}, len(chosen)
     work = AblationWork.of(
         "ablation_cost",
         model,
         users,
-        {chosen.label or "heads": chosen},
-        (len(chosen),),
+        tested,
+        (size,),
         inherit=settings,
         ablation=ablation,
         prompt_config=prompt_config,

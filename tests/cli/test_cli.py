@@ -137,6 +137,25 @@ def test_find_prints_the_set_with_its_inclusion_and_costs(model, tmp_path):
     assert "find_heads: method 'best' is unknown; use one of rank, greedy, conditional" in done.stderr
 
 
+def test_a_found_set_is_tested_and_steered_with(model, tmp_path):
+    options = ("--model", model, "--max-users", 3, "--max-examples", 1)
+    done = run("find", "--out", tmp_path / "found", *options, "--n-donors", 1, "--k", 2, "--n-bootstraps", 0)
+    assert done.returncode == 0, done.stderr
+    found = dps.FoundHeads.load(tmp_path / "found")
+    tested = ("--run", tmp_path / "found", *options, "--kinds", "induction", "--n-random", 2)
+    done = run("ablate", "--out", tmp_path / "effects", *tested, "--ks", 2)
+    assert done.returncode == 0, done.stderr
+    sets = dps.SetEffects.load(tmp_path / "effects").sets("preference")
+    assert sets == {user: found.of_user(user) for user in found.users}
+    done = run("faithfulness", "--out", tmp_path / "curves", *tested, "--sizes", "0.1,0.2")
+    assert done.returncode == 0, done.stderr
+    done = run(
+        "steer", "--run", tmp_path / "found", "--k", 2, "--model", model, "--max-users", 1, "--max-new-tokens", 2
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[0])["heads"] == str(found.heads)
+
+
 def test_score_on_workers_and_in_shards_is_the_same(scored, model, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

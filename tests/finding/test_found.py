@@ -170,3 +170,24 @@ def test_other_uses(llama, people, found):
     prompt = dps.build_prompt(llama.hooked, people[0].examples[0], profile="own", config=SHORT)
     written = dps.generate(llama.hooked, [prompt], heads=found.heads, gamma=1.0, max_new_tokens=3)
     assert len(written.texts) == 1
+
+
+def test_cost_of_a_found_set_tests_each_user_with_what_others_chose(llama, people, found):
+    options = {"n_random": 2, "max_examples": 1, "held_out_config": dps.HeldOutConfig(patched=False)}
+    size = min(map(len, (found.heads, *found.by_fold)))
+    cost = dps.ablation_cost(llama.hooked, people, found, **options)
+    assert cost.sets("found") == {user.id: found.of_user(user.id)[:size] for user in people}
+    curve = dps.ablation_curve(llama.hooked, people, {"found": found}, ks=(size,), **options)
+    for name, changes in cost.chosen.items():
+        assert torch.allclose(changes, curve.chosen[name], atol=1e-6)
+    leaking = replace(found, example_ids=[user.examples[-1].id for user in people])
+    with pytest.raises(ScoreError, match="the heads were chosen on 4"):
+        dps.ablation_cost(llama.hooked, people, leaking, **options)
+
+
+def test_a_found_set_is_a_family_of_the_page(llama, people, found):
+    scores = dps.score_heads(llama.hooked, people, max_examples=1, prompt_config=SHORT)
+    shown = {"gammas": (1.0,), "ks": (1,), "max_users": 1, "max_new_tokens": 2, "k": 2}
+    page = dps.explore(llama.hooked, people, scores, families={"found": found}, **shown)
+    assert torch.equal(page.families["found"].mean(), found.values.double())
+    assert page.families["found"].top(1).heads == found.heads.heads[:1]
