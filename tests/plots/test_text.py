@@ -22,6 +22,7 @@ from dps_lens.plots.export import fit
 from dps_lens.plots.text import plain
 from dps_lens.steering import Generation
 from dps_lens.validation.attention import AttentionPattern
+from dps_lens.validation.circuits import Faithfulness
 from dps_lens.validation.effects import SetEffects
 
 EVIL = '<b>u</b><br><a href="javascript:alert(1)">L</a> %{x} $\\alpha$ &lt; <extra>\n'
@@ -82,6 +83,15 @@ def sweep():
     return SteeringSweep((0.5, 1.0), names, names, torch.ones(N, dtype=torch.float64), methods, methods)
 
 
+def curves():
+    names = tuple(f"{EVIL}{index}" for index in range(N))
+    empty = 5 + torch.rand(N, dtype=torch.float64)
+    kept = torch.tensor([[0.3, 0.7, 1.0]], dtype=torch.float64)
+    sizes = ((0.1, 0.5, 1.0), (1, 4, 8))
+    circuits = empty[:, None, None] - kept
+    return Faithfulness((EVIL,), *sizes, names, names, empty - 1, empty, circuits, circuits)
+
+
 def generation():
     one, moved = torch.rand(2), [[[(EVIL, 0.1)], [(EVIL, -0.1)]]]
     of = ([EVIL * 2], [torch.tensor([1, 2])], [one], [one], [one], [[EVIL, EVIL]], moved)
@@ -99,6 +109,7 @@ FIGURES = {
     "attention": lambda: plots.attention(pattern()),
     "evaluation": lambda: plots.evaluation(evaluation(), baseline="rag"),
     "evaluation against it": lambda: plots.evaluation(evaluation(), baseline=EVIL),
+    "faithfulness": lambda: plots.faithfulness(curves()),
     "families": lambda: plots.families(scores(family=EVIL, unit=EVIL), scores(family=EVIL, unit=EVIL), k=3),
     "families by name": lambda: plots.families(scores(), scores(unit=EVIL), k=3, names=(EVIL, EVIL)),
     "heatmap": lambda: plots.heatmap(scores(unit=EVIL), heads=HeadSet.parse("L0H1", EVIL)),
