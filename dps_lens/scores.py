@@ -122,7 +122,7 @@ class HeadScores(Result):
             return str(about["family"]).replace("_", " ")
         against, method = PROFILES.get(str(about.get("against"))), about.get("method", "exact")
         if about.get("ablation") == "patch":
-            return f"{method} patch, own profile → {against}"
+            return f"{method} patch → {against}"
         name = f"PCS, own profile − {against}" if against else "PCS"
         return name if method == "exact" else f"{name} ({method})"
 

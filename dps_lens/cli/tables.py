@@ -41,10 +41,12 @@ def print_top(scores: "HeadScores", k: int) -> None:
     about = caveat(scores.skewness().numpy(), len(scores.users))
     title = printable(f"Top {k} heads ({unit}, 95% interval over {len(scores.users)} users)")
     table = Table(title=title, caption=about or None)
-    for column in ("head", "score", "interval", *scores.components):
+    # A single component is the score itself.
+    shown = scores.components if len(scores.components) > 1 else {}
+    for column in ("head", "score", "interval", *shown):
         table.add_column(printable(column), justify="left" if column == "head" else "right")
     for row in scores.to_frame().head(k).to_dict("records"):
-        parts = [f"{row[name]:.4f}" for name in scores.components]
+        parts = [f"{row[name]:.4f}" for name in shown]
         _add(table, row["name"], f"{row['mean']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}", *parts)
     _console().print(table)
 

@@ -146,7 +146,7 @@ def test_a_found_set_is_tested_and_steered_with(model, tmp_path):
     done = run("ablate", "--out", tmp_path / "effects", *tested, "--ks", 2)
     assert done.returncode == 0, done.stderr
     sets = dps.SetEffects.load(tmp_path / "effects").sets("preference")
-    assert sets == {user: found.of_user(user) for user in found.users}
+    assert {user: heads.heads for user, heads in sets.items()} == {u: found.of_user(u).heads for u in found.users}
     done = run("faithfulness", "--out", tmp_path / "curves", *tested, "--sizes", "0.1,0.2")
     assert done.returncode == 0, done.stderr
     done = run(
