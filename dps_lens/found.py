@@ -49,7 +49,8 @@ class FoundHeads(Result):
 
     `heads` is the set fitted to all users together; where the same users are tested, `of_user` gives each the set of a
     fit that left them out. Evidence comes from discovery examples: `effects` is measured on the examples that chose
-    the set, and flatters it; `crossed` measures on each user's examples the set of a fit without that user.
+    the set, and flatters it; `crossed` measures on each user's examples the set of a fit without that user, whose
+    documents may still have stood in the profiles of donors.
 
     Attributes:
         heads: best first, at most k; its beginnings are the sets of smaller k, and were not all held to the bounds.
@@ -104,6 +105,11 @@ class FoundHeads(Result):
 
     def _mean(self, name: str) -> float | None:
         return float(self._user_means(self.effects[name]).mean()) if name in self.effects else None
+
+    @property
+    def k(self) -> int:
+        """At most so many heads were asked for; fits whose bounds or examples allow no more hold fewer."""
+        return int(self.manifest.get("k", len(self.heads)))
 
     @property
     def users(self) -> tuple[str, ...]:

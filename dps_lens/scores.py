@@ -121,10 +121,13 @@ class HeadScores(Result):
         if "family" in about:
             return str(about["family"]).replace("_", " ")
         against, method = PROFILES.get(str(about.get("against"))), about.get("method", "exact")
-        if about.get("ablation") == "patch":
-            return f"{method} patch → {against}"
+        ablation = about.get("ablation", "zero")
+        if ablation == "patch":
+            back = "restored" if about.get("direction") == "denoising" else "patch"
+            return f"{method} {back} → {against}"
         name = f"PCS, own profile − {against}" if against else "PCS"
-        return name if method == "exact" else f"{name} ({method})"
+        how = [str(one) for one in (ablation, method) if one not in ("zero", "exact")]
+        return f"{name} ({', '.join(how)})" if how else name
 
     def name_of(self, component: str) -> str:
         """What a component is, in a few words."""

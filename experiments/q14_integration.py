@@ -5,8 +5,8 @@
 Question. Which settings of `score_heads(method="integrated")`, patched towards other users, give a ranking that other
 users of the same kind would give again, and what do they cost?
 
-Hypotheses. (1) Five nodes of the path integral rank as twenty do. (2) One node does not: one-step attribution of the
-same patch ranks otherwise. (3) A second donor makes halves of the users agree more. (4) So does a second example.
+Hypotheses. (1) Five nodes of the path integral rank as twenty do. (2) One node, the middle
+of the path, does not. (3) A second donor makes halves of the users agree more. (4) So does a second example.
 
 Measure. The newest discovery examples of every user, each patched towards `n_donors` other users, at 1, 2, 5, 10 and 20
 nodes of a Gauss–Legendre rule. Top K heads by the mean over users. Accuracy of a setting: Jaccard overlap of its top K
@@ -95,8 +95,9 @@ def paths(users: list[User], config: Integration, lab: Lab) -> tuple[Tensor, Ten
         for donor in donors:
             other = CleanRun(runner, donor, keep_z=True)
             patched = own.with_values(dps.Patch(z=other.z))
-            found.append(torch.stack([integrated(patched, steps).values.flatten() for steps in STEPS]))
-            change.append(other.nll - own.nll)
+            along = [integrated(patched, steps) for steps in STEPS]
+            found.append(torch.stack([path.values.flatten() for path in along]))
+            change.append(along[-1].change)
         return {"scores": torch.stack(found), "change": torch.tensor(change, dtype=torch.float64)}
 
     for example in tqdm(examples, desc="paths", unit="example", disable=None):

@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "rules": "rules",
     "benchmark": "benchmark",
     "integration": "integration",
+    "finders": "finders",
 }
 """Script → run folder of its experiment."""
 

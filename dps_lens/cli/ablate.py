@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import ablation_of, check_same_model, families, heads_of, numbers, with_discovery
+from dps_lens.cli.checks import ablation_of, check_same_model, families, heads_of, numbers, sizes_of, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     BatchSize,
@@ -38,7 +38,9 @@ def ablate(
     strict: Strict = False,
     max_examples: HeldOutExamples = None,
     kinds: Kinds = "induction,retrieval,function_vector",
-    ks: Annotated[str, typer.Option(help="Sizes of the sets.")] = "1,5,10,20",
+    ks: Annotated[
+        str | None, typer.Option(help="Sizes of the sets; by default 1,5,10,20, of 'find' up to what it was asked for.")
+    ] = None,
     n_random: Annotated[int, typer.Option(min=0, help="Layer-matched random sets of each family and size.")] = 50,
     select: OwnHeads = "global",
     ablation: Annotated[
@@ -70,7 +72,7 @@ def ablate(
         sets = {"preference": scores, **dps.reference_heads(loaded, families(kinds), engine=engine)}
         tested = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
         options: dict[str, Any] = {
-            "ks": numbers("ks", ks, int),
+            "ks": numbers("ks", ks, int) if ks is not None else sizes_of(scores, (1, 5, 10, 20)),
             "n_random": n_random,
             "select": {"preference": select},
             "max_examples": max_examples,

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from dps_lens.families import Family
     from dps_lens.finding import Finder
     from dps_lens.found import FoundHeads
+    from dps_lens.heads import HeadSet
     from dps_lens.intervene import AblationLike
     from dps_lens.model import HookedModel
     from dps_lens.scores import HeadScores
@@ -54,6 +56,22 @@ def heads_of(run: Path) -> "HeadScores | FoundHeads":
     from dps_lens.scores import HeadScores
 
     return FoundHeads.load(run) if (run / f"{FoundHeads.stem}.json").is_file() else HeadScores.load(run)
+
+
+def first_of(heads: "HeadScores | FoundHeads", k: int | None) -> "HeadSet":
+    """The first k heads; by default 10, of a set that was found the whole set."""
+    from dps_lens.found import FoundHeads
+
+    if isinstance(heads, FoundHeads) and k is None:
+        return heads.heads
+    return heads.top(10 if k is None else k)
+
+
+def sizes_of(heads: "HeadScores | FoundHeads", sizes: Sequence[int]) -> list[int]:
+    """Sizes of sets; of a set that was found, up to what it was asked for."""
+    from dps_lens.found import FoundHeads
+
+    return [size for size in sizes if size < heads.k] + [heads.k] if isinstance(heads, FoundHeads) else list(sizes)
 
 
 def check_same_model(command: str, scores: "HeadScores | FoundHeads", model: "HookedModel") -> None:

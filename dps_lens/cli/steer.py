@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from dps_lens.cli.app import app
 from dps_lens.cli.chat import chat as talk
 from dps_lens.cli.chat import check_answers
-from dps_lens.cli.checks import ablation_of, check_same_model, heads_of, rule_of, template_kwargs
+from dps_lens.cli.checks import ablation_of, check_same_model, first_of, heads_of, rule_of, template_kwargs
 from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Strict, TemplateKwargs, Users
 from dps_lens.cli.requests import Lines, Request, read_requests, sampling_of
 from dps_lens.literals import Positions
@@ -32,7 +32,9 @@ def steer(
         Path | None, typer.Option(help="Run folder of 'score' or 'find', whose first heads are used.")
     ] = None,
     heads: Annotated[str | None, typer.Option(help="Heads by name, such as L12H3,L4H0.")] = None,
-    k: Annotated[int, typer.Option(help="Heads to take from a run.")] = 10,
+    k: Annotated[
+        int | None, typer.Option(help="Heads to take from a run; by default 10, of 'find' the whole set.")
+    ] = None,
     rule: Annotated[
         str, typer.Option(help="dps, dps-entropy, decore, cad, cos, dola, amplify, stacked: dps+cad, or file.py:Name.")
     ] = "dps",
@@ -94,7 +96,7 @@ def steer(
     if chosen_rule.has("negative") and (prompt is not None or chat):
         raise SteeringError(f"steer: rule {rule!r} needs prompts with a profile; leave the text out to use --users")
     scores = heads_of(run) if run else None
-    chosen = scores.top(k) if scores else dps.HeadSet.parse(heads or "")
+    chosen = first_of(scores, k) if scores else dps.HeadSet.parse(heads or "")
     sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     defaults = {"heads": str(chosen), "gamma": gamma, "alpha": alpha, **sampling}
     sampling_of(defaults)

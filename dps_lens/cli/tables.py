@@ -57,7 +57,14 @@ def print_found(found: "FoundHeads") -> None:
 
     n = len(found.resampled)
     table = Table(title=printable(f"{len(found.heads)} heads, chosen on {len(found.users)} users"))
-    for column in ("place", "head", "value", f"in resamples (of {n})", "interval", f"in folds (of {len(found.folds)})"):
+    for column in (
+        "place",
+        "head",
+        "value",
+        f"in resamples (of {n})",
+        "95% over resamples",
+        f"in folds (of {len(found.folds)})",
+    ):
         table.add_column(printable(column), justify="left" if column == "head" else "right")
     frame = found.to_frame()
     for row in frame[frame["place"].notna()].to_dict("records"):

@@ -56,7 +56,7 @@ def explore(
         families: of `reference_heads`, where a family that the model does not show is named with its reason, or sets
             of `find_heads`, which are shown by what the finder ranked by.
         effects: of `ablation_curve` or `patch_heads`.
-        cost: of `ablation_cost`; its heads are outlined.
+        cost: of `ablation_cost`; its heads are outlined where all users were tested with the same.
         k: the top heads to outline and compare.
         gammas: grid of the slider.
         ks: grid of the other slider.
@@ -81,7 +81,9 @@ def explore(
     if not shown:
         raise ScoreError("explore: none of the users has an evaluation example to show")
     shown_families = {name: _as_map(one) for name, one in (families or {}).items()}
-    heads = next(iter(cost.sets().values())) if cost is not None else scores.top(k)
+    tested = {*map(str, cost.sets().values())} if cost is not None else set()
+    # Sets that differ from user to user, as of folds, are no one set to outline.
+    heads = next(iter(cost.sets().values())) if cost is not None and len(tested) == 1 else scores.top(k)
     config = PromptConfig(**scores.manifest.get("prompt_config", {}))
     check_held_out("explore", scores, [user.examples[-1] for user in shown])
     grid = steering_grid(
@@ -99,7 +101,8 @@ def explore(
     looked = _looked_at(scores, shown_families, shape, len(shown) * config.profile_tokens * 2)
     run = Run(model, None, Path(out) / "attention" if out is not None else None, engine, run_config)
     views = ViewWork(model, shown, looked, config).views(run)
-    defined = {name: family for name, family in shown_families.items() if family.defined}
+    # Of a found set, overlap is about the set, not about what the finder ranked by.
+    defined = {name: (families or {})[name] for name, family in shown_families.items() if family.defined}
     return Exploration(
         scores=scores,
         heads=heads,

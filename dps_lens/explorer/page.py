@@ -18,7 +18,7 @@ from plotly.colors import get_colorscale
 from torch import Tensor
 
 from dps_lens.data.examples import key_of
-from dps_lens.errors import RunError, reason
+from dps_lens.errors import RunError, ScoreError, reason
 from dps_lens.evaluation import SteeringGrid
 from dps_lens.files import write_text
 from dps_lens.heads import Head, HeadSet
@@ -155,6 +155,8 @@ def content(found: Exploration) -> dict[str, Any]:
     layers, heads = scores.values.shape[1:]
     parts = scores.components if len(scores.components) > 1 else {}
     maps = {scores.name: scores.samples()} | {scores.name_of(of): scores.samples(of=of) for of in parts}
+    if twice := [name for name in found.maps if name in maps]:
+        raise ScoreError(f"a page needs another name for the scores {twice[0]!r}, which is that of its own map")
     maps |= {name: other.samples() for name, other in found.maps.items()}
     sizes = {len(scores.users), *(len(scores.rows(user)) for user in scores.users)}
     return {

@@ -62,7 +62,7 @@ class Conditional(Finder):
         values = trials.path("removed")
         everything = best(values, values.numel())
         seed = first_kept(trials, HeadSet(shape=trials.shape), everything, _listed(values, everything), 0.0, bounds)
-        chosen = seed if seed is not None and k else HeadSet(shape=trials.shape)
+        chosen = seed if seed is not None else HeadSet(shape=trials.shape)
         given = float(trials.measured("removed", [chosen])[0]) if len(chosen) else 0.0
         while 0 < len(chosen) < k:
             pool = everything if len(chosen) <= self.all_rounds else best(values, self.candidates + len(chosen))

@@ -122,9 +122,9 @@ class Gates(Finder):
         """From gates that start half open, and go no farther than the pull can bring them back."""
         runs = [run for trial in trials for run in trial.removed]
         each = [
-            weight / len(trial.removed)
+            weight * share
             for trial, weight in zip(trials, weights.tolist(), strict=True)
-            for _ in trial.removed
+            for share in trial.weights("removed")
         ]
         config = GatingConfig(
             steps=self.role_steps,

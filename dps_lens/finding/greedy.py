@@ -26,7 +26,7 @@ class Greedy(Finder):
     k heads, or when no head that keeps the bounds adds `least`. Every beginning of the set keeps the bounds, too.
 
     Attributes:
-        candidates: so many heads of the largest integrated scores are tried.
+        candidates: so many heads of the largest integrated scores are tried, at least k.
         least: what a head must add to the gain, nats per token.
     """
 
@@ -46,7 +46,7 @@ class Greedy(Finder):
         return [self._fit(weighted, k, bounds) for weighted in Weighted.rows(trials, weights)]
 
     def _fit(self, trials: Weighted, k: int, bounds: Bounds) -> Fit:
-        pool = best(trials.path("removed"), self.candidates)
+        pool = best(trials.path("removed"), max(self.candidates, k))
         chosen, gain = HeadSet(shape=trials.shape), 0.0
         values = trials.path("removed").new_zeros(trials.shape)
         while len(chosen) < k and len(chosen) < len(pool):

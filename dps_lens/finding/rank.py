@@ -53,8 +53,9 @@ class Rank(Finder):
         for heads, values in zip(sets, ranked, strict=True):
             if len(heads) and trials.keeps([heads], bounds)[0]:
                 return Fit(heads, values.float())
-        shorter = [sets[-1][:size] for size in range(len(sets[-1]) - 1, 0, -1)]
-        longest = next(
-            (one for one, kept in zip(shorter, trials.keeps(shorter, bounds), strict=True) if kept), sets[-1][:0]
-        )
-        return Fit(longest, ranked[-1].float())
+        for heads, values in zip(reversed(sets), reversed(ranked), strict=True):
+            shorter = [heads[:size] for size in range(len(heads) - 1, 0, -1)]
+            kept = [one for one, keeps in zip(shorter, trials.keeps(shorter, bounds), strict=True) if keeps]
+            if kept:
+                return Fit(kept[0], values.float())
+        return Fit(sets[-1][:0], ranked[-1].float())

@@ -25,6 +25,8 @@ class Trial:
         restored: counterfactual runs, to be patched with the own run's z: bringing these heads (denoising).
         task: the same task without a profile, heads zeroed.
         neutral: neutral text, heads zeroed; None where it is not asked for.
+        shares: what each counterfactual weighs in `removed` and `restored`, adding up to 1; by default all the same.
+        steps: nodes of the path integrals.
         paths: `Float[Tensor, "layer head"]` by quantity, integrated scores that were made before.
         memo: what sets were measured to do, by quantity and mask.
     """
@@ -34,6 +36,8 @@ class Trial:
     restored: tuple[CleanRun, ...]
     task: CleanRun
     neutral: CleanRun | None
+    shares: tuple[float, ...] = ()
+    steps: int = STEPS
     paths: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     memo: dict[tuple[Quantity, bytes], float] = field(default_factory=dict, repr=False)
 
@@ -51,12 +55,18 @@ class Trial:
             raise ScoreError("neutral_cost: these trials hold no neutral text; give FindConfig(neutral=…) some")
         return (self.neutral,)
 
-    def path(self, quantity: Quantity, steps: int = STEPS) -> Tensor:
-        """Integrated scores `[layer head]` of a quantity: kept ones, else made with so many steps."""
+    def weights(self, quantity: Quantity) -> tuple[float, ...]:
+        """What each of the runs of a quantity weighs in it, adding up to 1."""
+        runs = self.runs(quantity)
+        return self.shares if self.shares and quantity in ("removed", "restored") else (1 / len(runs),) * len(runs)
+
+    def path(self, quantity: Quantity) -> Tensor:
+        """Integrated scores `[layer head]` of a quantity: kept ones, else made now."""
         kept = self.paths.get(quantity)
         if kept is not None:
             return kept
-        return _sign(quantity) * torch.stack([integrated(run, steps).values for run in self.runs(quantity)]).mean(0)
+        paths = torch.stack([integrated(run, self.steps).values for run in self.runs(quantity)])
+        return _sign(quantity) * torch.tensordot(torch.tensor(self.weights(quantity)), paths, 1)
 
     def measured(self, quantity: Quantity, masks: Bool[Tensor, "row layer head"]) -> Float64[Tensor, " row"]:
         """What the sets of these rows do, in nats per token, each set measured once.
@@ -68,7 +78,8 @@ class Trial:
         missing = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in self.memo}
         if missing:
             rows = torch.stack(list(missing.values()))
-            changes = torch.stack([run.ablated(rows) - run.value for run in self.runs(quantity)]).mean(0)
+            each = zip(self.weights(quantity), self.runs(quantity), strict=True)
+            changes = torch.stack([weight * (run.ablated(rows) - run.value) for weight, run in each]).sum(0)
             self.memo.update(zip(missing, (_sign(quantity) * changes).tolist(), strict=True))
         return torch.tensor([self.memo[key] for key in keys], dtype=torch.float64)
 

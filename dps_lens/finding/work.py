@@ -16,7 +16,8 @@ from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import neutral_prompt, prompts_in
 from dps_lens.data.examples import by_key, key_of, newest, unit_key, with_examples
 from dps_lens.data.identity import describe_inputs
-from dps_lens.errors import HeadError, ScoreError
+from dps_lens.digests import json_digest
+from dps_lens.errors import HeadError, RunError, ScoreError
 from dps_lens.families import shipped_paragraphs
 from dps_lens.finding.finder import Bounds, Finder, Fit
 from dps_lens.finding.sets import limits
@@ -30,7 +31,8 @@ from dps_lens.scoring import NLL, CleanRun
 from dps_lens.selection import folds
 from dps_lens.work import BatchSize, Run, Work
 
-_SLACK = 1e-5  # nats per token: what rounding may add to a set that was measured in another batch
+# Nats per token: what rounding may add to a set that was measured in another batch.
+_SLACK, _ROUGH_SLACK = 1e-5, 0.01
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,10 @@ class FindWork(Work):
             neutral = self._clean(neutral_prompt(self.model, text), keep_z=False)
         removed = tuple(base.with_values(Patch(z=run.z)) for run in runs)
         restored = tuple(run.with_values(Patch(z=base.z, direction="denoising")) for run in runs)
-        return Trial(example.user_id, removed, restored, task, neutral)
+        # Both kinds weigh the same, however many donors stand for one of them.
+        each = [len(others), 1] if len(wanted) > 1 else [len(runs)]
+        shares = tuple(1 / (len(each) * n) for n in each for _ in range(n))
+        return Trial(example.user_id, removed, restored, task, neutral, shares, self.config.ig_steps)
 
     def _prompts(self, example: Example, condition: str) -> list[Prompt]:
         options: dict[str, Any] = {"n_donors": self.config.n_donors, "seed": self.seed, "config": self.prompt_config}
@@ -174,16 +179,18 @@ class FindWork(Work):
 
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
         """Integrated scores and clean NLLs of an example, the sets of some fits, or what an example's sets do."""
-        if isinstance(given, Tensor):
-            trial = self.trial(key.removeprefix(_EFFECTS))
-            return {name: trial.measured(name, given) for name in self.measures}
+        if isinstance(given, tuple):
+            of, masks = given
+            trial = self.trial(of)
+            return {name: trial.measured(name, masks) for name in self.measures}
         if isinstance(given, dict):
             return self._fitted(given)
         trial = self.trial(key)
         wanted: tuple[Quantity, ...] = ("removed", *limits(self.bounds))
-        nll = {"own": trial.removed, "against": trial.restored, "no_profile": (trial.task,)}
-        clean = {f"nll.{name}": torch.tensor([run.nll for run in runs]).double().mean() for name, runs in nll.items()}
-        return {name: trial.path(name, self.config.ig_steps) for name in wanted} | clean
+        against = sum(share * run.nll for share, run in zip(trial.shares, trial.restored, strict=True))
+        nll = {"own": trial.removed[0].nll, "against": against, "no_profile": trial.task.nll}
+        clean = {f"nll.{name}": torch.tensor(value, dtype=torch.float64) for name, value in nll.items()}
+        return {name: trial.path(name) for name in wanted} | clean
 
     def given(self, key: str) -> Any:
         return self._given.get(key)
@@ -240,15 +247,16 @@ class FindWork(Work):
         at_once = self.finder.together or len(weights)
         names = list(weights)
         groups = [names[start : start + at_once] for start in range(0, len(names), at_once)]
-        keys = [key_of("fits", group[0], group[-1]) for group in groups]
+        # A fit belongs to the examples and weights that it was given, should some be made later.
+        keys = [
+            key_of("fits", group[0], group[-1], json_digest([list(made), [weights[name].tolist() for name in group]]))
+            for group in groups
+        ]
         self._given = {key: {name: weights[name] for name in group} for key, group in zip(keys, groups, strict=True)}
         units = run.units(self, keys, "finding sets", unit="unit", split=False).made
-        fits = {
-            name: self._read(units[key], name)
-            for key, group in zip(keys, groups, strict=True)
-            if key in units
-            for name in group
-        }
+        if lost := {key: why for key, why in run.manifest.get("quarantined", {}).items() if key in keys}:
+            raise RunError(f"find_heads: fits could not be made, the first because of {next(iter(lost.values()))}")
+        fits = {name: self._read(units[key], name) for key, group in zip(keys, groups, strict=True) for name in group}
         return self._evidence(run, fits)
 
     def _read(self, unit: Mapping[str, Tensor], name: str) -> Fit:
@@ -272,11 +280,12 @@ class FindWork(Work):
         of_fold = {user: fits[f"fold{number}"].heads for number, fold in enumerate(self.folds) for user in fold}
         owners = {key: self.by_key[key].user_id for key in self.paths}
         sets = {key: [found.heads, *([of_fold[user]] if of_fold else [])] for key, user in owners.items()}
+        named = {key: key_of("effects", key, *map(str, of)) for key, of in sets.items()}
         self._given = {
-            f"{_EFFECTS}{key}": torch.stack([heads.mask(self.model.cfg) for heads in of]) for key, of in sets.items()
+            named[key]: (key, torch.stack([heads.mask(self.model.cfg) for heads in of])) for key, of in sets.items()
         }
         units = run.units(self, list(self._given), "measuring sets", split=False).made
-        made = {key.removeprefix(_EFFECTS): unit for key, unit in units.items()}
+        made = {key: units[name] for key, name in named.items() if name in units}
         effects, crossed = (
             {str(name): torch.stack([unit[name][place] for unit in made.values()]) for name in self.measures}
             for place in (0, -1)
@@ -303,9 +312,10 @@ class FindWork(Work):
         bounded = limits(self.bounds)
         if not bounded:
             return
+        slack = _SLACK if next(self.model.parameters()).dtype == torch.float32 else _ROUGH_SLACK
         means = result.evidence().query("sample == 'in-sample'").set_index("measure")["mean"]
         for name, most in bounded.items():
-            if means[name] > most + _SLACK:
+            if means[name] > most + slack:
                 raise ScoreError(
                     f"find_heads: the set of finder {self.finder.name!r} costs {means[name]:.4g}, and max_{name} is "
                     f"{most}; a finder measures its sets with trial.measured({name!r}, …)"
@@ -353,7 +363,7 @@ class FindWork(Work):
         }
 
 
-_EFFECTS, _NLL = "effects|", ("own", "against", "no_profile")
+_NLL = ("own", "against", "no_profile")
 
 
 def _indices(heads: HeadSet) -> Tensor:

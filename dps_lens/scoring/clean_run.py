@@ -95,7 +95,7 @@ class CleanRun:
                 self.prompt_cache = runner.prefill(tokens[:, : self.begin])
             recording = stack.enter_context(recording_z(runner.model)) if keep_z else {}
             logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)
-        self.z = torch.stack([recording[layer][0] for layer in sorted(recording)]) if keep_z else None
+        self.z = torch.stack([recording[layer][0].to(runner.device) for layer in sorted(recording)]) if keep_z else None
         self.logits = logits[0]
         self.losses = self._measured(logits)[0]
         self.value = float(self.losses.mean())

@@ -35,8 +35,9 @@ def score_heads(
     By default a head's score is what it carries of the difference between the user's own profile and another user's,
     on the same task and response: z of all heads goes from the run with the own profile to the run with the other's,
     and the change of NLL along that path is shared out among the heads by integrated gradients. The scores add up to
-    the gain `NLL(other user) − NLL(own profile)`, in nats per token; a head whose output does not depend on the profile
-    scores 0.
+    what patching all heads changes, in nats per token: the gain `NLL(other user) − NLL(own profile)`, but for learned
+    absolute positions, which differ between prompts of unequal length. A head whose output does not depend on the
+    profile scores 0.
 
     The paper's PCS (arXiv 2604.22345), `NLL(head ablated) − NLL`, is
     `ablation="zero", against=None, method="exact"`. It also rewards heads that any text needs; against="no_profile"

@@ -140,7 +140,10 @@ class Sweep(Work):
         if not self.users:
             raise ScoreError("score_heads: there are no users")
         if isinstance(self.ablation, Patch) and self.against is None:
-            raise ScoreError("score_heads: 'patch' needs the other run; use against='no_profile' or 'other_user'")
+            raise ScoreError(
+                "score_heads: 'patch' needs the other run; use against='other_user' or 'no_profile', or for the "
+                "paper's PCS ablation='zero', against=None, method='exact'"
+            )
         if "other_user" in self.shares and len(self.users) < 2:
             raise ScoreError(
                 f"score_heads: against={self.against!r} needs at least two users; with one, use against='no_profile'"
@@ -379,7 +382,7 @@ def aligned_z(
     if base.spans != source.spans:
         raise PromptError(
             f"example {base.example_id!r}: patching positions={positions!r} needs profiles of equal token length, "
-            f"found {base.spans['profile']} and {source.spans['profile']}; use positions='response'"
+            f"found {base.spans['profile']} and {source.spans['profile']}; use positions='response', or ablation='zero'"
         )
     same = base.tokens == source.tokens
     first, stop = base.spans["profile"]

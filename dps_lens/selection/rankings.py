@@ -124,7 +124,10 @@ def _of_family(
                 f"{call}: family {name!r} was found for all users together; use select='global' for it, or find heads "
                 "for each user, {user.id: find_heads(…, [user], against='no_profile').heads}"
             )
-        return {user: [_prefix(call, name, heads, k) for k in ks] for user, heads in _found(call, name, family, users)}
+        if most > family.k:
+            raise HeadError(f"{call}: family {name!r} was found for k={family.k}, asked for {most} heads; lower ks")
+        # A fit that bounds kept short is tested whole.
+        return {user: [heads[:k] for k in ks] for user, heads in _found(call, name, family, users)}
     if isinstance(family, HeadSet):
         return {user.id: [_prefix(call, name, family, k) for k in ks] for user in users}
     if isinstance(family, Mapping):

@@ -57,7 +57,8 @@ def ablation_curve(
         model: a hooked model.
         users: their evaluation examples are used.
         families: name → scores of `score_heads` or `reference_heads`, a ranking (`HeadSet`), nested sets, or a
-            ranking for each user (`user id → HeadSet`). Families that are not defined (NaN) are left out.
+            ranking for each user (`user id → HeadSet`). Families that are not defined (NaN) are left out. Of
+            `find_heads`, each user is tested with the set that others chose, whole where it holds fewer than K.
         ks: sizes of the sets.
         n_random: random sets for each family, user and K, of the same layers (the nearest where a layer has too
             few other heads) and disjoint from the family's set; spread over a user's examples, so that more
@@ -101,7 +102,7 @@ def ablation_cost(
     users: Sequence[User],
     heads: HeadSet | HeadScores | FoundHeads,
     *,
-    k: int = 10,
+    k: int | None = None,
     n_random: int = 20,
     ablation: AblationLike | None = None,
     max_examples: int | None = None,
@@ -118,22 +119,24 @@ def ablation_cost(
 
     Args:
         heads: the chosen heads; a set that `find_heads` found, each user tested with what others chose; or scores
-            whose top `k` are taken. Of the latter two, the settings that they were made with are taken, too.
-        k: how many heads to take from scores.
+            whose top `k` are taken, also where the same users' discovery examples chose them (`ablation_curve` tests
+            each user with what others chose). Of the latter two, the settings that they were made with are taken, too.
+        k: how many heads to take from scores, 10 by default; sets are tested whole.
 
     Raises:
         ScoreError: as `ablation_curve`.
     """
+    if k is not None and not isinstance(heads, HeadScores):
+        raise ScoreError("ablation_cost: k is of scores; a set is tested whole, so give its beginning, heads[:k]")
     run = Run(model, SetEffects, out, engine, run_config)
     settings: Mapping[str, HeadSource] = {} if isinstance(heads, HeadSet) else {"scores": heads}
     if not isinstance(heads, HeadSet):
         check_held_out("ablation_cost", heads, held_out_examples("ablation_cost", users, max_examples))
     tested: dict[str, HeadSource]
     if isinstance(heads, FoundHeads):
-        # Fits without a fold may have found fewer.
-        tested, size = {"found": heads}, min(map(len, (heads.heads, *heads.by_fold)))
+        tested, size = {"found": heads}, heads.k
     else:
-        chosen = heads.top(k) if isinstance(heads, HeadScores) else heads
+        chosen = heads.top(10 if k is None else k) if isinstance(heads, HeadScores) else heads
         tested, size = {chosen.label or "heads": chosen}, len(chosen)
     work = AblationWork.of(
         "ablation_cost",

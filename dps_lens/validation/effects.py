@@ -204,6 +204,11 @@ class SetEffects(Result):
         by_user = self.manifest["sets"][family]
         return {user: HeadSet.parse(sets[place], label=family) for user, sets in by_user.items()}
 
+    def _sizes(self, family: str, k: int) -> str:
+        """How many heads users were tested with; bounds may keep the sets of some short."""
+        sizes = {len(heads) for heads in self.sets(family, k).values()}
+        return f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else str(sizes.pop())
+
     def _which(self, family: str | None, k: int | None) -> tuple[str, int]:
         family, k = family or self.families[0], self.ks[-1] if k is None else k
         if family not in self.families or k not in self.ks:
@@ -228,7 +233,7 @@ class SetEffects(Result):
             {"ablated": FULL, "measure": row["measure"], **{end: row[end] for end in ("mean", "low", "high")}}
             for row in self._full_rows("all", level)
         ]
-        shown, beside, difference = f"top {k} heads", [], []
+        shown, beside, difference = f"top {self._sizes(family, k)} heads", [], []
         for name in sorted(self.measures, key=lambda name: not MEASURES[name].left):
             measure, label = MEASURES[name], name.replace("gain_left", "gain")
             chosen, random = self._chosen(measure, *place, "all"), self._random(measure, *place, "all")
@@ -290,7 +295,7 @@ class SetEffects(Result):
             if name in rows
         }
         return verdict(
-            f"the {k} heads of {family!r}", rows, gains,
+            f"the {self._sizes(family, k)} heads of {family!r}", rows, gains,
             n_random=self.n_random, n_users=len({*self.user_ids}), level=level,
         )  # fmt: skip
 

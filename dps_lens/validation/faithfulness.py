@@ -158,6 +158,8 @@ class FaithfulnessWork(HeldOutWork):
         exclude = {name: self.config.exclude[name]} if name in self.config.exclude else None
         select = self.select if isinstance(self.select, str) else self.select.get(name, "global")
         sets, _ = rankings(self.call, {name: self.families[name]}, self.users, (k,), select, exclude, self.seed)
+        if any(len(heads) < k for of_user in sets[name].values() for heads in of_user):
+            raise HeadError(f"{self.call}: family {name!r} ranks fewer than {k} heads; lower sizes")
         if k < max(self.ks):
             size = max(size for size, count in zip(self.sizes, self.ks, strict=True) if count == k)
             warn(

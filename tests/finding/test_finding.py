@@ -19,9 +19,11 @@ import dps_lens as dps
 from dps_lens.data import build_prompt
 from dps_lens.data.conditions import donors_of, neutral_prompt
 from dps_lens.errors import HeadError, RunError, ScoreError
+from dps_lens.finding.sets import Weighted
 from dps_lens.finding.work import FindWork
 from dps_lens.heads import Head, HeadSet
 from dps_lens.selection import folds
+from dps_lens.work import Failure
 
 # Nats per token. Float32 losses of a few nats, from a cache and from a whole forward, differ by 1e-6 to 1e-5; effects
 # that are compared are above 1e-2.
@@ -447,3 +449,58 @@ def test_one_user_alone_has_no_folds(llama, people):
 def test_without_neutral_texts_there_is_no_neutral_cost(llama, people):
     found = find(llama, people, find_config=replace(CONFIG, neutral=()))
     assert {*found.effects} == {"removed", "restored", "task_cost"}
+
+
+def test_both_counterfactuals_weigh_the_same_whatever_the_donors(llama, people):
+    config = dps.FindConfig(n_donors=2, n_bootstraps=0, folds=False)
+    found = dps.find_heads(llama.hooked, people, 2, against="both", find_config=config, max_examples=1)
+    scores = dps.score_heads(
+        llama.hooked, people, against="both", max_examples=1, score_config=dps.ScoreConfig(n_donors=2)
+    )
+    assert torch.allclose(found.values.double(), scores.mean(), atol=1e-6)
+    assert found.heads.heads == scores.top(2).heads
+    nll = (scores.nll["other_user"] + scores.nll["no_profile"]) / 2
+    assert torch.allclose(found.nll["against"], nll, atol=1e-6)
+
+
+class Known(Weighted):
+    """Two heads whose scores and costs are known."""
+
+    def path(self, quantity):
+        return torch.tensor([[1.0, 0.9]] if quantity == "removed" else [[0.1, 0.1]]).double()
+
+    def keeps(self, sets, bounds):
+        return [{1: 0.05, 2: 0.11}[len(heads)] <= bounds.task_cost for heads in sets]
+
+
+def test_rank_cuts_the_last_penalty_that_has_heads():
+    (fit,) = [dps.Rank()._fit(Known([], torch.zeros(0)), 2, dps.Bounds(task_cost=0.06))]
+    assert fit.heads.heads == (Head(0, 0),)
+
+
+def test_units_of_other_examples_are_not_read(llama, people, tmp_path):
+    """Fits that were made without an example, which an engine gave up, are made again when it is there."""
+    options = {"max_examples": 1, "find_config": dps.FindConfig(n_donors=1, n_bootstraps=0)}
+    whole = dps.find_heads(llama.hooked, people, 2, **options)
+    with_one_lost = LoseFirst()
+    with pytest.warns(UserWarning, match="given up"):
+        dps.find_heads(llama.hooked, people, 2, out=tmp_path, engine=with_one_lost, **options)
+    again = dps.find_heads(llama.hooked, people, 2, out=tmp_path, **options)
+    assert torch.equal(again.values, whole.values)
+    assert again.heads == whole.heads
+    assert all(torch.equal(again.effects[name], whole.effects[name]) for name in whole.effects)
+
+
+class LoseFirst(dps.Engine):
+    """Gives up the first example."""
+
+    def __init__(self):
+        self.lost = False
+
+    def make(self, work, keys, folder):
+        for key in keys:
+            if not self.lost:
+                self.lost = True
+                yield key, Failure("no luck")
+            else:
+                yield key, work.make(key, work.given(key))

@@ -116,7 +116,7 @@ def test_shapes_are_checked(planted):
 
 def test_nobody_is_tested_with_heads_that_the_same_person_chose(llama, people, found, probe):
     users = [*people, probe[5]]
-    with pytest.raises(HeadError, match="ranks 3 heads, asked for 4"):
+    with pytest.raises(HeadError, match="was found for k=3, asked for 4 heads"):
         dps.ablation_curve(llama.hooked, users, {"found": found}, ks=(4,))
     effects = dps.ablation_curve(llama.hooked, users, {"found": found}, ks=(1, 2), n_random=0, max_examples=1)
     tested = effects.manifest["sets"]["found"]
@@ -174,15 +174,22 @@ def test_other_uses(llama, people, found):
 
 def test_cost_of_a_found_set_tests_each_user_with_what_others_chose(llama, people, found):
     options = {"n_random": 2, "max_examples": 1, "held_out_config": dps.HeldOutConfig(patched=False)}
-    size = min(map(len, (found.heads, *found.by_fold)))
     cost = dps.ablation_cost(llama.hooked, people, found, **options)
-    assert cost.sets("found") == {user.id: found.of_user(user.id)[:size] for user in people}
-    curve = dps.ablation_curve(llama.hooked, people, {"found": found}, ks=(size,), **options)
+    assert cost.sets("found") == {user.id: found.of_user(user.id) for user in people}
+    curve = dps.ablation_curve(llama.hooked, people, {"found": found}, ks=(found.k,), **options)
     for name, changes in cost.chosen.items():
         assert torch.allclose(changes, curve.chosen[name], atol=1e-6)
     leaking = replace(found, example_ids=[user.examples[-1].id for user in people])
     with pytest.raises(ScoreError, match="the heads were chosen on 4"):
         dps.ablation_cost(llama.hooked, people, leaking, **options)
+
+
+def test_a_set_that_bounds_kept_short_is_tested_whole(llama, people, found):
+    short = replace(found, by_fold=[heads[:1] for heads in found.by_fold])
+    effects = dps.ablation_curve(llama.hooked, people, {"found": short}, ks=(1, 3), n_random=0, max_examples=1)
+    for user in people:
+        assert effects.sets("found", 3)[user.id].heads == short.of_user(user.id).heads
+    assert torch.equal(effects.chosen["own"][:, 0, 0], effects.chosen["own"][:, 0, 1])
 
 
 def test_a_found_set_is_a_family_of_the_page(llama, people, found):

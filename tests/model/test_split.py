@@ -53,6 +53,7 @@ def pair(request, tinies, tmp_path):
         {"ablation": "mean"},
         {"ablation": "uniform"},
         {"ablation": "patch"},
+        {"ablation": "patch", "method": "integrated", "against": "other_user"},
     ],
     ids=str,
 )
@@ -81,7 +82,8 @@ def test_two_gpus_give_the_same_scores_and_texts(llama, probe, short, tmp_path):
     split = load(llama.folder, "llama", (0, 1, 1), 0, tmp_path)
     assert {parameter.device.index for parameter in split.parameters()} == {0, 1}
     options = {"max_examples": 1, "prompt_config": short}
-    for setting in ({}, {"positions": "all"}, {"method": "attribution"}, {"ablation": "uniform"}):
+    integrated = {"ablation": "patch", "method": "integrated", "against": "other_user"}
+    for setting in ({}, {"positions": "all"}, {"method": "attribution"}, {"ablation": "uniform"}, integrated):
         one, other = (score_pcs(m, probe[:2], **options, **setting) for m in (llama.hooked, split))
         torch.testing.assert_close(other.values.cpu(), one.values, rtol=0, atol=1e-3)
     prompts = [dps.build_prompt(llama.hooked, user.examples[0]) for user in probe[:2]]
