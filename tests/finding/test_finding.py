@@ -221,9 +221,11 @@ def test_greedy_equals_naive_forward_selection(llama, people, plain):
 
 def test_greedy_tries_so_many_candidates_of_the_integrated_scores(llama, people, plain):
     values = plain.mean_path(lambda made: [(made["own"], other) for other in made["others"]])
-    found = find(llama, people, method=dps.Greedy(candidates=2))
-    assert set(found.heads) <= set(sorted(HEADS, key=lambda head: -values[head])[:2])
-    assert found.manifest["method"] == {"name": "greedy", "candidates": 2, "least": 1e-4}
+    found = find(llama, people, method=dps.Greedy(candidates=4))
+    assert set(found.heads) <= set(sorted(HEADS, key=lambda head: -values[head])[:4])
+    assert found.manifest["method"] == {"name": "greedy", "candidates": 4, "least": 1e-4}
+    # As many as are asked for are always tried.
+    assert len(find(llama, people, method=dps.Greedy(candidates=1, least=0.0)).heads) > 1
 
 
 @pytest.mark.parametrize("by", ["effect", "growth"])
