@@ -12,6 +12,9 @@ from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.errors import ScoreError
 from dps_lens.model import HookedModel
 
+DONORS = 2
+"""Other users whose profiles stand in for the own one, where nobody asks for another number; see docs/finders.md."""
+
 _NEUTRAL_PROMPT, _NEUTRAL_RESPONSE = 16, 48
 
 

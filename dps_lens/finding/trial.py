@@ -10,9 +10,7 @@ from torch import Tensor
 from dps_lens.errors import ScoreError
 from dps_lens.literals import Quantity
 from dps_lens.scoring.clean_run import CleanRun
-from dps_lens.scoring.paths import integrated
-
-STEPS = 5
+from dps_lens.scoring.paths import STEPS, integrated
 
 
 @dataclass(frozen=True, eq=False)

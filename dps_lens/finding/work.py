@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dps_lens.checks import check_flag, check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
-from dps_lens.data.conditions import neutral_prompt, prompts_in
+from dps_lens.data.conditions import DONORS, neutral_prompt, prompts_in
 from dps_lens.data.examples import by_key, key_of, newest, unit_key, with_examples
 from dps_lens.data.identity import describe_inputs
 from dps_lens.digests import json_digest
@@ -21,13 +21,14 @@ from dps_lens.errors import HeadError, RunError, ScoreError
 from dps_lens.families import shipped_paragraphs
 from dps_lens.finding.finder import Bounds, Finder, Fit
 from dps_lens.finding.sets import limits
-from dps_lens.finding.trial import STEPS, Trial
+from dps_lens.finding.trial import Trial
 from dps_lens.found import FoundHeads
 from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Patch
 from dps_lens.literals import COUNTERFACTUALS, QUANTITIES, Counterfactual, Discovery, Quantity
 from dps_lens.model import HookedModel, Runner, runner_of
 from dps_lens.scoring import NLL, CleanRun
+from dps_lens.scoring.paths import STEPS
 from dps_lens.selection import folds
 from dps_lens.work import BatchSize, Run, Work
 
@@ -51,7 +52,7 @@ class FindConfig:
     """
 
     discovery: Discovery = "history"
-    n_donors: int = 2
+    n_donors: int = DONORS
     ig_steps: int = STEPS
     n_bootstraps: int | None = None
     folds: bool = True

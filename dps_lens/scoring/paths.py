@@ -15,6 +15,9 @@ from dps_lens.model import HookedModel
 from dps_lens.scoring.clean_run import CleanRun
 from dps_lens.scoring.objectives import losses_of_rows
 
+STEPS = 5
+"""Nodes of a path integral, where nobody asks for another number; see docs/finders.md."""
+
 
 class PathScores(NamedTuple):
     """What every head contributes along a path from a run to its ablation.

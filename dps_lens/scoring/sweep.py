@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
-from dps_lens.data.conditions import prompts_in
+from dps_lens.data.conditions import DONORS, prompts_in
 from dps_lens.data.examples import by_key, newest, unit_key, with_examples
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import PromptError, ScoreError
@@ -32,7 +32,7 @@ from dps_lens.scoring.attribution import attribute
 from dps_lens.scoring.clean_run import CleanRun, single_heads
 from dps_lens.scoring.means import MeanWork
 from dps_lens.scoring.objectives import Objective
-from dps_lens.scoring.paths import PathScores, integrated
+from dps_lens.scoring.paths import STEPS, PathScores, integrated
 from dps_lens.work import BatchSize, Run, Units, Work
 
 SIGN = "positive: ablating the head raises the NLL of the user's own text"
@@ -60,8 +60,8 @@ class ScoreConfig:
     """
 
     discovery: Discovery = "history"
-    n_donors: int = 3
-    ig_steps: int = 5
+    n_donors: int = DONORS
+    ig_steps: int = STEPS
     exact_layers: int = 2
     confirm: float = 0.15
     strict: bool = False
