@@ -69,8 +69,9 @@ def find(
 ) -> None:
     """Find a set of heads that carries the users' profiles, under bounds on what it costs elsewhere; resumes.
 
-    The table shows how many resamples of users choose each head, and what the set takes, brings back and costs on the
-    discovery examples: in-sample, and crossed (each user by heads that others chose).
+    The tables show how many resamples of users choose each head, and what the set takes, brings back and costs.
+
+    In-sample is of the examples that chose it; crossed tests each user with heads that others chose.
     """
     import dps_lens as dps
     from dps_lens.files import write_text

@@ -63,6 +63,18 @@ def with_examples(
     return kept
 
 
+def choosing_examples(
+    call: str, users: Sequence[User], discovery: Discovery, n: int | None, *, strict: bool = False
+) -> list[Example]:
+    """The newest `n` discovery examples of each user, on which heads are chosen, user by user.
+
+    Raises:
+        ScoreError: as `with_examples`.
+    """
+    kept = with_examples(call, users, discovery, strict=strict)
+    return [example for user in kept for example in newest(user.discovery_examples(discovery), n)]
+
+
 def left_out(users: Sequence[User], kept: Sequence[User]) -> str:
     """How many users are left out, and the first of them."""
     there = {user.id for user in kept}

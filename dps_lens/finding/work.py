@@ -14,7 +14,7 @@ from torch import Tensor
 from dps_lens.checks import check_flag, check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import DONORS, neutral_prompt, prompts_in
-from dps_lens.data.examples import by_key, key_of, newest, unit_key, with_examples
+from dps_lens.data.examples import by_key, choosing_examples, key_of, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.digests import json_digest
 from dps_lens.errors import HeadError, RunError, ScoreError
@@ -115,10 +115,8 @@ class FindWork(Work):
     @cached_property
     def examples(self) -> list[Example]:
         """Discovery examples, user by user."""
-        discovery = self.config.discovery
-        users = with_examples("find_heads", self.users, discovery, strict=self.config.strict)
-        found = (newest(user.discovery_examples(discovery), self.max_examples) for user in users)
-        return [example for own in found for example in own]
+        config = self.config
+        return choosing_examples("find_heads", self.users, config.discovery, self.max_examples, strict=config.strict)
 
     @cached_property
     def by_key(self) -> dict[str, Example]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import DONORS, prompts_in
-from dps_lens.data.examples import by_key, newest, unit_key, with_examples
+from dps_lens.data.examples import by_key, choosing_examples, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import PromptError, ScoreError
 from dps_lens.intervene import Ablation, Context, Mean, Patch, Where, record_z
@@ -161,10 +161,8 @@ class Sweep(Work):
 
     @cached_property
     def examples(self) -> list[Example]:
-        discovery = self.config.discovery
-        users = with_examples("score_heads", self.users, discovery, strict=self.config.strict)
-        found = (newest(user.discovery_examples(discovery), self.max_examples) for user in users)
-        return [example for own in found for example in own]
+        config = self.config
+        return choosing_examples("score_heads", self.users, config.discovery, self.max_examples, strict=config.strict)
 
     @cached_property
     def by_key(self) -> dict[str, Example]:
