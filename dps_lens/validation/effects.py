@@ -115,16 +115,45 @@ class SetEffects(Result):
                     rows.append(about | {"measure": f"{self.loss}, {name}", **interval(of_users, level)})
         return pd.DataFrame(rows)
 
-    def _full_rows(self, part: Share, level: float) -> list[dict[str, Any]]:
+    def by_user(self, *, part: Share = "all") -> "pandas.DataFrame":
+        """One row a user, family and k, for statistics of your own; the full model stands first, as k = 0.
+
+        Columns: `user`, `family`, `k`; the measures of `to_frame`, a mean over the user's examples, and, as
+        `random …`, their mean over random sets. Of the full model, `NLL, …`, `gain` and `gain_other`.
+
+        Args:
+            part: as in `to_frame`.
+        """
+        import pandas as pd
+
+        users = list(dict.fromkeys(self.user_ids))
+        full = {name: self._users(self.full, weights, part) for name, weights in self._of_full().items()}
+        frames = [pd.DataFrame({"user": users, "family": FULL, "k": 0, **full})]
+        for index, family in enumerate(self.families):
+            for position, k in enumerate(self.ks):
+                columns: dict[str, Any] = {"user": users, "family": family, "k": k}
+                for name in self.measures:
+                    columns[name] = self._chosen(MEASURES[name], index, position, part)
+                    random = self._random(MEASURES[name], index, position, part)
+                    if random is not None and len(random):
+                        columns[f"random {name}"] = random.mean(0)
+                frames.append(pd.DataFrame(columns))
+        return pd.concat(frames, ignore_index=True)
+
+    def _of_full(self) -> dict[str, Mapping[str, float]]:
+        """What is said of the full model, as weights of conditions."""
         known = [name for name in CONDITIONS if name in self.full]
         conditions: dict[str, Mapping[str, float]] = {f"{self.loss}, {name}": {name: 1.0} for name in known}
         if "no_profile" in self.full:
             conditions["gain"] = GAIN
         if "other_user" in self.full:
             conditions["gain_other"] = GAIN_OTHER
+        return conditions
+
+    def _full_rows(self, part: Share, level: float) -> list[dict[str, Any]]:
         return [
             {"family": FULL, "k": 0, "measure": name, **interval(self._users(self.full, weights, part), level)}
-            for name, weights in conditions.items()
+            for name, weights in self._of_full().items()
         ]
 
     def _row(self, measure: Measure, family: int, k: int, part: Share, level: float) -> dict[str, Any]:

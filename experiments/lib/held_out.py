@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 
 import dps_lens as dps
-from dps_lens.stats.intervals import interval, user_means
-from dps_lens.validation.effects import FULL, MEASURES, Share
+from dps_lens.stats.intervals import interval
+from dps_lens.validation.effects import FULL, Share
 from experiments.lib.tables import ends
 
 EDITED = ("gain_removed", "gain_removed_other", "task_cost", "neutral_cost")
@@ -20,9 +19,8 @@ AGAINST = ("control", "control_low", "control_high", "difference", "difference_l
 
 def by_user(effects: dps.SetEffects, family: str, k: int, measure: str) -> Float[np.ndarray, " user"]:
     """A measure of one family and K, a mean a user, in the order of the users."""
-    at = (slice(None), effects.families.index(family), effects.ks.index(k), 0)
-    parts = [weight * effects.chosen[name][at] for name, weight in MEASURES[measure].weights.items()]
-    return user_means(torch.stack(parts).sum(0), effects.user_ids)
+    frame = effects.by_user()
+    return frame.loc[(frame["family"] == family) & (frame["k"] == k), measure].to_numpy()
 
 
 def beyond_random(effects: dps.SetEffects, family: str, k: int, measure: str) -> dict[str, float]:
