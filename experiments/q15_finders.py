@@ -20,12 +20,12 @@ rankings, overlap of the two halves' sets, processor time. Finders: zero-PCS, ex
 Control. Two random sets of the same layers for every user, set and K; induction and retrieval heads by their authors'
 definitions.
 
-Decision rule. The default finder is the one with the highest lower bound of worth, 95% over users; of those whose lower
-bounds lie within 0.02 of it, the cheapest, in the order of CHEAP_FIRST below. (1) and (2) are supported if the interval
-of the paired difference of worth lies above 0, not supported if it lies below, else undecided. (3), (4) are supported if
-for one finder the interval of the share of the gain removed lies above 0.9 and neither difference of costs to random
-sets has an interval above 0; not supported if for every finder the share's interval lies below 0.9 or a difference of
-costs lies above 0; else undecided. Four hypotheses, each reported; no further correction.
+Decision rule. The default finder is the one with the highest lower bound of worth, 95% over users; of those whose
+lower bounds lie within 0.02 of it, the cheapest, in the order of CHEAP_FIRST below. (1) and (2) are supported if the
+interval of the paired difference of worth lies above 0, not supported if it lies below, else undecided. (3), (4) are
+supported if for one finder the interval of the share of the gain removed lies above 0.9 and neither difference of
+costs to random sets has an interval above 0; not supported if for every finder the share's interval lies below 0.9 or
+a difference of costs lies above 0; else undecided. Four hypotheses, each reported; no further correction.
 
 What was measured of a corpus is kept in three tables in `measured/CORPUS` of the run folder, users by number; a corpus
 that has its tables in the folder `measured` of the config is read from there.
