@@ -181,6 +181,19 @@ def test_copied_and_rest_add_up_to_all(curve):
     assert not copied.loc[copied["measure"] == "neutral_cost", "mean"].any()
 
 
+@pytest.mark.parametrize("part", ["all", "copied", "rest"])
+def test_the_means_of_a_frame_are_those_of_the_users(curve, part):
+    frame, by_user = curve.to_frame(part=part), curve.by_user(part=part)
+    sizes = by_user.groupby(["family", "k"]).size()
+    assert (sizes == len({*curve.user_ids})).all()
+    told = frame[~frame["measure"].str.startswith("NLL") | (frame["family"] == "full model")]
+    for row in told.to_dict("records"):
+        of = by_user[(by_user["family"] == row["family"]) & (by_user["k"] == row["k"])]
+        assert of[row["measure"]].mean() == pytest.approx(row["mean"], abs=1e-12)
+        if "control" in row and not np.isnan(row["control"]):
+            assert of[f"random {row['measure']}"].mean() == pytest.approx(row["control"], abs=1e-12)
+
+
 def test_no_heads_change_nothing(curve):
     frame = curve.to_frame().query("k == 0 and family != 'full model'")
     still = frame[frame["measure"].isin(["gain_removed", "gain_removed_other", "task_cost", "neutral_cost"])]
