@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import plants
 
-RESTORED = dps.Patch(direction="denoising")
+DENOISING = dps.Patch(direction="denoising")
 SCORES: list[tuple[str, Mapping[str, Any]]] = [
     ("zero, one head at a time (the paper's PCS)", {"ablation": "zero", "against": None, "method": "exact"}),
     ("zero, own − no profile", {"ablation": "zero", "against": "no_profile", "method": "exact"}),
@@ -40,8 +40,8 @@ SCORES: list[tuple[str, Mapping[str, Any]]] = [
     ("patch, one head at a time", {"ablation": "patch", "against": "other_user", "method": "exact"}),
     ("patch, attribution", {"ablation": "patch", "against": "other_user", "method": "attribution"}),
     ("patch, no profile, integrated", {"ablation": "patch", "against": "no_profile", "method": "integrated"}),
-    ("restored, integrated", {"ablation": RESTORED, "against": "other_user", "method": "integrated"}),
-    ("restored, no profile, integrated", {"ablation": RESTORED, "against": "no_profile", "method": "integrated"}),
+    ("denoising, integrated", {"ablation": DENOISING, "against": "other_user", "method": "integrated"}),
+    ("denoising, no profile, integrated", {"ablation": DENOISING, "against": "no_profile", "method": "integrated"}),
     ("patch, integrated (the default)", {"ablation": "patch", "against": "other_user", "method": "integrated"}),
 ]
 FINDERS: tuple[FindMethod, ...] = get_args(FindMethod)

@@ -18,7 +18,7 @@ ScoreMethod: TypeAlias = Literal["integrated", "exact", "attribution", "screened
 FindMethod: TypeAlias = Literal["rank", "greedy", "conditional", "gates"]
 Counterfactual: TypeAlias = Literal["other_user", "no_profile", "both"]
 """The runs that z is patched from, and into, where sets of heads are looked for."""
-Quantity: TypeAlias = Literal["removed", "restored", "task_cost", "neutral_cost"]
+Quantity: TypeAlias = Literal["necessity", "sufficiency", "task_cost", "neutral_cost"]
 """What a set does: takes from the own run, brings to the counterfactual one, costs without a profile, on other text."""
 
 Discovery: TypeAlias = Literal["history", "labelled"]

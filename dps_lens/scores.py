@@ -123,7 +123,7 @@ class HeadScores(Result):
         against, method = PROFILES.get(str(about.get("against"))), about.get("method", "exact")
         ablation = about.get("ablation", "zero")
         if ablation == "patch":
-            back = "restored" if about.get("direction") == "denoising" else "patch"
+            back = "denoising" if about.get("direction") == "denoising" else "patch"
             return f"{method} {back} → {against}"
         name = f"PCS, own profile − {against}" if against else "PCS"
         how = [str(one) for one in (ablation, method) if one not in ("zero", "exact")]

@@ -59,20 +59,20 @@ class Conditional(Finder):
         return [self._fit(weighted, k, bounds) for weighted in Weighted.rows(trials, weights)]
 
     def _fit(self, trials: Weighted, k: int, bounds: Bounds) -> Fit:
-        values = trials.path("removed")
+        values = trials.path("necessity")
         everything = best(values, values.numel())
         seed = first_kept(trials, HeadSet(shape=trials.shape), everything, _listed(values, everything), 0.0, bounds)
         chosen = seed if seed is not None else HeadSet(shape=trials.shape)
-        given = float(trials.measured("removed", [chosen])[0]) if len(chosen) else 0.0
+        given = float(trials.measured("necessity", [chosen])[0]) if len(chosen) else 0.0
         while 0 < len(chosen) < k:
             pool = everything if len(chosen) <= self.all_rounds else best(values, self.candidates + len(chosen))
             left = pool - chosen
             if not len(left):
                 break
-            effects = trials.measured("removed", [chosen | HeadSet([head]) for head in left]) - given
+            effects = trials.measured("necessity", [chosen | HeadSet([head]) for head in left]) - given
             added = effects
             if self.by == "growth":
-                added = effects - trials.measured("removed", [HeadSet([head]) for head in left])
+                added = effects - trials.measured("necessity", [HeadSet([head]) for head in left])
             for head, one in zip(left, added.tolist(), strict=True):
                 values[head] = one
             found = first_kept(trials, chosen, left, added, self.least, bounds)

@@ -120,11 +120,11 @@ class Gates(Finder):
 
     def _roles(self, trials: Sequence[Trial], weights: Float[Tensor, " trial"], seed: int) -> dict[str, HeadSet]:
         """From gates that start half open, and go no farther than the pull can bring them back."""
-        runs = [run for trial in trials for run in trial.removed]
+        runs = [run for trial in trials for run in trial.necessity]
         each = [
             weight * share
             for trial, weight in zip(trials, weights.tolist(), strict=True)
-            for share in trial.weights("removed")
+            for share in trial.weights("necessity")
         ]
         config = GatingConfig(
             steps=self.role_steps,
@@ -155,15 +155,15 @@ def memberships(scores: Float[Tensor, "fit layer head"], k: int) -> Float[Tensor
 def soft_gain(
     trial: Trial, soft: Float[Tensor, "row layer head"], turn: int = 0
 ) -> tuple[Float64[Tensor, " row"], Float[Tensor, "row layer head"]]:
-    """`(removed + restored) / 2` of soft sets, nats per token, and its slope by every membership.
+    """`(necessity + sufficiency) / 2` of soft sets, nats per token, and its slope by every membership.
 
     Args:
         trial: of whose counterfactuals one is looked at.
         soft: memberships in [0, 1].
         turn: which one; they take turns.
     """
-    index = turn % len(trial.removed)
-    lost, brought = trial.removed[index], trial.restored[index]
+    index = turn % len(trial.necessity)
+    lost, brought = trial.necessity[index], trial.sufficiency[index]
     lost_nll, lost_slope = gate_slopes(lost, 1 - soft)
     brought_nll, brought_slope = gate_slopes(brought, 1 - soft)
     return (lost_nll - lost.value + brought.value - brought_nll) / 2, (brought_slope - lost_slope) / 2
@@ -186,7 +186,7 @@ class _Slopes:
     ) -> None:
         self.trials, self.weights, self.costs = trials, weights, costs
         self.turns = [0] * len(trials)
-        paths: dict[str, list[Tensor]] = {"gain": [trial.path("removed") for trial in trials]}
+        paths: dict[str, list[Tensor]] = {"gain": [trial.path("necessity") for trial in trials]}
         paths |= {name: [trial.path(name) for trial in trials] for name in costs}
         n_fits = len(weights)
         self.slopes = {name: torch.stack(one)[:, None].repeat(1, n_fits, 1, 1).float() for name, one in paths.items()}

@@ -21,7 +21,7 @@ _AT_ONCE = 8
 class Greedy(Finder):
     """Adds, one at a time, the head with which the set gains most, of those with which it keeps its bounds.
 
-    A set gains `(removed + restored) / 2`: what patching it takes from the own run, and what it brings to the
+    A set gains `(necessity + sufficiency) / 2`: what patching it takes from the own run, and what it brings to the
     counterfactual one. The second sees heads that stand in for each other, none of which is missed alone. It ends with
     k heads, or when no head that keeps the bounds adds `least`. Every beginning of the set keeps the bounds, too.
 
@@ -46,9 +46,9 @@ class Greedy(Finder):
         return [self._fit(weighted, k, bounds) for weighted in Weighted.rows(trials, weights)]
 
     def _fit(self, trials: Weighted, k: int, bounds: Bounds) -> Fit:
-        pool = best(trials.path("removed"), max(self.candidates, k))
+        pool = best(trials.path("necessity"), max(self.candidates, k))
         chosen, gain = HeadSet(shape=trials.shape), 0.0
-        values = trials.path("removed").new_zeros(trials.shape)
+        values = trials.path("necessity").new_zeros(trials.shape)
         while len(chosen) < k and len(chosen) < len(pool):
             left = pool - chosen
             gains = gain_of(trials, [chosen | HeadSet([head]) for head in left])
@@ -62,8 +62,8 @@ class Greedy(Finder):
 
 
 def gain_of(trials: Weighted, sets: Sequence[HeadSet]) -> Float64[Tensor, " set"]:
-    """`(removed + restored) / 2` of each set, nats per token."""
-    return (trials.measured("removed", sets) + trials.measured("restored", sets)) / 2
+    """`(necessity + sufficiency) / 2` of each set, nats per token."""
+    return (trials.measured("necessity", sets) + trials.measured("sufficiency", sets)) / 2
 
 
 def first_kept(

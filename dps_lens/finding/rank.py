@@ -43,7 +43,7 @@ class Rank(Finder):
         return [self._fit(weighted, k, bounds) for weighted in Weighted.rows(trials, weights)]
 
     def _fit(self, trials: Weighted, k: int, bounds: Bounds) -> Fit:
-        score, bounded = trials.path("removed"), limits(bounds)
+        score, bounded = trials.path("necessity"), limits(bounds)
         if not bounded:
             return Fit(best(score, k, positive=True), score.float())
         cost = sum((trials.path(name).clamp(min=0) for name in bounded), score.new_zeros(()))

@@ -19,19 +19,20 @@ class Trial:
 
     Attributes:
         user_id: whose example.
-        removed: own-profile runs, one per counterfactual, to be patched with its z: losing these heads (noising).
-        restored: counterfactual runs, to be patched with the own run's z: bringing these heads (denoising).
+        necessity: own-profile runs, one per counterfactual, to be patched with its z: losing these heads (noising).
+        sufficiency: counterfactual runs, to be patched with the own run's z: bringing these heads (denoising).
         task: the same task without a profile, heads zeroed.
         neutral: neutral text, heads zeroed; None where it is not asked for.
-        shares: what each counterfactual weighs in `removed` and `restored`, adding up to 1; by default all the same.
+        shares: what each counterfactual weighs in `necessity` and `sufficiency`, adding up to 1; by default all the
+            same.
         steps: nodes of the path integrals.
         paths: `Float[Tensor, "layer head"]` by quantity, integrated scores that were made before.
         memo: what sets were measured to do, by quantity and mask.
     """
 
     user_id: str
-    removed: tuple[CleanRun, ...]
-    restored: tuple[CleanRun, ...]
+    necessity: tuple[CleanRun, ...]
+    sufficiency: tuple[CleanRun, ...]
     task: CleanRun
     neutral: CleanRun | None
     shares: tuple[float, ...] = ()
@@ -45,8 +46,8 @@ class Trial:
         Raises:
             ScoreError: there is no neutral text.
         """
-        if quantity in ("removed", "restored"):
-            return self.removed if quantity == "removed" else self.restored
+        if quantity in ("necessity", "sufficiency"):
+            return self.necessity if quantity == "necessity" else self.sufficiency
         if quantity == "task_cost":
             return (self.task,)
         if self.neutral is None:
@@ -56,7 +57,7 @@ class Trial:
     def weights(self, quantity: Quantity) -> tuple[float, ...]:
         """What each of the runs of a quantity weighs in it, adding up to 1."""
         runs = self.runs(quantity)
-        return self.shares if self.shares and quantity in ("removed", "restored") else (1 / len(runs),) * len(runs)
+        return self.shares if self.shares and quantity in ("necessity", "sufficiency") else (1 / len(runs),) * len(runs)
 
     def path(self, quantity: Quantity) -> Tensor:
         """Integrated scores `[layer head]` of a quantity: kept ones, else made now."""
@@ -69,7 +70,7 @@ class Trial:
     def measured(self, quantity: Quantity, masks: Bool[Tensor, "row layer head"]) -> Float64[Tensor, " row"]:
         """What the sets of these rows do, in nats per token, each set measured once.
 
-        `removed`: patched NLL of the own text minus that of the own run. `restored`: counterfactual NLL minus the
+        `necessity`: patched NLL of the own text minus that of the own run. `sufficiency`: counterfactual NLL minus the
         patched one. The costs: NLL with the heads zeroed minus the clean one.
         """
         keys: list[tuple[Quantity, bytes]] = [(quantity, mask.numpy().tobytes()) for mask in masks]
@@ -84,4 +85,4 @@ class Trial:
 
 def _sign(quantity: Quantity) -> int:
     # What patching in brings lowers the NLL.
-    return -1 if quantity == "restored" else 1
+    return -1 if quantity == "sufficiency" else 1

@@ -154,12 +154,12 @@ class FindWork(Work):
         if self.texts:
             text = self.texts[self.places[key] % len(self.texts)]
             neutral = self._clean(neutral_prompt(self.model, text), keep_z=False)
-        removed = tuple(base.with_values(Patch(z=run.z)) for run in runs)
-        restored = tuple(run.with_values(Patch(z=base.z, direction="denoising")) for run in runs)
+        necessity = tuple(base.with_values(Patch(z=run.z)) for run in runs)
+        sufficiency = tuple(run.with_values(Patch(z=base.z, direction="denoising")) for run in runs)
         # Both kinds weigh the same, however many donors stand for one of them.
         each = [len(others), 1] if len(wanted) > 1 else [len(runs)]
         shares = tuple(1 / (len(each) * n) for n in each for _ in range(n))
-        return Trial(example.user_id, removed, restored, task, neutral, shares, self.config.ig_steps)
+        return Trial(example.user_id, necessity, sufficiency, task, neutral, shares, self.config.ig_steps)
 
     def _prompts(self, example: Example, condition: str) -> list[Prompt]:
         options: dict[str, Any] = {"n_donors": self.config.n_donors, "seed": self.seed, "config": self.prompt_config}
@@ -185,9 +185,9 @@ class FindWork(Work):
         if isinstance(given, dict):
             return self._fitted(given)
         trial = self.trial(key)
-        wanted: tuple[Quantity, ...] = ("removed", *limits(self.bounds))
-        against = sum(share * run.nll for share, run in zip(trial.shares, trial.restored, strict=True))
-        nll = {"own": trial.removed[0].nll, "against": against, "no_profile": trial.task.nll}
+        wanted: tuple[Quantity, ...] = ("necessity", *limits(self.bounds))
+        against = sum(share * run.nll for share, run in zip(trial.shares, trial.sufficiency, strict=True))
+        nll = {"own": trial.necessity[0].nll, "against": against, "no_profile": trial.task.nll}
         clean = {f"nll.{name}": torch.tensor(value, dtype=torch.float64) for name, value in nll.items()}
         return {name: trial.path(name) for name in wanted} | clean
 

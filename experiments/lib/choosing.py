@@ -157,7 +157,7 @@ class Half:
     def _trials(self) -> list[Trial]:
         """With the integrated scores of what is removed."""
         made = [self._work.trial(key) for key in self._work.by_key]
-        return [replace(trial, paths={"removed": trial.path("removed")}) for trial in made]
+        return [replace(trial, paths={"necessity": trial.path("necessity")}) for trial in made]
 
     @cached_property
     def _bounded(self) -> list[Trial]:

@@ -73,12 +73,12 @@ class Plain:
         if key not in self.known:
             made = self.prompts[row]
             pairs = {
-                "removed": [(made["own"], other) for other in made["others"]],
-                "restored": [(other, made["own"]) for other in made["others"]],
+                "necessity": [(made["own"], other) for other in made["others"]],
+                "sufficiency": [(other, made["own"]) for other in made["others"]],
                 "task_cost": [(made["no_profile"], None)],
                 "neutral_cost": [(made["neutral"], None)],
             }[name]
-            sign = -1 if name == "restored" else 1
+            sign = -1 if name == "sufficiency" else 1
             self.known[key] = np.mean([sign * (self.nll(*pair, heads) - self.nll(*pair, ())) for pair in pairs])
         return self.known[key]
 
@@ -147,7 +147,7 @@ def order(values):
 
 
 def gain(plain, heads):
-    return (plain.mean("removed", heads) + plain.mean("restored", heads)) / 2
+    return (plain.mean("necessity", heads) + plain.mean("sufficiency", heads)) / 2
 
 
 def forward_selection(plain, k, keeps=lambda heads: True):
@@ -171,7 +171,7 @@ def test_what_sets_do_equals_plain_hugging_face(llama, people, plain):
     found = find(llama, people)
     assert found.example_ids == tuple(e.id for e in plain.examples)
     for row, owner in enumerate(plain.owners):
-        for name in ("removed", "restored", "task_cost", "neutral_cost"):
+        for name in ("necessity", "sufficiency", "task_cost", "neutral_cost"):
             assert float(found.effects[name][row]) == pytest.approx(plain.does(row, name, found.heads), abs=TOLERANCE)
             own = found.of_user(owner)
             assert float(found.crossed[name][row]) == pytest.approx(plain.does(row, name, own), abs=TOLERANCE)
@@ -179,7 +179,7 @@ def test_what_sets_do_equals_plain_hugging_face(llama, people, plain):
         for name, prompt in (("own", made["own"]), ("no_profile", made["no_profile"]), ("against", made["others"][0])):
             assert float(found.nll[name][row]) == pytest.approx(nll(plain.plain, prompt), abs=TOLERANCE)
     frame = found.evidence().set_index(["sample", "measure"])["mean"]
-    assert frame["in-sample", "removed"] == pytest.approx(plain.mean("removed", found.heads), abs=TOLERANCE)
+    assert frame["in-sample", "necessity"] == pytest.approx(plain.mean("necessity", found.heads), abs=TOLERANCE)
     assert no_hooks_left(llama.hooked)
 
 
@@ -234,10 +234,10 @@ def test_conditional_adds_the_largest_effect_once_the_set_is_gone(llama, people,
     chosen = order(values)[:1]
     while len(chosen) < 3:
         added = {
-            h: plain.mean("removed", [*chosen, h]) - plain.mean("removed", chosen) for h in HEADS if h not in chosen
+            h: plain.mean("necessity", [*chosen, h]) - plain.mean("necessity", chosen) for h in HEADS if h not in chosen
         }
         if by == "growth":
-            added = {h: one - plain.mean("removed", [h]) for h, one in added.items()}
+            added = {h: one - plain.mean("necessity", [h]) for h, one in added.items()}
         chosen.append(max(added, key=added.get))
         assert added[chosen[-1]] > TOLERANCE
     assert list(find(llama, people, method=dps.Conditional(by=by, all_rounds=2)).heads) == chosen
@@ -450,7 +450,7 @@ def test_one_user_alone_has_no_folds(llama, people):
 
 def test_without_neutral_texts_there_is_no_neutral_cost(llama, people):
     found = find(llama, people, find_config=replace(CONFIG, neutral=()))
-    assert {*found.effects} == {"removed", "restored", "task_cost"}
+    assert {*found.effects} == {"necessity", "sufficiency", "task_cost"}
 
 
 def test_both_counterfactuals_weigh_the_same_whatever_the_donors(llama, people):
@@ -469,7 +469,7 @@ class Known(Weighted):
     """Two heads whose scores and costs are known."""
 
     def path(self, quantity):
-        return torch.tensor([[1.0, 0.9]] if quantity == "removed" else [[0.1, 0.1]]).double()
+        return torch.tensor([[1.0, 0.9]] if quantity == "necessity" else [[0.1, 0.1]]).double()
 
     def keeps(self, sets, bounds):
         return [{1: 0.05, 2: 0.11}[len(heads)] <= bounds.task_cost for heads in sets]

@@ -43,8 +43,8 @@ def planted():
         resampled=sets("L0H1,L1H0", "L0H1", "L1H1,L0H1", "L0H1,L1H0"),
         example_ids=["1", "2", "3", "4"],
         user_ids=["a", "a", "b", "c"],
-        effects={"removed": torch.tensor([1.0, 3.0, 4.0, 6.0]).double()},
-        crossed={"removed": torch.tensor([0.0, 2.0, 4.0, 1.0]).double()},
+        effects={"necessity": torch.tensor([1.0, 3.0, 4.0, 6.0]).double()},
+        crossed={"necessity": torch.tensor([0.0, 2.0, 4.0, 1.0]).double()},
     )
 
 

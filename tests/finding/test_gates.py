@@ -33,8 +33,8 @@ def trial_of(model, users, example, config=None, donors=1, neutral=None):
     runs = [CleanRun(runner, other, keep_z=True) for other in others]
     return Trial(
         user_id=example.user_id,
-        removed=tuple(clean.with_values(Patch(z=run.z)) for run in runs),
-        restored=tuple(run.with_values(Patch(z=clean.z)) for run in runs),
+        necessity=tuple(clean.with_values(Patch(z=run.z)) for run in runs),
+        sufficiency=tuple(run.with_values(Patch(z=clean.z)) for run in runs),
         task=CleanRun(runner, task),
         neutral=neutral and CleanRun(runner, neutral_prompt(model, neutral)),
     )
@@ -71,8 +71,8 @@ def gain_of(trials, weights, mask):
     """Of one set, by plain ablation: the mean of what is lost and what is brought back."""
     total = 0.0
     for trial, weight in zip(trials, weights.tolist(), strict=True):
-        lost = [float(run.ablated(mask[None])) - run.value for run in trial.removed]
-        back = [run.value - float(run.ablated(mask[None])) for run in trial.restored]
+        lost = [float(run.ablated(mask[None])) - run.value for run in trial.necessity]
+        back = [run.value - float(run.ablated(mask[None])) for run in trial.sufficiency]
         total += weight * (sum(lost) / len(lost) + sum(back) / len(back)) / 2
     return total
 
@@ -217,8 +217,8 @@ def test_sets_are_nearly_the_best_of_all_and_keep_their_bounds(six_trials):
     weights, every = bootstraps(len(six_trials), 2), subsets(3)
     gains = torch.stack(
         [
-            sum((run.ablated(every) - run.value for run in trial.removed), torch.zeros(())) / 4
-            - sum((run.ablated(every) - run.value for run in trial.restored), torch.zeros(())) / 4
+            sum((run.ablated(every) - run.value for run in trial.necessity), torch.zeros(())) / 4
+            - sum((run.ablated(every) - run.value for run in trial.sufficiency), torch.zeros(())) / 4
             for trial in six_trials
         ]
     )
