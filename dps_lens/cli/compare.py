@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, families
+from dps_lens.cli.checks import check_same_model, families, first_of, heads_of
 from dps_lens.cli.options import Device, Dtype, Kinds, Model, Run
 from dps_lens.cli.tables import print_overlap
 
 if TYPE_CHECKING:
     import pandas
-
-    from dps_lens.scores import HeadScores
 
 
 @app.command()
@@ -23,7 +21,10 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the figures; RUN/compare by default.")
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Heads of each family.")] = 10,
+    k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Heads of each family; 10 by default, for a run of 'find' as many as it found."),
+    ] = None,
     n_null: Annotated[int, typer.Option(min=1, help="Layer-matched random sets for each pair.")] = 1000,
     exclude: Annotated[
         float | None,
@@ -36,28 +37,33 @@ def compare(
 ) -> None:
     """Overlap of a run's heads with induction, retrieval and function-vector heads, and between its users."""
     import dps_lens as dps
+    from dps_lens.errors import ScoreError
     from dps_lens.files import write_text
 
-    scores = dps.HeadScores.load(run)
+    heads = heads_of(run)
+    ours = heads if isinstance(heads, dps.HeadScores) else first_of(heads, k)
+    if exclude is not None and not isinstance(heads, dps.HeadScores):
+        raise ScoreError("compare: --exclude is for rankings by scores, and 'find' gives a set; leave it out")
+    size = k or (10 if isinstance(heads, dps.HeadScores) else len(heads.heads))
     loaded = dps.load_model(model, device=device, dtype=dtype)
-    check_same_model("compare", scores, loaded)
-    scored: dict[str, HeadScores] = {"preference": scores, **dps.reference_heads(loaded, families(kinds))}
-    for name, family in scored.items():
+    check_same_model("compare", heads, loaded)
+    references = dps.reference_heads(loaded, families(kinds))
+    for name, family in references.items():
         if not family.defined:
             typer.echo(f"left out: {name}: {family.manifest['reason']}", err=True)
     folder = out or run / "compare"
     between = dps.overlap(
-        {name: family for name, family in scored.items() if family.defined},
-        k=k,
+        {"preference": ours, **{name: family for name, family in references.items() if family.defined}},
+        k=size,
         n_null=n_null,
         exclude=exclude,
         seed=seed,
     )
-    print_overlap(between, f"Top {k} heads of each family")
+    print_overlap(between, f"Top {size} heads of each family")
     write_text(folder / "families.html", between.plot().to_html(include_plotlyjs=True))
     write_text(folder / "families.csv", between.to_frame().to_csv(index=False))
-    if len(scores.users) > 1:
-        users = dps.overlap(scores, k=k, n_null=n_null, seed=seed)
+    if isinstance(heads, dps.HeadScores) and len(heads.users) > 1:
+        users = dps.overlap(heads, k=size, n_null=n_null, seed=seed)
         write_text(folder / "users.html", users.plot().to_html(include_plotlyjs=True))
         write_text(folder / "users.csv", users.to_frame().to_csv(index=False))
         typer.echo(_between_users(users.specificity, users.user_specific))

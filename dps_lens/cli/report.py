@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, families, numbers
+from dps_lens.cli.checks import check_same_model, families, heads_of, numbers
 from dps_lens.cli.options import Device, Dtype, Model, Outputs, Users
 
 if TYPE_CHECKING:
@@ -117,9 +117,14 @@ def _explored(
 ) -> "tuple[Exploration, Any, list[User]]":
     """The run's scores with everything that the page adds; kept in the run's folder."""
     import dps_lens as dps
-    from dps_lens.errors import DataError
+    from dps_lens.errors import DataError, ScoreError
 
-    scores = dps.HeadScores.load(run)
+    scores = heads_of(run)
+    if not isinstance(scores, dps.HeadScores):
+        raise ScoreError(
+            f"{command}: {run} is a run of 'find', which has no map for each user; give a run of 'score', or call "
+            "dps_lens.explore with the found set among its families"
+        )
     effects = dps.SetEffects.load(ablation) if ablation is not None else None
     people = [user for user in dps.load_users(users, outputs=outputs) if user.id in {*scores.users}]
     if not people:

@@ -81,11 +81,13 @@ def measure_noise(
         scores: of `model`; `scores.noise_floor` is set.
         model: in the number format of the scores, such as bfloat16.
         reference: the same weights in float32.
-        users: the sample is one discovery example of each of the first `n_examples`.
+        users: the sample is one discovery example of each of the first `n_examples`, and of two at least where
+            scores are against another user.
         n_examples: size of the sample.
     """
     settings = score_settings(scores) | {"max_examples": 1, "run_config": RunConfig(progress=False)}
-    sample = list(users[:n_examples])
+    crossed = settings["against"] not in (None, "no_profile")
+    sample = list(users[: max(n_examples, 2) if crossed else n_examples])
     low, high = (score_heads(each, sample, **settings) for each in (model, reference))
     difference = (low.values - high.values).double()
     floor = NoiseFloor(sd=float(difference.std()), bias=float(difference.mean()), n_examples=len(low.values))

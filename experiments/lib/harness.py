@@ -54,6 +54,13 @@ LONG = Prompts(items=6, profile_tokens=256, task_tokens=256, response_tokens=48)
 """Of the experiments that take hours."""
 
 
+SCORES: dict[str, dict[str, Any]] = {
+    "zero-PCS": {"ablation": "zero", "against": "no_profile", "method": "exact"},
+    "integrated": {"ablation": "patch", "against": "other_user", "method": "integrated"},
+}
+"""What heads are scored by: the PCS by zero ablation, own profile minus none, or integrated patches."""
+
+
 class Config(BaseModel):
     """What every experiment is asked for; each adds its own fields."""
 
@@ -64,6 +71,7 @@ class Config(BaseModel):
     max_users: int | None = None
     max_examples: int = 4
     prompt: Prompts = Prompts()
+    score: Literal["zero-PCS", "integrated"] = "zero-PCS"
     scores: Path = Path("runs/scores")
     seed: int = 0
 
@@ -132,9 +140,9 @@ class Lab:
         return found
 
     def scores(self, users: Sequence[dps.User], label: str = "scores", **settings: Any) -> dps.HeadScores:
-        """`score_heads` by zero ablation, own profile minus none, where nothing else is asked for; kept where every
-        experiment with these settings finds it."""
-        given: dict[str, Any] = {"ablation": "zero", "against": "no_profile", "method": "exact"}
+        """`score_heads` as the config's `score` says, where nothing else is asked for; kept where every experiment
+        with these settings finds it."""
+        given = dict(SCORES[self.config.score])
         given |= {"prompt_config": self.config.prompt.config(), "max_examples": self.config.max_examples}
         given |= settings
         inputs = [[user.id, [example.input for example in user.examples]] for user in users]

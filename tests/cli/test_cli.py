@@ -154,6 +154,17 @@ def test_a_found_set_is_tested_and_steered_with(model, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[0])["heads"] == str(found.heads)
+    compare = ("compare", "--run", tmp_path / "found", "--model", model, "--kinds", "induction")
+    done = run(*compare)
+    assert done.returncode == 0, done.stderr
+    assert "Top 2 heads of each family" in done.stdout
+    assert "Between users" not in done.stdout
+    done = run(*compare, "--exclude", 0.02)
+    assert done.returncode == 2
+    assert "--exclude is for rankings by scores" in done.stderr
+    done = run("report", tmp_path / "found", "--model", model)
+    assert done.returncode == 2
+    assert "is a run of 'find', which has no map for each user" in done.stderr
 
 
 def test_score_on_workers_and_in_shards_is_the_same(scored, model, tmp_path, monkeypatch):

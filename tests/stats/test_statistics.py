@@ -257,3 +257,6 @@ def test_noise_of_bfloat16_is_measured(tiny_folders, llama, probe, short, tmp_pa
     assert 0 < floor.sd < 0.1
     scores.save(tmp_path)
     assert HeadScores.load(tmp_path).noise_floor == floor
+    # Against another user one user is no sample.
+    patched = dps.score_heads(low, probe[:2], method="exact", **options)
+    assert dps.measure_noise(patched, low, llama.hooked, probe, n_examples=1).n_examples == 2
