@@ -9,13 +9,14 @@ Hypotheses. (1) The best finder is worth more than zero-PCS, the profile-specifi
 more than induction heads. (3) A set of at most 2%, or (4) 4%, of the heads takes at least 90% of the gain over another
 user, and costs the task without a profile, and neutral text, no more than random heads of the same layers do.
 
-Measure. The users of a corpus fall into two random halves. Each half chooses heads on its users' newest discovery
-example, with donors of its own, and the other half is tested with them, on its newest two evaluation examples, heads
-zeroed, K = 5, 10, 20. Worth of a set for a user: gain over another user removed − neutral cost − half of the task cost,
-nats per token; of a finder: the mean over the three K. Beside it: necessity and sufficiency by patches, CPR and CMD of
-rankings, overlap of the two halves' sets, processor time. Finders: zero-PCS, exact patches, and `find_heads` by rank
-(integrated patches), gates, forward selection and conditional effects; each free, and with bounds on both costs
-(zero-PCS and exact patches: the longest beginning of the ranking that keeps them). Users of all corpora are one sample.
+Measure. The users of a corpus fall into two random halves. At most 13 users of each choose heads on their newest
+discovery example, with donors among themselves, and the other half is tested with them, on its newest two evaluation
+examples, heads zeroed, K = 5, 10, 20. Worth of a set for a user: gain over another user removed − neutral cost − half
+of the task cost, nats per token; of a finder: the mean over the three K. Beside it: necessity and sufficiency by
+patches, CPR and CMD of rankings, overlap of the two halves' sets, processor time. Finders: zero-PCS, exact patches,
+and `find_heads` by rank (integrated patches), gates, forward selection and conditional effects; each free, and with
+bounds on both costs (zero-PCS and exact patches: the longest beginning of the ranking that keeps them). Users of all
+corpora are one sample.
 
 Control. Two random sets of the same layers for every user, set and K; induction and retrieval heads by their authors'
 definitions.
@@ -85,6 +86,7 @@ class Finders(Config):
     corpora: dict[str, str] = CORPORA
     max_examples: int = 1
     held_out: int = 2
+    most_choosing: int = 13
     ks: tuple[int, ...] = (5, 10, 20)
     more_ks: tuple[int, ...] = ()
     max_task_cost: float = 0.2
@@ -125,7 +127,7 @@ class Corpus:
         config = self.config
         half = Half(
             self.lab.model,
-            [self.users[user] for user in choosing],
+            [self.users[user] for user in choosing[: config.most_choosing]],
             self.ks,
             Bounds(config.max_task_cost, config.max_neutral_cost),
             config.prompt,
