@@ -63,7 +63,16 @@ if TYPE_CHECKING:
         split_half,
         stability,
     )
-    from dps_lens.steering import DecodeConfig, Generation, Sampling, SteeringVector, Term, TextStream, generate
+    from dps_lens.steering import (
+        DecodeConfig,
+        Generation,
+        HeadVector,
+        Sampling,
+        SteeringVector,
+        Term,
+        TextStream,
+        generate,
+    )
     from dps_lens.validation import (
         AttentionPattern,
         Faithfulness,
@@ -80,7 +89,7 @@ if TYPE_CHECKING:
         profile_attention,
         vector_recovery,
     )
-    from dps_lens.vectors import preference_vector, steerx_vector, style_vector
+    from dps_lens.vectors import HeadVectors, head_vectors, preference_vector, steerx_vector, style_vector
     from dps_lens.work import Engine, RunConfig
 
 _MODULES = {
@@ -110,12 +119,12 @@ _MODULES = {
         "Overlap Significance UserClusters cluster_users overlap screening_recall significant_heads "
         "split_half stability"
     ),
-    "steering": "DecodeConfig Generation Sampling SteeringVector Term TextStream generate",
+    "steering": "DecodeConfig Generation HeadVector Sampling SteeringVector Term TextStream generate",
     "validation": (
         "AttentionPattern Faithfulness HeldOutConfig SetEffects VectorConfig ablation_cost ablation_curve "
         "attention_pattern faithfulness held_out_effects measure_noise patch_heads profile_attention vector_recovery"
     ),
-    "vectors": "preference_vector steerx_vector style_vector",
+    "vectors": "HeadVectors head_vectors preference_vector steerx_vector style_vector",
     "work": "Engine RunConfig",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -125,16 +134,16 @@ __all__ = [
     "AblatedTexts", "Ablation", "AttentionPattern", "Bounds", "CausalGates", "Conditional", "Context", "DPSLensError",
     "DecodeConfig", "Document", "Endpoint", "Engine", "EvaluateConfig", "Evaluation", "Example", "Exploration",
     "Faithfulness", "Family", "FindConfig", "Finder", "Fit", "FoundHeads", "FunctionVector", "Gates", "GatingConfig",
-    "Generation", "Greedy", "Head", "HeadScores", "HeadSet", "HeldOutConfig", "HookedModel", "Mean", "Metric",
-    "NoiseFloor", "Note", "Objective", "Overlap", "Patch", "Prompt", "PromptConfig", "Rank", "RayEngine", "Repeated",
-    "Result", "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance",
-    "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream", "Trial", "Uniform",
-    "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost",
-    "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt", "check_model",
-    "cluster_users", "evaluate", "explore", "export_lora", "faithfulness", "find_heads", "generate",
-    "held_out_effects", "judge", "load_model", "load_users", "logits_processor", "measure_noise", "merge_runs",
-    "overlap", "patch_heads", "plots", "preference_vector", "profile_attention", "random_heads", "record_z",
-    "reference_heads", "score_heads", "screening_recall", "significant_heads", "split_half", "stability",
+    "Generation", "Greedy", "Head", "HeadScores", "HeadSet", "HeadVector", "HeadVectors", "HeldOutConfig",
+    "HookedModel", "Mean", "Metric", "NoiseFloor", "Note", "Objective", "Overlap", "Patch", "Prompt", "PromptConfig",
+    "Rank", "RayEngine", "Repeated", "Result", "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects",
+    "Shard", "Significance", "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream",
+    "Trial", "Uniform", "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation",
+    "ablation_cost", "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt",
+    "check_model", "cluster_users", "evaluate", "explore", "export_lora", "faithfulness", "find_heads", "generate",
+    "head_vectors", "held_out_effects", "judge", "load_model", "load_users", "logits_processor", "measure_noise",
+    "merge_runs", "overlap", "patch_heads", "plots", "preference_vector", "profile_attention", "random_heads",
+    "record_z", "reference_heads", "score_heads", "screening_recall", "significant_heads", "split_half", "stability",
     "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
 ]
 # fmt: on

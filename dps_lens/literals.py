@@ -21,6 +21,11 @@ Counterfactual: TypeAlias = Literal["other_user", "no_profile", "both"]
 Quantity: TypeAlias = Literal["necessity", "sufficiency", "task_cost", "neutral_cost"]
 """What a set does: takes from the own run, brings to the counterfactual one, costs without a profile, on other text."""
 
+VectorAgainst: TypeAlias = Literal["other_user", "no_profile", "generic"]
+"""What head vectors are the difference to; the last one is a generic answer in place of the user's."""
+Recipe: TypeAlias = Literal["difference", "probe", "persona"]
+"""How a head vector is made of the two kinds of z."""
+
 Discovery: TypeAlias = Literal["history", "labelled"]
 Select: TypeAlias = Literal["global", "user"]
 """Heads by other users, or by each user's own examples."""
@@ -30,6 +35,8 @@ AGAINST: tuple[Against, ...] = get_args(Against)
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 SCORE_AGAINST: tuple[ScoreAgainst, ...] = get_args(ScoreAgainst)
 METHODS: tuple[ScoreMethod, ...] = get_args(ScoreMethod)
+VECTOR_AGAINST: tuple[VectorAgainst, ...] = get_args(VectorAgainst)
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 COUNTERFACTUALS: tuple[Counterfactual, ...] = get_args(Counterfactual)
 

@@ -41,7 +41,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="plain, rag, prompt, cad, cos, dola, stylevector, steerx, lora, rag+lora and the like, or RULE:FAMILY "
-            "such as dps:preference, dps:induction, decore:retrieval, dps:random; a RULE may be file.py:Name. "
+            "such as dps:preference, head_vector:induction, decore:retrieval, dps:random; a RULE may be file.py:Name. "
             f"Default: {','.join(METHODS)}."
         ),
     ] = None,
@@ -123,15 +123,14 @@ def _methods(
 ) -> Mapping[str, Any]:
     """Methods by name; families are made where a method asks for them."""
     from dps_lens.errors import EvaluationError
-    from dps_lens.evaluation.methods import is_own_method
-    from dps_lens.steering.rules import find_rule
+    from dps_lens.evaluation.methods import takes_heads
 
     made = _Families(wanted, model, users, engine)
     methods: dict[str, Any] = {}
     for method in wanted.methods:
         word, family = _apart(method)
         rule = rule_of(word)
-        takes = not is_own_method(word) and find_rule(rule).needs_heads
+        takes = takes_heads(rule)
         if family and not takes:
             raise EvaluationError(f"evaluate: method {method!r}: {word} takes no heads")
         usual = "retrieval" if word == "decore" else "preference"

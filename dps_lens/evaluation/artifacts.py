@@ -12,8 +12,11 @@ from dps_lens.adapters.tuning import UserLora, tune_lora
 from dps_lens.data import Example, Note, PromptConfig, User, build_prompt
 from dps_lens.data.examples import key_of
 from dps_lens.evaluation.methods import Kind
+from dps_lens.heads import HeadSet
+from dps_lens.literals import VectorAgainst
 from dps_lens.model import HookedModel
-from dps_lens.steering import SteeringVector, generate
+from dps_lens.steering import HeadVector, SteeringVector, generate
+from dps_lens.vectors.heads import VectorWork
 from dps_lens.vectors.steerx import NothingDrivenError, steerx_vectors
 from dps_lens.vectors.style import style_differences
 
@@ -47,6 +50,10 @@ class Artifacts:
     ) -> None:
         self.model, self.prompt_config, self.newest = model, prompt_config, newest
         self._users = {user.id: user for user in users}
+        every = HeadSet((layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads))
+        # One user alone has no other, and a vector all the same.
+        against: VectorAgainst = "other_user" if len(self._users) > 1 else "no_profile"
+        self._heads = VectorWork(model, list(users), every, against=against, prompt_config=prompt_config)
         self.made: dict[str, Part] = {}
 
     def parts(self, kind: Kind, user_id: str, leave_out: int = 0) -> dict[str, Callable[[], Part]]:
@@ -56,6 +63,8 @@ class Artifacts:
         examples = self._examples(user_id, leave_out)
         if kind == "style":
             return {key_of("style", user_id, one.id): partial(self._difference, one) for one in examples}
+        if kind == "heads":
+            return {key_of("heads", user_id, one.id): partial(self._head_difference, one) for one in examples}
         make = self._driven if kind == "steerx" else self._tuned
         return {key_of(kind, user_id, examples[0].id, examples[-1].id): partial(make, examples)}
 
@@ -66,6 +75,14 @@ class Artifacts:
         """
         parts = self._whole(kind, user_id, leave_out)
         return SteeringVector(torch.stack([part["vector"] for part in parts]).mean(0)[layer], layer, kind)
+
+    def head_vector(self, user_id: str, heads: HeadSet, leave_out: int = 0) -> HeadVector:
+        """The user's vector of heads, a difference of means, without the newest `leave_out` discovery examples."""
+        parts = self._whole("heads", user_id, leave_out)
+        mean = torch.stack([part["vector"] for part in parts]).mean(0)
+        cfg = self.model.cfg
+        shaped = HeadSet(heads, heads.label, (cfg.n_layers, cfg.n_heads))
+        return HeadVector(torch.stack([mean[layer, head] for layer, head in heads]), shaped, user_id)
 
     def adapter(self, user_id: str, leave_out: int = 0) -> UserLora:
         """The user's LoRA, trained without the newest `leave_out` discovery examples."""
@@ -93,6 +110,11 @@ class Artifacts:
 
     def _difference(self, example: Example) -> Part:
         return {"vector": style_differences(self.model, [example], prompt_config=self.prompt_config)[0]}
+
+    def _head_difference(self, example: Example) -> Part:
+        z, cfg = self._heads.z_of(example), self.model.cfg
+        difference = z["own"].mean(0) - z["other"].mean(0)
+        return {"vector": difference.reshape(cfg.n_layers, cfg.n_heads, -1)}
 
     def _driven(self, examples: Sequence[Example]) -> Part:
         try:

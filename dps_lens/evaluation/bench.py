@@ -31,6 +31,7 @@ from dps_lens.literals import Select
 from dps_lens.model import HookedModel
 from dps_lens.scores import HeadScores
 from dps_lens.selection import Rankings, check_held_out, rankings, undefined_of
+from dps_lens.steering.vector import Vector
 from dps_lens.work import Run, Work
 
 _COSTS = "costs"
@@ -216,10 +217,13 @@ class Bench(Work):
 
     def writer(self, example: Example, method: Method, setting: Setting, leave_out: int = 0) -> Writer:
         """A method with a setting, for the user of an example; made without the newest discovery examples."""
-        heads, vector, adapter = HeadSet(), None, None
+        heads, adapter = HeadSet(), None
+        vector: Vector | None = None
         if method.family is not None and setting.k is not None:
             heads = self.ranked[method.name][example.user_id][self.ks.index(setting.k)]
-        if method.vector and setting.layer is not None:
+        if method.vector == "heads":
+            vector = self.artifacts.head_vector(example.user_id, heads, leave_out)
+        elif method.vector and setting.layer is not None:
             vector = self.artifacts.vector(method.vector, example.user_id, setting.layer, leave_out)
         if method.adapter:
             adapter = self.artifacts.adapter(example.user_id, leave_out)

@@ -17,7 +17,7 @@ from dps_lens.model import Residuals, Runner
 from dps_lens.model.positions import check_switch
 from dps_lens.steering.decoder import adding
 from dps_lens.steering.terms import farthest_early
-from dps_lens.steering.vector import SteeringVector
+from dps_lens.steering.vector import Vector
 
 Weights: TypeAlias = Mapping[Head, float]
 """Heads and how much of the edit each gets, from 0 to 1."""
@@ -62,10 +62,10 @@ class Forced:
             factors[head] += weight * strength
         return self.logits(Scale(factors[None], self.where))
 
-    def shifted(self, vector: SteeringVector, strength: float) -> Float[Tensor, "pos d_vocab"]:
-        """With strength times a vector added to the residual stream, from the last prompt token on."""
-        values = (strength * vector.values)[None].to(self.runner.device)
-        with self.runner.model.hooks(fwd_hooks=adding({vector.layer: values})):
+    def shifted(self, vector: Vector, strength: float) -> Float[Tensor, "pos d_vocab"]:
+        """With strength times a vector added, from the last prompt token on."""
+        added = {name: values[None].to(self.runner.device) for name, values in vector.additions(strength).items()}
+        with self.runner.model.hooks(fwd_hooks=adding(added)):
             return self.logits()
 
     def early(self, full: Float[Tensor, "pos d_vocab"], layers: Sequence[int]) -> Float[Tensor, "pos d_vocab"]:

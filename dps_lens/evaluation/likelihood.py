@@ -22,10 +22,10 @@ from dps_lens.result import Result
 from dps_lens.scores import HeadScores
 from dps_lens.selection import HeadSource, random_sets
 from dps_lens.stats.intervals import columns, interval, user_means
-from dps_lens.steering.layout import layers_to_contrast
+from dps_lens.steering.layout import check_vector, layers_to_contrast
 from dps_lens.steering.rules import Rule, RuleLike, apart, find_rule
 from dps_lens.steering.terms import Branch, combine, kl_divergence
-from dps_lens.steering.vector import SteeringVector
+from dps_lens.steering.vector import Vector
 from dps_lens.validation.work import HeldOutConfig, HeldOutWork
 from dps_lens.work import Engine, Run, RunConfig
 
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
     from dps_lens.model import HookedModel
 
-SweepMethod: TypeAlias = RuleLike | tuple[RuleLike, HeadSource | Mapping[str, SteeringVector]]
-"""A rule, such as `"cad"`; a rule of heads with its heads, `("dps", scores)`; or `("vector", {user: vector})`."""
+SweepMethod: TypeAlias = RuleLike | tuple[RuleLike, HeadSource | Mapping[str, Vector]]
+"""A rule, such as `"cad"`; a rule of heads with its heads, `("dps", scores)`; or `("vector", {user: vector})`,
+`("head_vector", head_vectors(…))`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -222,7 +223,7 @@ def steering_sweep(
 
 def _taken_apart(
     methods: Mapping[str, SweepMethod],
-) -> tuple[dict[str, Rule], dict[str, Any], dict[str, Mapping[str, SteeringVector]]]:
+) -> tuple[dict[str, Rule], dict[str, Any], dict[str, Mapping[str, Vector]]]:
     """Rules by method, and their heads or vectors.
 
     Raises:
@@ -236,11 +237,13 @@ def _taken_apart(
         rule = rules[name] = find_rule(asked)
         if (rule.edited is not None) != (given is not None):
             wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
-            if rule.has("shifted"):
+            if rule.needs_vectors:
                 wanted = "needs a vector a user, ('vector', {user.id: style_vector(model, user)})"
+                if rule.has("heads_shifted"):
+                    wanted = "needs a vector a user, ('head_vector', head_vectors(model, users, heads))"
             raise SteeringError(f"steering_sweep: the rule of method {name!r} {wanted}")
         if given is not None:
-            (vectors if rule.has("shifted") else families)[name] = given
+            (vectors if rule.needs_vectors else families)[name] = given
     return rules, families, vectors
 
 
@@ -251,7 +254,7 @@ class SweepWork(HeldOutWork):
     uses: ClassVar[tuple[str, ...]] = ("positions", "prompt_config")
 
     rules: Mapping[str, Rule] = field(default_factory=dict)
-    vectors: Mapping[str, Mapping[str, SteeringVector]] = field(default_factory=dict)
+    vectors: Mapping[str, Mapping[str, Vector]] = field(default_factory=dict)
     strengths: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -271,7 +274,7 @@ class SweepWork(HeldOutWork):
             for user in self.users:
                 if user.id not in vectors:
                     raise SteeringError(f"steering_sweep: method {name!r} has no vector of user {user.id!r}")
-                vectors[user.id].check("steering_sweep", self.model)
+                check_vector("steering_sweep", self.model, vectors[user.id], self.rules[name])
 
     def ablation_of(self, rule: Rule) -> Ablation:
         """What the masked branch of a rule does."""
@@ -293,7 +296,7 @@ class SweepWork(HeldOutWork):
             }
         if self.vectors:
             more["vectors"] = {
-                name: {user: [one.layer, tensor_digest(one.values)] for user, one in sorted(vectors.items())}
+                name: {user: [one.settings(), tensor_digest(one.values)] for user, one in sorted(vectors.items())}
                 for name, vectors in self.vectors.items()
             }
         return super().fingerprint() | more
@@ -322,8 +325,9 @@ class SweepWork(HeldOutWork):
                         base = full
                         if rule.has("scaled"):
                             base = others["scaled"] = forced.scaled(heads, strength)
-                        elif rule.has("shifted"):
-                            base = others["shifted"] = forced.shifted(self.vectors[name][example.user_id], strength)
+                        elif rule.edited is not None and rule.needs_vectors:
+                            vector = self.vectors[name][example.user_id]
+                            base = others[rule.edited.branch] = forced.shifted(vector, strength)
                         given_all: dict[Branch, Any] = {term.branch: strength for term in rule.terms}
                         steered = combine(rule.terms, base, others, given_all)
                         loss = token_losses(steered, forced.targets).double().mean().cpu()

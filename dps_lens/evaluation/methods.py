@@ -14,8 +14,9 @@ from dps_lens.errors import EvaluationError
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
 from dps_lens.selection import HeadSource
-from dps_lens.steering import DecodeConfig, SteeringVector, generate
+from dps_lens.steering import DecodeConfig, generate
 from dps_lens.steering.rules import RULES, Rule, RuleLike, apart, find_rule
+from dps_lens.steering.vector import Vector
 
 Asked: TypeAlias = RuleLike | tuple[RuleLike, HeadSource]
 """`"plain"`, `"rag"`, `"prompt"`, `"lora"`, a vector, a rule such as `"cad"`; with heads it is `("dps", scores)`."""
@@ -23,12 +24,12 @@ Asked: TypeAlias = RuleLike | tuple[RuleLike, HeadSource]
 Shows: TypeAlias = Literal["own", "none", "note"]
 """What a prompt holds beside the task."""
 
-Kind: TypeAlias = Literal["style", "steerx", "lora", "description"]
+Kind: TypeAlias = Literal["style", "steerx", "heads", "lora", "description"]
 """What is made of a user."""
 
 LORA = "lora"
 _SHOWN: dict[str, Shows] = {"plain": "none", "rag": "own", "prompt": "note", LORA: "none", f"rag+{LORA}": "own"}
-VECTORS: dict[str, Kind] = {"stylevector": "style", "steerx": "steerx"}
+VECTORS: dict[str, Kind] = {"stylevector": "style", "steerx": "steerx", "head_vector": "heads"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Method:
         shows: what the prompt holds beside the task: the profile, nothing, or a description of the user.
         family: heads of the rule.
         settings: the grid.
-        vector: `"style"` or `"steerx"`, if any.
+        vector: `"style"`, `"steerx"` or `"heads"`, if any.
         adapter: the model is tuned to the user.
     """
 
@@ -88,9 +89,12 @@ class Method:
         return found
 
 
-def is_own_method(name: str) -> bool:
-    """A method of its own, not a rule of `generate`."""
-    return name in _SHOWN or name.removeprefix("rag+") in VECTORS
+def takes_heads(asked: RuleLike) -> bool:
+    """Whether a method is given with heads, `(method, scores)`."""
+    word = asked if isinstance(asked, str) else ""
+    if word in _SHOWN or word.removeprefix("rag+") in VECTORS:
+        return VECTORS.get(word.removeprefix("rag+")) == "heads"
+    return find_rule(asked).needs_heads
 
 
 def find_method(
@@ -98,9 +102,10 @@ def find_method(
 ) -> Method:
     """A method with its grid.
 
-    `plain` answers greedily without a profile, `rag` with it, `prompt` with a description in its place. `stylevector`
-    and `steerx` add their vector without a profile, `lora` adds a trained change to the weights; `rag+stylevector` and
-    the like do so with the profile. Rules that have no strength (`dola`, adaptive ones) have no grid of strengths.
+    `plain` answers greedily without a profile, `rag` with it, `prompt` with a description in its place. `stylevector`,
+    `steerx` and `head_vector` add their vector without a profile, `lora` adds a trained change to the weights;
+    `rag+stylevector` and the like do so with the profile. Rules that have no strength (`dola`, adaptive ones) have no
+    grid of strengths.
 
     Raises:
         EvaluationError: the method is unknown, or lacks its heads.
@@ -110,13 +115,14 @@ def find_method(
     rule, shows, vector = RULES["greedy"], _SHOWN.get(word, "own"), VECTORS.get(word.removeprefix("rag+"))
     if vector:
         shows = "own" if word.startswith("rag+") else "none"
-        rule = RULES["vector"]
+        rule = RULES["head_vector" if vector == "heads" else "vector"]
     elif word not in _SHOWN:
         rule = find_rule(rule_asked)
-        if rule.has("shifted"):
+        if rule.needs_vectors:
             raise EvaluationError(f"evaluate: method {name!r}: ask for {', '.join(VECTORS)}, or 'rag+stylevector'")
-    if rule.needs_heads != (family is not None):
-        wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
+    needs_heads = takes_heads(rule_asked)
+    if needs_heads != (family is not None):
+        wanted = f"needs heads, such as ({word or 'dps'!r}, scores)" if needs_heads else "takes no heads"
         raise EvaluationError(f"evaluate: method {name!r} {wanted}")
     adapter = word.removeprefix("rag+") == LORA
     free = [term for term in rule.terms if term.branch != "early" and not term.adaptive]
@@ -125,7 +131,7 @@ def find_method(
         grid = [Setting(strength) for strength in strengths]
     elif rule.adaptive:
         grid = [Setting(1.0)]
-    if rule.needs_heads:
+    if needs_heads:
         grid = [Setting(one.strength, k) for one in grid for k in ks]
     if rule.has("shifted"):
         grid = [Setting(one.strength, None, layer) for one in grid for layer in layers]
@@ -139,7 +145,7 @@ class Writer:
     method: Method
     setting: Setting
     heads: HeadSet
-    vector: SteeringVector | None = None
+    vector: Vector | None = None
     adapter: UserLora | None = None
 
 
@@ -173,7 +179,7 @@ def write(
             options["gamma"] = strengths
         if rule.needs_heads:
             options["heads"] = [writer.heads for writer in chosen]
-        if rule.has("shifted"):
+        if rule.needs_vectors:
             options["vectors"] = [writer.vector for writer in chosen]
         if rule.has("negative"):
             options |= {"alpha": strengths, "negative_prompts": [prompts["none"]] * len(chosen)}

@@ -43,8 +43,9 @@ def evaluate(
     | `"cad"`, `"cos"`, `"dola"` | rules of `generate`, with the profile |
     | `("dps", scores)`, `("decore", scores)`, `("amplify", scores)`, … | rules of heads, with the profile |
     | `"stylevector"`, `"steerx"` | vectors of the user (`style_vector`, `steerx_vector`), without the profile |
+    | `("head_vector", scores)` | a vector at each of these heads (`head_vectors`), without the profile |
     | `"lora"` | the model with the user's LoRA, trained on discovery examples, without the profile |
-    | `"rag+stylevector"`, `"rag+steerx"`, `"rag+lora"` | the same, with the profile |
+    | `"rag+stylevector"`, `"rag+steerx"`, `("rag+head_vector", scores)`, `"rag+lora"` | the same, with the profile |
     | `("dps+cad", scores)`, … | stacks |
 
     Args:

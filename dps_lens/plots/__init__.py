@@ -6,6 +6,7 @@ from dps_lens.plots.evaluation import evaluation
 from dps_lens.plots.export import browser, export
 from dps_lens.plots.faithfulness import faithfulness
 from dps_lens.plots.families import families
+from dps_lens.plots.head_vectors import head_vectors
 from dps_lens.plots.heatmap import heatmap, heatmaps
 from dps_lens.plots.overlap import overlap
 from dps_lens.plots.pareto import k_sweep, pareto
@@ -24,6 +25,7 @@ __all__ = [
     "export",
     "faithfulness",
     "families",
+    "head_vectors",
     "heatmap",
     "heatmaps",
     "k_sweep",

@@ -5,6 +5,16 @@ from dps_lens.steering.generation import Generation, TextStream
 from dps_lens.steering.rules import Rule
 from dps_lens.steering.sampling import Sampling
 from dps_lens.steering.terms import Term
-from dps_lens.steering.vector import SteeringVector
+from dps_lens.steering.vector import HeadVector, SteeringVector
 
-__all__ = ["DecodeConfig", "Generation", "Rule", "Sampling", "SteeringVector", "Term", "TextStream", "generate"]
+__all__ = [
+    "DecodeConfig",
+    "Generation",
+    "HeadVector",
+    "Rule",
+    "Sampling",
+    "SteeringVector",
+    "Term",
+    "TextStream",
+    "generate",
+]

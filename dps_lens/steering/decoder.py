@@ -1,8 +1,8 @@
 """Branches decoded as rows of one batch, each with its own prompt and its own heads edited."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ class Row:
         profile: where the profile stands in them, `(start, stop)`.
         factors: `Float[Tensor, "layer head"]`, what z of each head is multiplied by; 1 changes nothing. Ablations other
             than zero act on the heads whose factor is 0.
-        vector: a layer, and `Float[Tensor, "d_model"]` that is added to what leaves it, from the last prompt token on.
+        added: by hook, what is added to every position there from the last prompt token on.
     """
 
     request: int
@@ -37,7 +37,7 @@ class Row:
     tokens: Int[Tensor, " pos"]
     profile: tuple[int, int]
     factors: Float[Tensor, "layer head"]
-    vector: tuple[int, Float[Tensor, " d_model"]] | None = None
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Decoder:
@@ -86,7 +86,7 @@ class Decoder:
         self.tokens = torch.stack(padded).to(device)
         self.mask = torch.stack([(torch.arange(longest) >= gap).long() for gap in gaps]).to(device)
         self.factors = torch.stack([row.factors for row in rows]).to(device)
-        self._vectors = _by_layer(rows, model.cfg.d_model, device)
+        self._added = _by_hook(rows, device)
         self._profile = torch.zeros(len(rows), longest - 1, dtype=torch.bool)
         for index, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
             self._profile[index, gap + row.profile[0] : gap + row.profile[1]] = True
@@ -128,7 +128,7 @@ class Decoder:
         """Hooks for the rows that run; on the layers only where a head of some row is edited."""
         self._on.close()
         hooks = [] if self.positions == "profile" else self._edit(everywhere).hooks(self.model)
-        self._hooks = Hooks(self.model, [*hooks, *adding(self._vectors), *recorders(self._early)])
+        self._hooks = Hooks(self.model, [*hooks, *adding(self._added), *recorders(self._early)])
         self._on.enter_context(self._hooks)
         self._lean = BypassedHooks(self.model)
 
@@ -185,26 +185,25 @@ class Decoder:
         self.rows = [row for row, stays in zip(self.rows, rows.tolist(), strict=True) if stays]
         self._gaps = [gap for gap, stays in zip(self._gaps, rows.tolist(), strict=True) if stays]
         self.mask, self.factors = self.mask[index], self.factors[index]
-        left = {layer: vectors[index] for layer, vectors in self._vectors.items()}
-        self._vectors = {layer: vectors for layer, vectors in left.items() if vectors.any()}
+        left = {name: values[index] for name, values in self._added.items()}
+        self._added = {name: values for name, values in left.items() if values.any()}
         self.runner.select(self._cache, index)
         self._install()
 
 
-def _by_layer(rows: Sequence[Row], d_model: int, device: torch.device) -> dict[int, Float[Tensor, "row d_model"]]:
-    """The vectors of all rows, by the layer that they are added at; 0 where a row has none there."""
-    vectors: dict[int, Tensor] = {}
+def _by_hook(rows: Sequence[Row], device: torch.device) -> dict[str, Float[Tensor, "row ..."]]:
+    """What all rows add, by hook; 0 where a row adds nothing there."""
+    added: dict[str, Tensor] = {}
     for index, row in enumerate(rows):
-        if row.vector is not None:
-            layer, values = row.vector
-            vectors.setdefault(layer, torch.zeros(len(rows), d_model, device=device))[index] = values.to(device)
-    return vectors
+        for name, values in row.added.items():
+            added.setdefault(name, torch.zeros(len(rows), *values.shape, device=device))[index] = values.to(device)
+    return added
 
 
-def adding(vectors: dict[int, Tensor]) -> list[tuple[str, Any]]:
-    """Hooks that add a vector to every row's residual stream."""
+def adding(added: Mapping[str, Float[Tensor, "row ..."]]) -> list[tuple[str, Any]]:
+    """Hooks that add to every position of each row."""
 
-    def add(residual: Tensor, hook: object, layer: int) -> Tensor:
-        return residual + vectors[layer][:, None].to(residual)
+    def add(activation: Tensor, hook: object, values: Tensor) -> Tensor:
+        return activation + values[:, None].to(activation)
 
-    return [(f"blocks.{layer}.hook_resid_post", partial(add, layer=layer)) for layer in vectors]
+    return [(name, partial(add, values=values)) for name, values in added.items()]

@@ -36,7 +36,7 @@ from dps_lens.steering.layout import (
 from dps_lens.steering.mixing import Mixer
 from dps_lens.steering.rules import Rule, RuleLike, check_strength, find_rule
 from dps_lens.steering.sampling import Chooser, Sampling
-from dps_lens.steering.vector import SteeringVector
+from dps_lens.steering.vector import Vector
 
 # Norms inside the model take squares, which overflow unseen: what comes out of them is 0, not infinity.
 _MOST_IN_PLACE = 1e6
@@ -90,7 +90,7 @@ def generate(
     prompts: Prompts,
     *,
     heads: Heads | Sequence[Heads] | None = ...,
-    vectors: SteeringVector | Sequence[SteeringVector] | None = ...,
+    vectors: Vector | Sequence[Vector] | None = ...,
     gamma: float | Sequence[float] = ...,
     rule: RuleLike = ...,
     negative_prompts: Prompts | None = ...,
@@ -109,7 +109,7 @@ def generate(
     prompts: Prompts,
     *,
     heads: Heads | Sequence[Heads] | None = ...,
-    vectors: SteeringVector | Sequence[SteeringVector] | None = ...,
+    vectors: Vector | Sequence[Vector] | None = ...,
     gamma: float | Sequence[float] = ...,
     rule: RuleLike = ...,
     negative_prompts: Prompts | None = ...,
@@ -127,7 +127,7 @@ def generate(
     prompts: Prompts,
     *,
     heads: Heads | Sequence[Heads] | None = None,
-    vectors: SteeringVector | Sequence[SteeringVector] | None = None,
+    vectors: Vector | Sequence[Vector] | None = None,
     gamma: float | Sequence[float] = 1.0,
     rule: RuleLike = "dps",
     negative_prompts: Prompts | None = None,
@@ -149,7 +149,8 @@ def generate(
     | `dola` | `log p − log p_early`, of the farthest early layer; tokens under 0.1 · max p are out | arXiv 2309.03883 |
     | `amplify` | of the model whose heads' z is multiplied by 1 + γ; no second branch | |
     | `vector` | of the model to whose residual stream γ times a steering vector is added; no second branch | |
-    | `dps+cad` | `full + γ (full − masked) + α (full − negative)`; any rule of heads, or `vector`, with `cad` | |
+    | `head_vector` | of the model to whose heads' z γ times a vector is added; no second branch | arXiv 2306.03341 |
+    | `dps+cad` | `full + γ (full − masked) + α (full − negative)`; any rule of heads or vectors with `cad` | |
     | `greedy` | of the model itself | |
 
     All branches run as rows of one batch with a KV cache; a row that ends leaves it.
@@ -159,7 +160,8 @@ def generate(
         prompts: of `build_prompt`, or texts that are given to the model as they are. Prompts may differ
             in length; a reference answer in them is not shown to the model.
         heads: one set for all prompts, or one a prompt; heads with weights (`{Head(3, 1): 0.5}`) are edited in part.
-        vectors: for `vector`, such as `style_vector(…)`: one for all prompts, or one a prompt.
+        vectors: for `vector`, such as `style_vector(…)`, and for `head_vector`, such as `head_vectors(…)[user]`: one
+            for all prompts, or one a prompt.
         gamma: strength of the heads or vectors, one for all prompts or one a prompt, at least −1. 0 is the model's own
             decoding and costs nothing extra; −1 is the masked model, in one branch.
         rule: see above; or a `Term` of your own, or two terms that stack.
@@ -200,8 +202,8 @@ def generate(
     settings |= {"heads": [names_of(one) for one in sets], "ablation": ablation.settings(), "positions": positions}
     settings |= {"early_layers": early, "max_gamma": config.max_gamma, "min_p": config.min_p, "max_kl": config.max_kl}
     settings["sampling"] = [one and asdict(one) for one in samplings]
-    if chosen.has("shifted"):
-        settings["vectors"] = [{"label": one.label, "layer": one.layer} for one in added if one is not None]
+    if chosen.needs_vectors:
+        settings["vectors"] = [one.settings() for one in added if one is not None]
     steps = Steps(model.tokenizer, len(batch), config.keep_delta_logits, config.keep_alternatives, settings)
     mixer = Mixer(chosen, gammas, alphas, config.max_gamma, config.min_p, config.max_kl)
     decoder = decoder_of(model, rows, ablation=ablation, positions=positions, early=early, room=max_new_tokens)

@@ -18,7 +18,7 @@ from dps_lens.steering.decoder import Row
 from dps_lens.steering.rules import Rule
 from dps_lens.steering.sampling import Sampling
 from dps_lens.steering.terms import Branch
-from dps_lens.steering.vector import SteeringVector
+from dps_lens.steering.vector import HeadVector, SteeringVector, Vector
 
 Heads: TypeAlias = HeadSet | Mapping[Head, float]
 """A set of heads, or heads with weights from 0 (untouched) to 1 (all of the edit)."""
@@ -31,7 +31,7 @@ def rows_of(
     batch: Sequence[Prompt | str],
     others: Sequence[Prompt | str],
     sets: Sequence[Heads],
-    added: Sequence[SteeringVector | None],
+    added: Sequence[Vector | None],
     gammas: Sequence[float],
     alphas: Sequence[float],
     rule: Rule,
@@ -53,8 +53,8 @@ def rows_of(
             rows["full"].append(Row(request, "full", tokens, profile, untouched))
         factors = _factors(model, heads, gammas[request] if rule.has("scaled") else -1.0, ablation)
         if edits and edited is not None:
-            scaled = (vector.layer, gammas[request] * vector.values) if vector else None
-            rows["ablated"].append(Row(request, edited.branch, tokens, profile, factors, scaled))
+            additions = vector.additions(gammas[request]) if vector else {}
+            rows["ablated"].append(Row(request, edited.branch, tokens, profile, factors, additions))
         if rule.has("negative") and alphas[request]:
             ids = _ids(model, other)
             if ids.tolist() == tokens.tolist():
@@ -94,23 +94,37 @@ def head_sets(heads: Heads | Sequence[Heads] | None, rows: int, rule: Rule) -> l
 
 def vectors_of(
     model: HookedModel,
-    vectors: SteeringVector | Sequence[SteeringVector] | None,
+    vectors: Vector | Sequence[Vector] | None,
     rows: int,
     rule: Rule,
     positions: Positions,
-) -> Sequence[SteeringVector | None]:
-    if not rule.has("shifted"):
+) -> Sequence[Vector | None]:
+    if not rule.needs_vectors:
         return [None] * rows
     if vectors is None:
-        raise SteeringError("generate: this rule needs vectors=, such as style_vector(model, user)")
+        such = "head_vectors(model, users, heads)[user]" if rule.has("heads_shifted") else "style_vector(model, user)"
+        raise SteeringError(f"generate: this rule needs vectors=, such as {such}")
     if positions != "response":
         raise SteeringError("generate: vectors are added from the last prompt token on; use positions='response'")
-    each = [vectors] * rows if isinstance(vectors, SteeringVector) else list(vectors)
+    each = [vectors] * rows if isinstance(vectors, Vector) else list(vectors)
     if len(each) != rows:
         raise SteeringError(f"generate: {rows} prompts and {len(each)} vectors; give one for each prompt")
     for vector in each:
-        vector.check("generate", model)
+        check_vector("generate", model, vector, rule)
     return each
+
+
+def check_vector(call: str, model: HookedModel, vector: object, rule: Rule) -> None:
+    """Refuse a vector that the rule does not add, or that is not of this model.
+
+    Raises:
+        SteeringError: names the call, and the rule that adds it.
+    """
+    kind, other = (HeadVector, "vector") if rule.has("heads_shifted") else (SteeringVector, "head_vector")
+    if not isinstance(vector, kind):
+        such = f"; rule {other!r} adds it" if isinstance(vector, Vector) else ""
+        raise SteeringError(f"{call}: rule {rule.name!r} adds a {kind.__name__}, found a {type(vector).__name__}{such}")
+    vector.check(call, model)
 
 
 def negatives_of(negative_prompts: Prompts | None, batch: Sequence[Prompt | str], rule: Rule) -> Sequence[Prompt | str]:

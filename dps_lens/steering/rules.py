@@ -9,7 +9,7 @@ from dps_lens.errors import SteeringError
 from dps_lens.extensions import settings_of
 from dps_lens.steering.terms import Branch, EarlyTerm, EntropyTerm, InPlaceTerm, Term
 
-_EDITED: frozenset[Branch] = frozenset({"ablated", "scaled", "shifted"})
+_EDITED: frozenset[Branch] = frozenset({"ablated", "scaled", "shifted", "heads_shifted"})
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,13 @@ class Rule:
         return self.has("ablated", "scaled")
 
     @property
+    def needs_vectors(self) -> bool:
+        return self.has("shifted", "heads_shifted")
+
+    @property
     def alone(self) -> bool:
         """The edited branch is what is written from; the full model does not run."""
-        return self.has("scaled", "shifted")
+        return self.has("scaled") or self.needs_vectors
 
     @property
     def adaptive(self) -> bool:
@@ -71,6 +75,7 @@ RULES = {
         Rule("dola", (EarlyTerm(),), min_p=0.1),
         Rule("amplify", (InPlaceTerm("scaled"),)),
         Rule("vector", (InPlaceTerm("shifted"),)),
+        Rule("head_vector", (InPlaceTerm("heads_shifted"),)),
         Rule("greedy", ()),
     )
 }

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dps_lens.intervene import AblationLike
 
-Branch: TypeAlias = Literal["full", "ablated", "scaled", "shifted", "negative", "early"]
+Branch: TypeAlias = Literal["full", "ablated", "scaled", "shifted", "heads_shifted", "negative", "early"]
 """What runs beside the full model: it without heads, with heads' z multiplied, with a vector added to the residual
-stream, with the negative prompt; or log-probabilities read off one of its early layers."""
+stream or to heads' z, with the negative prompt; or log-probabilities read off one of its early layers."""
 
 Strength: TypeAlias = float | Float[Tensor, "row 1"]
 

@@ -1,12 +1,15 @@
-"""A direction in the residual stream, added while the answer is written."""
+"""What is added inside the model while the answer is written: a direction of the residual stream, or of heads' z."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dps_lens.errors import SteeringError
+from dps_lens.errors import HeadError, SteeringError
+from dps_lens.heads import Head, HeadSet
 from dps_lens.model import HookedModel
 from dps_lens.result import Result
 
@@ -42,6 +45,14 @@ class SteeringVector(Result):
 
         return pd.DataFrame({"dimension": range(len(self.values)), "value": self.values.tolist()})
 
+    def additions(self, strength: float) -> dict[str, Tensor]:
+        """By hook, what strength times the vector adds to every position there."""
+        return {f"blocks.{self.layer}.hook_resid_post": strength * self.values}
+
+    def settings(self) -> dict[str, Any]:
+        """For manifests of what was written with it."""
+        return {"label": self.label, "layer": self.layer}
+
     def check(self, call: str, model: HookedModel) -> None:
         """Refuse a model that this is not a direction of.
 
@@ -53,3 +64,111 @@ class SteeringVector(Result):
                 f"{call}: a vector {list(self.values.shape)} at layer {self.layer} is not of this model, "
                 f"[{model.cfg.d_model}] in {model.cfg.n_layers} layers"
             )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadVector(Result):
+    """What `generate(rule="head_vector", vectors=…)` adds to the z of heads, times γ; see `head_vectors`.
+
+    Vectors of the same heads add up, and a number scales one: `(one + other) / 2`.
+
+    Attributes:
+        values: `Float[Tensor, "head d_head"]`, a row for each head of `heads`, in their order.
+        heads: from the last prompt token on, each gets its row added to its z, before `W_O`.
+        label: what the vector is called.
+        manifest: how it was made.
+    """
+
+    stem: ClassVar[str] = "head_vector"
+    error: ClassVar[type[SteeringError]] = SteeringError
+
+    values: Float[Tensor, "head d_head"]
+    heads: HeadSet
+    label: str = ""
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.heads.shape is None:
+            raise HeadError("HeadVector: its heads do not know their model; give HeadSet(heads, shape=(layers, heads))")
+        if self.values.ndim != 2 or len(self.values) != len(self.heads):
+            raise SteeringError(
+                f"HeadVector: {len(self.heads)} heads and values {list(self.values.shape)}; give one row a head"
+            )
+
+    def __add__(self, other: "HeadVector") -> "HeadVector":
+        if self.heads.heads != other.heads.heads:
+            raise SteeringError("HeadVector: the two are of other heads, or of the same in another order")
+        return replace(self, values=self.values + other.values)
+
+    def __mul__(self, factor: float | int) -> "HeadVector":
+        return replace(self, values=self.values * factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "HeadVector":
+        return self * -1.0
+
+    def __sub__(self, other: "HeadVector") -> "HeadVector":
+        return self + -other
+
+    def __truediv__(self, divisor: float | int) -> "HeadVector":
+        return self * (1 / divisor)
+
+    def weighted(self, weights: Mapping[Head, float]) -> "HeadVector":
+        """With a strength for each head; heads that are not named get 0.
+
+        Raises:
+            HeadError: a weight is of another head.
+        """
+        if strangers := [head for head in weights if head not in self.heads]:
+            raise HeadError(f"HeadVector: there is no {Head(*strangers[0])} among its heads, {self.heads}")
+        each = torch.tensor([float(weights.get(head, 0.0)) for head in self.heads])
+        return replace(self, values=self.values * each[:, None])
+
+    def summary(self) -> str:
+        return f"{self.label or 'vector'} of {len(self.heads)} heads, norm {float(self.values.norm()):.3g}"
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row a head: `head`, `norm`."""
+        import pandas as pd
+
+        return pd.DataFrame({"head": [str(head) for head in self.heads], "norm": self.values.norm(dim=1).tolist()})
+
+    def additions(self, strength: float) -> dict[str, Tensor]:
+        """By hook, what strength times the vector adds to every position there, `[head d_head]` of all heads."""
+        n_heads = self.heads.shape[1] if self.heads.shape else 0
+        added: dict[str, Tensor] = {}
+        for (layer, head), row in zip(self.heads, self.values, strict=True):
+            name = f"blocks.{layer}.attn.hook_z"
+            added.setdefault(name, self.values.new_zeros(n_heads, self.values.shape[1]))[head] = strength * row
+        return added
+
+    def residuals(self, model: HookedModel) -> dict[int, Float[Tensor, " d_model"]]:
+        """By layer, what the heads' sum adds to the residual stream there: `Σ_h values[h] W_O[h]`, as float32."""
+        self.check("residuals", model)
+        added: dict[int, Tensor] = {}
+        for (layer, head), row in zip(self.heads, self.values, strict=True):
+            out = row.float() @ model.blocks[layer].attn.W_O[head].detach().float().cpu()
+            added[layer] = added[layer] + out if layer in added else out
+        return added
+
+    def settings(self) -> dict[str, Any]:
+        """For manifests of what was written with it."""
+        return {"label": self.label, "heads": str(self.heads)}
+
+    def check(self, call: str, model: HookedModel) -> None:
+        """Refuse a model whose heads these are not.
+
+        Raises:
+            SteeringError: the model has other layers, heads or widths; names the call.
+        """
+        cfg = model.cfg
+        if self.heads.shape != (cfg.n_layers, cfg.n_heads) or self.values.shape[1] != cfg.d_head:
+            raise SteeringError(
+                f"{call}: a vector of heads of {self.heads.shape} with d_head {self.values.shape[1]} is not of this "
+                f"model, {(cfg.n_layers, cfg.n_heads)} with d_head {cfg.d_head}"
+            )
+
+
+Vector: TypeAlias = SteeringVector | HeadVector
+"""What rules add inside the model."""

@@ -1,6 +1,7 @@
 """StyleVector (arXiv 2503.05213): how a user's answers differ from generic ones, as a direction."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -83,21 +84,43 @@ def style_differences(
     max_new_tokens: int | None = None,
 ) -> Float[Tensor, "example layer d_model"]:
     """One example a row of what the style vector is the mean of, at every layer; arguments as in `style_vector`."""
-    tokenizer = PromptTokenizer(model)
     config = prompt_config or PromptConfig()
+    dull = generic_answers("style_vector", model, examples, generic=generic, config=config, length=max_new_tokens)
     differences = []
+    for example, other in zip(examples, dull, strict=True):
+        built = build_prompt(model, example, "none", config=config)
+        differences.append(last_residuals(model, built.tokens) - last_residuals(model, other.tokens))
+    return torch.stack(differences)
+
+
+def generic_answers(
+    call: str,
+    model: HookedModel,
+    examples: Sequence[Example],
+    *,
+    generic: Mapping[str, str] | None,
+    config: PromptConfig,
+    length: int | None = None,
+) -> list[Prompt]:
+    """The prompt of each example without a profile, with a generic answer in place of the user's.
+
+    Raises:
+        SteeringError: `generic` lacks an answer; names the call.
+    """
+    tokenizer, prompts = PromptTokenizer(model), []
     for example in examples:
         built = build_prompt(model, example, "none", config=config)
         if generic is None:
             longest = min(example.task.max_new_tokens, config.response_tokens or example.task.max_new_tokens)
-            answer = _own_answer(model, built, max_new_tokens or longest)
+            answer = _own_answer(model, built, length or longest)
         elif example.id in generic:
             answer = torch.tensor(tokenizer.answer(generic[example.id], config.response_tokens), dtype=torch.long)
         else:
-            raise SteeringError(f"style_vector: generic= holds no answer to example {example.id!r}")
-        generic_end = last_residuals(model, torch.cat([built.prompt_tokens, answer]))
-        differences.append(last_residuals(model, built.tokens) - generic_end)
-    return torch.stack(differences)
+            raise SteeringError(f"{call}: generic= holds no answer to example {example.id!r}")
+        tokens = torch.cat([built.prompt_tokens, answer])
+        spans = {**built.spans, "response": (len(built.prompt_tokens), len(tokens))}
+        prompts.append(replace(built, tokens=tokens, spans=spans))
+    return prompts
 
 
 def _own_answer(model: HookedModel, prompt: Prompt, max_new_tokens: int) -> Int[Tensor, " pos"]:

@@ -38,6 +38,8 @@ METHODS = {
     "stylevector": "stylevector",
     "rag+stylevector": "rag+stylevector",
     "rag+steerx": "rag+steerx",
+    "head_vector": ("head_vector", HEADS),
+    "rag+head_vector": ("rag+head_vector", HEADS),
     "prompt": "prompt",
 }
 FIXED = dps.EvaluateConfig(layers=(1,), choose_on=0, vector_examples=2)
@@ -50,7 +52,7 @@ def evaluated(tinies, probe):
     return dps.evaluate(tinies("llama").hooked, probe[:3], METHODS, **ONE, **OPTIONS)
 
 
-def by_hand(model, user, name):
+def by_hand(model, users, user, name):
     """One call of `generate`, one prompt."""
     example = user.examples[-1]
     own, none = (dps.build_prompt(model, example, which, config=PROMPT) for which in ("own", "none"))
@@ -62,6 +64,10 @@ def by_hand(model, user, name):
         else {}
     )
     heads = HEADS[:2]
+    shift = {}
+    if "head_vector" in name:
+        vectors = dps.head_vectors(model, users, heads, max_examples=2, prompt_config=PROMPT)
+        shift = {"rule": "head_vector", "vectors": vectors[user.id], "gamma": 0.5}
     how = {
         "plain": (none, {"rule": "greedy"}),
         "rag": (own, {"rule": "greedy"}),
@@ -74,6 +80,8 @@ def by_hand(model, user, name):
         "stylevector": (none, {"rule": "vector", "vectors": vector, "gamma": 0.5}),
         "rag+stylevector": (own, {"rule": "vector", "vectors": vector, "gamma": 0.5}),
         "rag+steerx": (own, {"rule": "vector", "gamma": 0.5, **steerx}),
+        "head_vector": (none, shift),
+        "rag+head_vector": (own, shift),
     }
     prompt, options = how[name]
     return dps.generate(model, prompt, max_new_tokens=6, **options).texts[0].strip()
@@ -83,7 +91,7 @@ def by_hand(model, user, name):
 def test_answers_are_those_of_generate(evaluated, llama, probe, name):
     rows = evaluated.rows[evaluated.rows["method"] == name].set_index("user")
     for user in probe[:3]:
-        text = by_hand(llama.hooked, user, name)
+        text = by_hand(llama.hooked, probe[:3], user, name)
         assert rows.loc[user.id, "text"] == text
         found = rouge(user.examples[-1].reference, text)
         assert rows.loc[user.id, "ROUGE-L"] == found["ROUGE-L"]

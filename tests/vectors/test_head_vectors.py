@@ -1,0 +1,342 @@
+"""Head vectors against plain Hugging Face models: how they are made, and what they do to what is written."""
+
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import torch
+import toy
+from conftest import ARCHITECTURES, no_hooks_left
+from oracles import attention_modules, columns_replaced, nll, output_projection, z_of
+from scipy.optimize import minimize
+
+import dps_lens as dps
+from dps_lens.data.conditions import prompts_in
+from dps_lens.data.tokenizer import PromptTokenizer
+from dps_lens.errors import HeadError, SteeringError
+from dps_lens.heads import Head, HeadSet
+
+PROMPT = dps.PromptConfig(items=2, profile_tokens=40, task_tokens=16, response_tokens=6)
+HEADS = HeadSet.parse("L1H2,L0H1,L1H0")
+GAP = 1e-4
+
+
+def response_z(plain, prompt, head, d_head):
+    """z of a head where response tokens are predicted from, `[pos d_head]`."""
+    start, stop = prompt.spans["response"]
+    return z_of(plain, prompt, head.layer)[start - 1 : stop - 1, head.head * d_head : (head.head + 1) * d_head]
+
+
+def prompts_of(model, users, example, against, generic):
+    if against == "generic":
+        prompt = dps.build_prompt(model, example, "none", config=PROMPT)
+        answer = torch.tensor(PromptTokenizer(model).answer(generic[example.id], PROMPT.response_tokens))
+        tokens = torch.cat([prompt.prompt_tokens, answer])
+        spans = {**prompt.spans, "response": (len(prompt.prompt_tokens), len(tokens))}
+        other = dps.Prompt(tokens, spans, prompt.text, "none", prompt.example_id, prompt.user_id, ())
+        return prompt, [other]
+    own = dps.build_prompt(model, example, config=PROMPT)
+    return own, prompts_in(model, example, against, users, n_donors=2, config=PROMPT)
+
+
+def z_by_hand(tiny, users, user, against, generic):
+    """Own and counterfactual z of each of the user's two newest discovery examples, by head."""
+    found = []
+    for example in user.discovery_examples()[-2:]:
+        own, others = prompts_of(tiny.hooked, users, example, against, generic)
+        d_head = tiny.hooked.cfg.d_head
+        found.append(
+            {
+                head: (
+                    response_z(tiny.plain, own, head, d_head),
+                    [response_z(tiny.plain, other, head, d_head) for other in others],
+                )
+                for head in HEADS
+            }
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def users(probe):
+    return probe[:3]
+
+
+@pytest.fixture(scope="module")
+def generic(users):
+    return {one.id: f"A text, number {n}." for user in users for n, one in enumerate(user.discovery_examples())}
+
+
+@pytest.mark.parametrize("against", ["other_user", "no_profile", "generic"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_the_difference_of_means_is_what_plain_passes_give(tinies, users, generic, architecture, against):
+    tiny = tinies(architecture)
+    options = {"generic": generic} if against == "generic" else {}
+    vectors = dps.head_vectors(
+        tiny.hooked, users, HEADS, against=against, max_examples=2, prompt_config=PROMPT, **options
+    )
+    assert [*vectors] == [user.id for user in users]
+    for user in users:
+        made = z_by_hand(tiny, users, user, against, generic)
+        vector = vectors[user.id]
+        for row, head in enumerate(HEADS):
+            each = [own.mean(0) - torch.cat(others).mean(0) for own, others in (one[head] for one in made)]
+            torch.testing.assert_close(vector.values[row], torch.stack(each).mean(0), atol=1e-5, rtol=1e-4)
+    assert no_hooks_left(tiny.hooked)
+
+
+def logistic(own, other):
+    """Weights of a logistic regression with unit ridge, both kinds weighing the same, by a general minimiser."""
+    x, n = np.concatenate([own, other]), len(own) + len(other)
+    sign = np.repeat([1.0, -1.0], [len(own), len(other)])
+    weight = np.repeat([n / (2 * len(own)), n / (2 * len(other))], [len(own), len(other)])
+
+    def loss(w):
+        return w[:-1] @ w[:-1] / 2 + weight @ np.logaddexp(0, -sign * (x @ w[:-1] + w[-1]))
+
+    return minimize(loss, np.zeros(x.shape[1] + 1), method="BFGS").x[:-1]
+
+
+def test_a_probe_points_from_the_counterfactual_to_the_own_text(llama, users):
+    vectors = dps.head_vectors(llama.hooked, users, HEADS, recipe="probe", max_examples=2, prompt_config=PROMPT)
+    made = z_by_hand(llama, users, users[0], "other_user", {})
+    for row, head in enumerate(HEADS):
+        own = torch.cat([one[head][0] for one in made]).double()
+        other = torch.cat([z for one in made for z in one[head][1]]).double()
+        vector = vectors[users[0].id].values[row].double()
+        direction = vector / vector.norm()
+        assert float(vector.norm()) == pytest.approx(float((torch.cat([own, other]) @ direction).std()), rel=1e-4)
+        expected = torch.from_numpy(logistic(own.numpy(), other.numpy()))
+        assert float(direction @ expected / expected.norm()) > 0.999
+
+
+def test_a_persona_vector_writes_what_points_to_the_layers_difference(llama, users):
+    model, user = llama.hooked, users[0]
+    vectors = dps.head_vectors(model, users, HEADS, recipe="persona", max_examples=2, prompt_config=PROMPT)
+    plain = dps.head_vectors(model, users, HEADS, max_examples=2, prompt_config=PROMPT)
+    d_head = model.cfg.d_head
+    for row, head in enumerate(HEADS):
+        weight = output_projection(attention_modules(llama.plain)[head.layer]).weight.detach().double().numpy()
+        layer = np.zeros(weight.shape[1])
+        for example in user.discovery_examples()[-2:]:
+            own, others = prompts_of(model, users, example, "other_user", {})
+            start, stop = own.spans["response"]
+            of = [
+                z_of(llama.plain, one, head.layer)[-(stop - start) - 1 : -1].double().numpy() for one in (own, *others)
+            ]
+            layer += (of[0].mean(0) - np.concatenate(of[1:]).mean(0)) / 2
+        persona = weight @ layer
+        persona /= np.linalg.norm(persona)
+        w_o = weight[:, head.head * d_head : (head.head + 1) * d_head]
+        wanted = persona * (persona @ (w_o @ plain[user.id].values[row].double().numpy()))
+        expected = np.linalg.pinv(w_o) @ wanted
+        np.testing.assert_allclose(vectors[user.id].values[row].numpy(), expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def naive(plain, tokens, start, vector, strength, d_head):
+    """Logits of the last position, strength times the vector added to z from `start` on."""
+    with ExitStack() as stack:
+        for (layer, head), row in zip(vector.heads, vector.values, strict=True):
+            columns = slice(head * d_head, (head + 1) * d_head)
+            stack.enter_context(
+                columns_replaced(
+                    plain,
+                    layer,
+                    head,
+                    d_head,
+                    slice(start, None),
+                    lambda z, columns=columns, row=row: z[:, :, columns] + strength * row,
+                )
+            )
+        return plain(input_ids=tokens[None]).logits[0, -1].double().numpy()
+
+
+def random_vector(model, heads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (model.cfg.n_layers, model.cfg.n_heads)
+    return dps.HeadVector(torch.randn(len(heads), model.cfg.d_head, generator=generator), HeadSet(heads, shape=shape))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_vector_is_added_to_the_z_of_its_heads(tinies, architecture, probe):
+    """Each prompt its own heads, vector and strength, in one batch; γ = 0 is the model itself."""
+    tiny = tinies(architecture)
+    model = tiny.hooked
+    prompts = [dps.build_prompt(model, user.examples[0], config=PROMPT) for user in probe[:4]]
+    sets, gammas = ["L0H1", "L1H2,L0H0,L1H0", "L1H1,L0H1", "L1H1"], [0.5, 2.0, -1.0, 0.0]
+    vectors = [random_vector(model, HeadSet.parse(names), seed) for seed, names in enumerate(sets)]
+    out = dps.generate(
+        model,
+        prompts,
+        rule="head_vector",
+        vectors=vectors,
+        gamma=gammas,
+        max_new_tokens=4,
+        decode_config=dps.DecodeConfig(stop_at_eos=False),
+    )
+    moved, d_head = 0.0, model.cfg.d_head
+    for row, (prompt, vector, gamma) in enumerate(zip(prompts, vectors, gammas, strict=True)):
+        start = len(prompt.prompt_tokens) - 1
+        for step, token in enumerate(out.tokens[row].tolist()):
+            tokens = torch.cat([prompt.prompt_tokens, out.tokens[row][:step]])
+            logits = naive(tiny.plain, tokens, start, vector, gamma, d_head)
+            second, first = np.sort(logits)[-2:]
+            assert first - second > GAP, "the reference itself is undecided here; use another prompt"
+            assert int(logits.argmax()) == token, (row, step)
+            expected = logits[token] - np.logaddexp.reduce(logits)
+            assert float(out.logprobs[row][step]) == pytest.approx(expected, abs=1e-3)
+            moved = max(moved, float(np.abs(logits - naive(tiny.plain, tokens, start, vector, 0.0, d_head)).max()))
+        assert bool(out.kl[row].isnan().all()) == bool(gamma), "with a vector the full model does not run"
+    assert moved > 0.05
+    assert no_hooks_left(model)
+
+
+def test_it_streams_stacks_with_cad_and_is_swept(llama, users):
+    model, d_head = llama.hooked, llama.hooked.cfg.d_head
+    example = users[0].examples[-1]
+    own, none = (dps.build_prompt(model, example, which, config=PROMPT) for which in ("own", "none"))
+    vector = random_vector(model, HEADS, 5)
+    options = {"vectors": vector, "gamma": 0.7, "negative_prompts": none, "alpha": 0.4, "max_new_tokens": 3}
+    config = dps.DecodeConfig(stop_at_eos=False)
+    out = dps.generate(model, own, rule="head_vector+cad", decode_config=config, **options)
+    starts = len(own.prompt_tokens) - 1, len(none.prompt_tokens) - 1
+    for step, token in enumerate(out.tokens[0].tolist()):
+        new = out.tokens[0][:step]
+        steered = naive(llama.plain, torch.cat([own.prompt_tokens, new]), starts[0], vector, 0.7, d_head)
+        without = naive(llama.plain, torch.cat([none.prompt_tokens, new]), starts[1], vector, 0.0, d_head)
+        assert int((1.4 * steered - 0.4 * without).argmax()) == token
+    stream = dps.generate(model, own, rule="head_vector+cad", decode_config=config, stream=True, **options)
+    assert "".join(text for _, text in stream) == out.texts[0]
+    vectors = {user.id: vector for user in users}
+    sweep = dps.steering_sweep(
+        model, users, {"own": ("head_vector", vectors)}, strengths=(0.25, 0.5), max_examples=1, prompt_config=PROMPT
+    )
+    start, stop = own.spans["response"]
+    with ExitStack() as stack:
+        for (layer, head), row in zip(vector.heads, vector.values, strict=True):
+            columns = slice(head * d_head, (head + 1) * d_head)
+            new = lambda z, columns=columns, row=row: z[:, :, columns] + 0.5 * row  # noqa: E731
+            stack.enter_context(columns_replaced(llama.plain, layer, head, d_head, slice(start - 1, stop), new))
+        expected = nll(llama.plain, own)
+    place = sweep.example_ids.index(example.id)
+    assert float(sweep.change["own"][1, place]) == pytest.approx(expected - nll(llama.plain, own), abs=1e-4)
+
+
+def test_a_planted_user_is_brought_back_by_the_carriers_vector(toy_model, toy_users):
+    """The carrier copies the user's signature; its vector does so where no profile shows one."""
+    vectors = dps.head_vectors(toy_model, toy_users, HeadSet.parse("L1H2"), against="no_profile", max_examples=2)
+    user, other = toy_users[0], toy_users[1]
+    prompt, others = (dps.build_prompt(toy_model, one.examples[0], "none") for one in (user, other))
+    asked = [(user, 0.0), (user, 1.0), (other, 1.0), (user, -1.0)]
+    out = dps.generate(
+        toy_model,
+        [prompt] * 4,
+        rule="head_vector",
+        vectors=[vectors[one.id] for one, _ in asked],
+        gamma=[gamma for _, gamma in asked],
+        max_new_tokens=1,
+        decode_config=dps.DecodeConfig(stop_at_eos=False),
+    )
+    plain, own, another, away = (int(tokens[0]) for tokens in out.tokens)
+    signature = int(prompt.response_tokens[0])
+    assert own == signature
+    assert another == int(others.response_tokens[0]) != signature
+    assert signature not in (plain, away)
+    # The signature that it wrote is one of eight dimensions that the unembedding reads, by hand.
+    for one, of in ((user, prompt), (other, others)):
+        word = toy_model.tokenizer.convert_ids_to_tokens([int(of.response_tokens[0])])[0]
+        written = vectors[one.id].residuals(toy_model)[1][8:16]
+        assert int(written.argmax()) == toy.SIGNATURES.index(word)
+        assert float(written.max()) > 5 * float(written.abs().sort().values[-2])
+
+
+def test_vectors_are_kept_added_and_compared(llama, users, tmp_path):
+    model = llama.hooked
+    options = {"max_examples": 2, "prompt_config": PROMPT}
+    vectors = dps.head_vectors(model, users, HEADS, out=tmp_path / "run", **options)
+    again = dps.HeadVectors.load(tmp_path / "run")
+    assert again.users == vectors.users
+    assert torch.equal(again.vectors, vectors.vectors)
+    first, second = (vectors[user.id] for user in users[:2])
+    first.save(tmp_path / "one")
+    kept = dps.HeadVector.load(tmp_path / "one")
+    assert torch.equal(kept.values, first.values)
+    assert kept.heads == first.heads
+    assert kept.heads.shape == first.heads.shape
+    mean = vectors.mean([users[0].id, users[1].id], label="cluster")
+    torch.testing.assert_close(((first + second) / 2).values, mean.values)
+    torch.testing.assert_close((2 * first - first).values, first.values)
+    assert mean.label == "cluster"
+    part = first.weighted({HEADS[1]: 0.5})
+    assert float(part.values[0].norm()) == 0
+    torch.testing.assert_close(part.values[1], 0.5 * first.values[1])
+    frame = vectors.to_frame()
+    assert len(frame) == len(users) * len(HEADS)
+    # What the heads add to the residual stream, from the plain weights.
+    added, d_head = first.residuals(model), model.cfg.d_head
+    for layer, total in added.items():
+        weight = output_projection(attention_modules(llama.plain)[layer]).weight.detach()
+        rows = [(h.head, row) for h, row in zip(first.heads, first.values, strict=True) if h.layer == layer]
+        expected = sum(weight[:, head * d_head : (head + 1) * d_head] @ row for head, row in rows)
+        torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-4)
+    figure = vectors.plot(n_null=50)
+    cosines = vectors.cosines(n_null=50)
+    flat = torch.nn.functional.normalize(vectors.vectors.flatten(1), dim=1)
+    assert cosines["cosine"][0] == pytest.approx(float(flat[0] @ flat[1]), abs=1e-6)
+    assert figure.data[0].z[0, 1] == pytest.approx(cosines["cosine"][0])
+
+
+def test_cosines_by_chance_lie_in_their_band():
+    """Differences of no direction of their own: about 5% of pairs lie outside the band."""
+    generator = torch.Generator().manual_seed(0)
+    outside, pairs = 0, 0
+    for _ in range(8):
+        differences = torch.randn(6 * 10, 2, 5, generator=generator) * torch.rand(60, 1, 1, generator=generator) * 3
+        owners = tuple(f"u{index // 10}" for index in range(60))
+        users = tuple(dict.fromkeys(owners))
+        means = differences.reshape(6, 10, 2, 5).mean(1)
+        heads = HeadSet.parse("L0H0,L0H1")
+        made = dps.HeadVectors(heads, users, means, differences, owners, tuple(map(str, range(60))))
+        frame = made.cosines(n_null=400)
+        outside += int(((frame["cosine"] < frame["null_low"]) | (frame["cosine"] > frame["null_high"])).sum())
+        pairs += len(frame)
+    assert outside / pairs < 0.05 + 3 * (0.05 * 0.95 / pairs) ** 0.5
+    # A direction that all share shows in every pair.
+    shared = dps.HeadVectors(heads, users, means + 5, differences + 5, owners, tuple(map(str, range(60))))
+    frame = shared.cosines(n_null=400)
+    assert (frame["cosine"] > frame["null_high"]).all()
+
+
+def test_bad_input_says_what_to_do(llama, users, toy_model):
+    model = llama.hooked
+    prompt = dps.build_prompt(model, users[0].examples[0], config=PROMPT)
+    good = random_vector(model, HEADS, 0)
+    residual = dps.SteeringVector(torch.zeros(model.cfg.d_model), 0)
+    generate = {"rule": "head_vector", "max_new_tokens": 1}
+    with pytest.raises(SteeringError, match="such as head_vectors"):
+        dps.generate(model, prompt, **generate)
+    with pytest.raises(SteeringError, match="found a SteeringVector; rule 'vector' adds it"):
+        dps.generate(model, prompt, vectors=residual, **generate)
+    with pytest.raises(SteeringError, match="found a HeadVector; rule 'head_vector' adds it"):
+        dps.generate(model, prompt, rule="vector", vectors=good)
+    with pytest.raises(SteeringError, match="is not of this model"):
+        dps.generate(model, prompt, vectors=random_vector(toy_model, HeadSet.parse("L1H2"), 0), **generate)
+    with pytest.raises(HeadError, match="give HeadSet"):
+        dps.HeadVector(good.values, HeadSet(HEADS))
+    with pytest.raises(SteeringError, match="3 heads and values"):
+        dps.HeadVector(good.values[:2], good.heads)
+    with pytest.raises(HeadError, match="there is no L0H3"):
+        good.weighted({Head(0, 3): 1.0})
+    with pytest.raises(SteeringError, match="of other heads"):
+        good + random_vector(model, HeadSet.parse("L0H0"), 0)
+    with pytest.raises(SteeringError, match="at least two users"):
+        dps.head_vectors(model, users[:1], HEADS)
+    with pytest.raises(SteeringError, match="generic= holds answers for"):
+        dps.head_vectors(model, users, HEADS, generic={})
+    with pytest.raises(SteeringError, match="head_vectors: generic= holds no answer"):
+        dps.head_vectors(model, users, HEADS, against="generic", generic={}, prompt_config=PROMPT)
+    with pytest.raises(SteeringError, match="needs a vector a user, .*head_vectors"):
+        dps.steering_sweep(model, users, {"x": "head_vector"})
+    with pytest.raises(SteeringError, match="'nobody' has no vector here"):
+        dps.head_vectors(model, users, HEADS, max_examples=1, prompt_config=PROMPT).mean(["nobody"])
