@@ -7,7 +7,7 @@ from dps_lens.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dps_lens import plots
-    from dps_lens.adapters import export_lora, logits_processor
+    from dps_lens.adapters import export_lora, export_vector, logits_processor
     from dps_lens.data import Document, Example, Note, Prompt, PromptConfig, User, build_prompt, chat_prompt, load_users
     from dps_lens.engines import RayEngine, Shard, merge_runs
     from dps_lens.errors import DPSLensError
@@ -93,7 +93,7 @@ if TYPE_CHECKING:
     from dps_lens.work import Engine, RunConfig
 
 _MODULES = {
-    "adapters": "export_lora logits_processor",
+    "adapters": "export_lora export_vector logits_processor",
     "data": "Document Example Note Prompt PromptConfig User build_prompt chat_prompt load_users",
     "engines": "RayEngine Shard merge_runs",
     "errors": "DPSLensError",
@@ -140,11 +140,12 @@ __all__ = [
     "Shard", "Significance", "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream",
     "Trial", "Uniform", "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation",
     "ablation_cost", "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt",
-    "check_model", "cluster_users", "evaluate", "explore", "export_lora", "faithfulness", "find_heads", "generate",
-    "head_vectors", "held_out_effects", "judge", "load_model", "load_users", "logits_processor", "measure_noise",
-    "merge_runs", "overlap", "patch_heads", "plots", "preference_vector", "profile_attention", "random_heads",
-    "record_z", "reference_heads", "score_heads", "screening_recall", "significant_heads", "split_half", "stability",
-    "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
+    "check_model", "cluster_users", "evaluate", "explore", "export_lora", "export_vector", "faithfulness",
+    "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_model", "load_users",
+    "logits_processor", "measure_noise", "merge_runs", "overlap", "patch_heads", "plots", "preference_vector",
+    "profile_attention", "random_heads", "record_z", "reference_heads", "score_heads", "screening_recall",
+    "significant_heads", "split_half", "stability", "steering_grid", "steering_sweep", "steerx_vector", "style_vector",
+    "vector_recovery",
 ]
 # fmt: on
 

@@ -1,6 +1,7 @@
-"""Heads in others' hands: a logits processor of transformers, LoRA adapters."""
+"""Heads in others' hands: a logits processor of transformers, LoRA adapters, control vectors."""
 
 from dps_lens.adapters.lora import export_lora
 from dps_lens.adapters.processor import logits_processor
+from dps_lens.adapters.vectors import export_vector
 
-__all__ = ["export_lora", "logits_processor"]
+__all__ = ["export_lora", "export_vector", "logits_processor"]

@@ -4,7 +4,20 @@ import sys
 
 import typer
 
-from dps_lens.cli import ablate, compare, demo, evaluate, faithfulness, fetch, find, merge, report, score, steer
+from dps_lens.cli import (
+    ablate,
+    compare,
+    demo,
+    evaluate,
+    faithfulness,
+    fetch,
+    find,
+    merge,
+    report,
+    score,
+    steer,
+    vectors,
+)
 from dps_lens.cli.app import app
 
 __all__ = [
@@ -21,6 +34,7 @@ __all__ = [
     "report",
     "score",
     "steer",
+    "vectors",
 ]
 
 

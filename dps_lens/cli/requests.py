@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dps_lens.cli.vectors import vector_of
+
 if TYPE_CHECKING:
     from dps_lens.data import Example, User
     from dps_lens.steering.rules import Rule
     from dps_lens.steering.sampling import Sampling
+    from dps_lens.steering.vector import Vector
 
 STRENGTHS = ("gamma", "alpha")
 SAMPLING = ("temperature", "top_k", "top_p", "seed")
@@ -45,6 +48,7 @@ class _Line(BaseModel):
     user: str | None = None
     example: str | None = None
     heads: str = ""
+    vector_of: str = ""
     gamma: float = 0.0
     alpha: float = 0.0
     do_sample: bool = False
@@ -62,11 +66,18 @@ class _Line(BaseModel):
         return self
 
 
-def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, Any], rule: "Rule") -> list[Request]:
+def read_requests(
+    path: Path,
+    users: "Sequence[User]",
+    defaults: Mapping[str, Any],
+    rule: "Rule",
+    vectors: "Mapping[str, Vector] | Vector | None" = None,
+) -> list[Request]:
     """Requests of a file, one JSON object a line; all are checked before the first is answered.
 
     A line holds `prompt`, or `user` with, if wanted, the `example` (the newest by default); and, if wanted, `id`,
-    `heads`, `gamma`, `alpha`, `do_sample`, `temperature`, `top_k`, `top_p`, `seed`; null where there is no limit.
+    `heads`, `vector_of`, `gamma`, `alpha`, `do_sample`, `temperature`, `top_k`, `top_p`, `seed`; null where there is
+    no limit.
 
     Raises:
         DataError: a line is malformed; names file, line and field.
@@ -83,7 +94,11 @@ def read_requests(path: Path, users: "Sequence[User]", defaults: Mapping[str, An
             raise DataError(f"{where}: {_said(error)}") from None
         given = {name: getattr(line, name) for name in line.model_fields_set}
         settings = dict(defaults) | {name: value for name, value in given.items() if name in defaults}
-        _check(where, line, settings, rule)
+        if rule.needs_vectors:
+            settings["vector_of"] = given.get("vector_of") or line.user or settings.get("vector_of")
+        elif "vector_of" in given:
+            raise DataError(f"{where}: field 'vector_of' is for rules that add vectors, such as head_vector")
+        _check(where, line, settings, rule, vectors)
         about: dict[str, Any] = {name: given[name] for name in ("id", "prompt", "user", "example") if name in given}
         example = _example(where, line, by_id) if line.user is not None else None
         if example:
@@ -115,7 +130,13 @@ def sampling_of(settings: Mapping[str, Any]) -> "Sampling | None":
     return sampling if settings["do_sample"] else None
 
 
-def _check(where: str, line: _Line, settings: Mapping[str, Any], rule: "Rule") -> None:
+def _check(
+    where: str,
+    line: _Line,
+    settings: Mapping[str, Any],
+    rule: "Rule",
+    vectors: "Mapping[str, Vector] | Vector | None",
+) -> None:
     """What `generate` would refuse when it comes to this line."""
     from dps_lens.errors import DataError, DPSLensError
     from dps_lens.heads import HeadSet
@@ -126,6 +147,8 @@ def _check(where: str, line: _Line, settings: Mapping[str, Any], rule: "Rule") -
         for name in STRENGTHS:
             check_strength(name, settings[name])
         sampling_of(settings)
+        if vectors is not None:
+            vector_of(vectors, settings["vector_of"])
     except DPSLensError as error:
         raise DataError(f"{where}: {error}") from error
     if rule.needs_heads and not len(heads):

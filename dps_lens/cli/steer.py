@@ -14,13 +14,15 @@ from dps_lens.cli.chat import check_answers
 from dps_lens.cli.checks import ablation_of, check_same_model, first_of, heads_of, rule_of, template_kwargs
 from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Strict, TemplateKwargs, Users
 from dps_lens.cli.requests import Lines, Request, read_requests, sampling_of
+from dps_lens.cli.vectors import read_vectors, vector_of
 from dps_lens.literals import Positions
 
 if TYPE_CHECKING:
-    from dps_lens.data import Prompt, PromptConfig
+    from dps_lens.data import Example, Prompt, PromptConfig
     from dps_lens.model import HookedModel
     from dps_lens.steering import DecodeConfig
     from dps_lens.steering.rules import Rule
+    from dps_lens.steering.vector import Vector
 
 
 @app.command()
@@ -36,8 +38,20 @@ def steer(
         int | None, typer.Option(help="Heads to take from a run; by default 10, of 'find' the whole set.")
     ] = None,
     rule: Annotated[
-        str, typer.Option(help="dps, dps-entropy, decore, cad, cos, dola, amplify, stacked: dps+cad, or file.py:Name.")
+        str,
+        typer.Option(
+            help="dps, dps-entropy, decore, cad, cos, dola, amplify, head_vector, vector, stacked: dps+cad, or "
+            "file.py:Name."
+        ),
     ] = "dps",
+    vectors: Annotated[
+        Path | None,
+        typer.Option(help="Folder of 'vectors', for head_vector: each user's own; or of one vector, for all prompts."),
+    ] = None,
+    whose: Annotated[
+        str | None,
+        typer.Option("--vector-of", help="The user whose vector is added; by default the one who asks."),
+    ] = None,
     gamma: Annotated[float, typer.Option(help="Strength of the heads; 0 is the model's own decoding.")] = 1.0,
     alpha: Annotated[float, typer.Option(help="Strength of the profile, for cad and cos.")] = 0.5,
     min_p: Annotated[float | None, typer.Option(help="Rule out tokens with p under this share of the largest.")] = None,
@@ -45,8 +59,8 @@ def steer(
     requests: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines, each with 'prompt' or 'user' ('example'), and its own heads, gamma, alpha, do_sample, "
-            "temperature, top_k, top_p, seed where they differ."
+            help="JSON lines, each with 'prompt' or 'user' ('example'), and its own heads, vector_of, gamma, alpha, "
+            "do_sample, temperature, top_k, top_p, seed where they differ."
         ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Talk with the steered model.")] = False,
@@ -84,26 +98,24 @@ def steer(
     from dps_lens.steering.rules import find_rule
 
     chosen_rule = find_rule(rule_of(rule))
-    if chosen_rule.has("shifted"):
-        raise SteeringError("steer: vectors are made in Python: dps.generate(…, rule='vector', vectors=…)")
-    if prompt is not None and not _is_text(prompt):
-        raise SteeringError("steer: the text is not UTF-8")
     if sum((prompt is not None, requests is not None, chat)) > 1:
         raise SteeringError("steer: give one of a text, --requests and --chat")
     own_heads = requests is not None and run is None
-    if chosen_rule.needs_heads and not own_heads and (run is None) == (heads is None):
-        raise SteeringError("steer: give either --run, a folder of 'dps-lens score' or 'find', or --heads L12H3,L4H0")
-    if chosen_rule.has("negative") and (prompt is not None or chat):
-        raise SteeringError(f"steer: rule {rule!r} needs prompts with a profile; leave the text out to use --users")
+    _check_given(rule, chosen_rule, prompt, chat, (run is None) != (heads is None) or own_heads, vectors)
     scores = heads_of(run) if run else None
     chosen = first_of(scores, k) if scores else dps.HeadSet.parse(heads or "")
+    added = read_vectors(vectors) if vectors else None
     sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     defaults = {"heads": str(chosen), "gamma": gamma, "alpha": alpha, **sampling}
+    if added is not None:
+        defaults["vector_of"] = whose
+        if chat or prompt is not None:
+            vector_of(added, whose)
     sampling_of(defaults)
     config_of_prompts = dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs))
     config = dps.DecodeConfig(ablation=ablation_of(ablation), min_p=min_p, max_kl=max_kl)
     shared: dict[str, Any] = {"rule": chosen_rule, "positions": positions, "max_new_tokens": max_new_tokens}
-    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, strict, defaults, chosen_rule)
+    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, strict, defaults, chosen_rule, added)
     if chat and out is not None and not force:
         check_answers(out)
     about = {
@@ -123,11 +135,12 @@ def steer(
     if chat:
         strengths = {"gamma": gamma, "alpha": alpha}
         options = {**shared, **strengths, "heads": chosen, "sampling": sampling_of(defaults), "decode_config": config}
+        options |= {"vectors": vector_of(added, whose)} if added is not None else {}
         if out is not None and force:
             out.unlink(missing_ok=True)
         talk(loaded_model, options, out, chat_template_kwargs=config_of_prompts.chat_template_kwargs)
         return
-    lines.begin(_decided_by(loaded_model, chosen_rule, config, config_of_prompts))
+    lines.begin(_decided_by(loaded_model, chosen_rule, config, config_of_prompts, added))
     bar = tqdm(total=len(asked), initial=lines.done, desc="steering", unit="prompt", disable=None if out else True)
     with bar:
         # Batches are those of a run without interruption, for the last digits of a row depend on the others.
@@ -135,23 +148,49 @@ def steer(
             batch = asked[start : start + batch_size]
             if start + len(batch) <= lines.done:
                 continue
-            written = list(_write(loaded_model, batch, shared, config, config_of_prompts))
+            written = list(_write(loaded_model, batch, shared, config, config_of_prompts, added))
             for index in range(max(start, lines.done), start + len(batch)):
                 lines.write(asked[index], written[index - start])
                 bar.update()
 
 
 def _decided_by(
-    model: "HookedModel", rule: "Rule", config: "DecodeConfig", prompt_config: "PromptConfig"
+    model: "HookedModel",
+    rule: "Rule",
+    config: "DecodeConfig",
+    prompt_config: "PromptConfig",
+    vectors: "Mapping[str, Vector] | Vector | None",
 ) -> dict[str, Any]:
     """What decides the lines beside what they say of themselves."""
     from dps_lens.data.identity import describe_inputs
+    from dps_lens.digests import tensor_digest
     from dps_lens.intervene import find_ablation
 
     inputs = describe_inputs(model, [], [], prompt_config)
     inputs.pop("data")
     ablation = find_ablation(config.ablation).settings() if config.ablation is not None else None
-    return {"call": "steer", "rule": rule.settings(), "ablation": ablation, **inputs}
+    digests: dict[str, Any] = {}
+    if vectors is not None:
+        each = vectors if isinstance(vectors, Mapping) else {"": vectors}
+        digests["vectors"] = {user: [one.settings(), tensor_digest(one.values)] for user, one in each.items()}
+    return {"call": "steer", "rule": rule.settings(), "ablation": ablation, **digests, **inputs}
+
+
+def _check_given(
+    name: str, rule: "Rule", prompt: str | None, chat: bool, has_heads: bool, vectors: Path | None
+) -> None:
+    """What a rule needs is there, before anything is loaded."""
+    from dps_lens.errors import SteeringError
+
+    if prompt is not None and not _is_text(prompt):
+        raise SteeringError("steer: the text is not UTF-8")
+    if rule.needs_vectors != (vectors is not None):
+        wanted = "needs --vectors, a folder of 'dps-lens vectors'" if rule.needs_vectors else "adds no --vectors"
+        raise SteeringError(f"steer: rule {name!r} {wanted}")
+    if rule.needs_heads and not has_heads:
+        raise SteeringError("steer: give either --run, a folder of 'dps-lens score' or 'find', or --heads L12H3,L4H0")
+    if rule.has("negative") and (prompt is not None or chat):
+        raise SteeringError(f"steer: rule {name!r} needs prompts with a profile; leave the text out to use --users")
 
 
 def _is_text(prompt: str) -> bool:
@@ -168,6 +207,7 @@ def _asked(
     strict: bool,
     defaults: Mapping[str, Any],
     rule: "Rule",
+    vectors: "Mapping[str, Vector] | Vector | None",
 ) -> list[Request]:
     import dps_lens as dps
 
@@ -175,7 +215,7 @@ def _asked(
         return [Request({"prompt": prompt}, prompt, settings=defaults)]
     if requests is not None:
         people = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
-        return read_requests(requests, people, defaults, rule)
+        return read_requests(requests, people, defaults, rule, vectors)
     examples = [
         user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users or 3, strict=strict)
     ]
@@ -183,10 +223,21 @@ def _asked(
         Request(
             {"user": example.user_id, "example": example.id, "reference": example.reference},
             example=example,
-            settings=defaults,
+            settings=_with_vector(defaults, example, vectors),
         )
         for example in examples
     ]
+
+
+def _with_vector(
+    defaults: Mapping[str, Any], example: "Example", vectors: "Mapping[str, Vector] | Vector | None"
+) -> Mapping[str, Any]:
+    """Settings of an example: whose vector it gets is its own user's, where nobody else is named."""
+    if vectors is None:
+        return defaults
+    whose = defaults["vector_of"] or example.user_id
+    vector_of(vectors, whose)
+    return {**defaults, "vector_of": whose}
 
 
 def _write(
@@ -195,6 +246,7 @@ def _write(
     shared: Mapping[str, Any],
     config: "DecodeConfig",
     prompt_config: "PromptConfig",
+    vectors: "Mapping[str, Vector] | Vector | None",
 ) -> Iterator[dict[str, Any]]:
     """Plain and steered text of each request, and how hard it was steered."""
     import dps_lens as dps
@@ -214,6 +266,8 @@ def _write(
         model, prompts, rule="greedy", max_new_tokens=shared["max_new_tokens"], sampling=each["sampling"]
     )
     each["heads"] = [dps.HeadSet.parse(one.settings["heads"]) for one in batch]
+    if vectors is not None:
+        each["vectors"] = [vector_of(vectors, one.settings["vector_of"]) for one in batch]
     steered = dps.generate(model, prompts, negative_prompts=negative, decode_config=config, **each, **shared)
     for index in range(len(batch)):
         kl = float(steered.kl[index].mean())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dps_lens.errors import HeadError, SteeringError
 from dps_lens.heads import Head, HeadSet
-from dps_lens.model import HookedModel
+from dps_lens.model import HookedModel, Hooks
 from dps_lens.result import Result
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ class SteeringVector(Result):
     def additions(self, strength: float) -> dict[str, Tensor]:
         """By hook, what strength times the vector adds to every position there."""
         return {f"blocks.{self.layer}.hook_resid_post": strength * self.values}
+
+    def on(self, model: HookedModel, gamma: float = 1.0) -> Hooks:
+        """A context in which γ times the vector is added to the last position of every pass.
+
+        So `model.original_model.generate` writes with it what `generate` writes: with its cache of keys and values,
+        which is its default, a pass after the prompt's has one position. Not for assisted decoding.
+
+        Raises:
+            SteeringError: the model is another.
+        """
+        return _on(self, model, gamma)
 
     def settings(self) -> dict[str, Any]:
         """For manifests of what was written with it."""
@@ -143,6 +155,14 @@ class HeadVector(Result):
             added.setdefault(name, self.values.new_zeros(n_heads, self.values.shape[1]))[head] = strength * row
         return added
 
+    def on(self, model: HookedModel, gamma: float = 1.0) -> Hooks:
+        """A context in which γ times the vector is added to the last position of every pass; see `SteeringVector.on`.
+
+        Raises:
+            SteeringError: the model is another.
+        """
+        return _on(self, model, gamma)
+
     def residuals(self, model: HookedModel) -> dict[int, Float[Tensor, " d_model"]]:
         """By layer, what the heads' sum adds to the residual stream there: `Σ_h values[h] W_O[h]`, as float32."""
         self.check("residuals", model)
@@ -172,3 +192,14 @@ class HeadVector(Result):
 
 Vector: TypeAlias = SteeringVector | HeadVector
 """What rules add inside the model."""
+
+
+def _on(vector: Vector, model: HookedModel, gamma: float) -> Hooks:
+    vector.check("on", model)
+
+    def add(activation: Tensor, hook: object, values: Tensor) -> Tensor:
+        added = activation.clone()
+        added[:, -1] += values.to(activation)
+        return added
+
+    return Hooks(model, [(name, partial(add, values=values)) for name, values in vector.additions(gamma).items()])

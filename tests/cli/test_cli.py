@@ -79,6 +79,7 @@ def test_help_answers_at_once_and_names_every_command():
         "report",
         "explore",
         "merge",
+        "vectors",
     ):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
@@ -135,6 +136,48 @@ def test_find_prints_the_set_with_its_inclusion_and_costs(model, tmp_path):
     done = run("find", "--out", tmp_path / "c", *options, "--method", "best")
     assert done.returncode == 2
     assert "find_heads: method 'best' is unknown; use one of rank, greedy, conditional" in done.stderr
+
+
+def test_vectors_are_made_and_steered_with(model, tmp_path):
+    options = ("--model", model, "--max-users", 3)
+    made = ("vectors", "--out", tmp_path / "v", "--heads", "L1H2,L0H1", *options, "--max-examples", 1)
+    done = run(*made)
+    assert done.returncode == 0, done.stderr
+    assert "difference vectors of 2 heads, 3 users" in done.stdout
+    assert "of 3 pairs lie above" in done.stdout
+    vectors = dps.HeadVectors.load(tmp_path / "v")
+    rule = ("steer", "--rule", "head_vector", "--vectors", tmp_path / "v", "--model", model, "--max-new-tokens", 3)
+    done = run(*rule, "--max-users", 2, "--gamma", 4)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["vector_of"] for line in lines] == [line["user"] for line in lines]
+    loaded = dps.load_model(model)
+    for line, user in zip(lines, dps.load_users("probe", max_users=2), strict=True):
+        prompt = dps.build_prompt(loaded, user.examples[-1])
+        asked = {"rule": "head_vector", "vectors": vectors[user.id], "gamma": 4.0, "max_new_tokens": 3}
+        assert dps.generate(loaded, prompt, **asked).texts[0] == line["steered"]
+    one, other = vectors.users[:2]
+    requests = [{"user": one}, {"user": one, "vector_of": other}, {"prompt": "hello", "vector_of": other}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in requests))
+    done = run(*rule, "--requests", tmp_path / "asked.jsonl", "--gamma", 4)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["vector_of"] for line in done.stdout.splitlines()] == [one, other, other]
+    done = run(*rule, "hello")
+    assert done.returncode == 2
+    assert "say whose with --vector-of USER" in done.stderr
+    vectors.mean().save(tmp_path / "mean")
+    mean = [tmp_path / "mean" if one == tmp_path / "v" else one for one in rule]
+    done = run(*mean, "hello")
+    assert done.returncode == 0, done.stderr
+    for wrong, message in (
+        (("steer", "hello", "--rule", "head_vector", "--model", model), "needs --vectors"),
+        (("steer", "hello", "--rule", "cad", "--vectors", tmp_path / "v", "--model", model), "adds no --vectors"),
+        ((*rule, "hello", "--vector-of", "nobody"), "user 'nobody' has no vector"),
+        (("vectors", "--out", tmp_path / "w", *options), "give either --run"),
+    ):
+        done = run(*wrong)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 def test_a_found_set_is_tested_and_steered_with(model, tmp_path):

@@ -1,6 +1,7 @@
 """Head vectors against plain Hugging Face models: how they are made, and what they do to what is written."""
 
 from contextlib import ExitStack
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -190,6 +191,78 @@ def test_a_vector_is_added_to_the_z_of_its_heads(tinies, architecture, probe):
         assert bool(out.kl[row].isnan().all()) == bool(gamma), "with a vector the full model does not run"
     assert moved > 0.05
     assert no_hooks_left(model)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_generate_of_transformers_writes_the_same(tinies, architecture, probe):
+    model = tinies(architecture).hooked
+    prompt = dps.build_prompt(model, probe[0].examples[0], config=PROMPT)
+    residual = dps.SteeringVector(torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(3)), 1)
+    for rule, vector in (("head_vector", random_vector(model, HEADS, 1)), ("vector", residual)):
+        config = dps.DecodeConfig(stop_at_eos=False)
+        options = {"rule": rule, "vectors": vector, "gamma": 2.0, "max_new_tokens": 5, "decode_config": config}
+        expected = dps.generate(model, prompt, **options).tokens[0]
+        ids = prompt.prompt_tokens[None]
+        with vector.on(model, 2.0):
+            written = model.original_model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, do_sample=False
+            )
+        assert written[0, ids.shape[1] :].tolist() == expected.tolist()
+    assert no_hooks_left(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_adds_what_the_hooks_add_everywhere(tinies, architecture, probe, tmp_path):
+    peft = pytest.importorskip("peft", reason="the dev extra installs peft")
+    tiny = tinies(architecture)
+    model, vector = tiny.hooked, random_vector(tiny.hooked, HEADS, 4)
+    path = dps.export_vector(model, vector, tmp_path / "adapter", format="lora", gamma=1.5)
+    changed = peft.PeftModel.from_pretrained(deepcopy(tiny.plain), path).eval()
+    tokens = dps.build_prompt(model, probe[0].examples[0], config=PROMPT).tokens
+    expected = naive(tiny.plain, tokens, 0, vector, 1.5, model.cfg.d_head)
+    logits = changed(tokens[None]).logits[0, -1].double().numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    assert np.abs(logits - tiny.plain(tokens[None]).logits[0, -1].double().numpy()).max() > 0.01
+
+
+@torch.no_grad()
+def test_a_control_vector_holds_what_leaves_a_layer(tinies, probe, tmp_path):
+    """As llama.cpp adds it: to what leaves the layer of its number, at every position."""
+    gguf = pytest.importorskip("gguf")
+    for architecture, exported in (("gpt_neox", True), ("llama", False)):
+        tiny = tinies(architecture)
+        model, vector = tiny.hooked, random_vector(tiny.hooked, HeadSet.parse("L1H2,L1H0"), 4)
+        residual = dps.SteeringVector(torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(6)), 1)
+        tokens = dps.build_prompt(model, probe[0].examples[0], config=PROMPT).tokens
+        for one in (residual, vector):
+            path = tmp_path / f"{architecture}.gguf"
+            if one is vector and not exported:
+                with pytest.raises(SteeringError, match="use format='lora'"):
+                    dps.export_vector(model, one, path)
+                continue
+            dps.export_vector(model, one, path, gamma=0.5)
+            read = gguf.GGUFReader(path)
+            assert bytes(read.fields["controlvector.model_hint"].parts[-1]).decode() == tiny.plain.config.model_type
+            assert [tensor.name for tensor in read.tensors] == ["direction.1"]
+            (direction,) = (torch.from_numpy(np.array(tensor.data)) for tensor in read.tensors)
+            if one is residual:
+                assert torch.equal(direction, 0.5 * residual.values)
+            if one is vector:
+
+                def add(module, inputs, output, direction=direction):
+                    return (output[0] + direction, *output[1:]) if isinstance(output, tuple) else output + direction
+
+                handle = tiny.plain.gpt_neox.layers[1].register_forward_hook(add)
+                logits = tiny.plain(tokens[None]).logits[0, -1].double().numpy()
+                handle.remove()
+                expected = naive(tiny.plain, tokens, 0, vector, 0.5, model.cfg.d_head)
+                np.testing.assert_allclose(logits, expected, atol=1e-4)
+    below = random_vector(tinies("gpt_neox").hooked, HeadSet.parse("L0H1"), 0)
+    with pytest.raises(SteeringError, match="leaves layer 0"):
+        dps.export_vector(tinies("gpt_neox").hooked, below, tmp_path / "x.gguf")
+    with pytest.raises(SteeringError, match="use 'gguf'"):
+        dps.export_vector(model, residual, tmp_path / "x", format="lora")
 
 
 def test_it_streams_stacks_with_cad_and_is_swept(llama, users):
