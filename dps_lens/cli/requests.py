@@ -153,7 +153,7 @@ def _check(
         raise DataError(f"{where}: {error}") from error
     if rule.needs_heads and not len(heads):
         raise DataError(f"{where}: no heads; give 'heads', or --run or --heads for all lines")
-    if rule.has("negative") and line.user is None:
+    if rule.needs_negative and line.user is None:
         raise DataError(f"{where}: this rule needs prompts with a profile; give 'user' instead of 'prompt'")
 
 

@@ -189,7 +189,7 @@ def _check_given(
         raise SteeringError(f"steer: rule {name!r} {wanted}")
     if rule.needs_heads and not has_heads:
         raise SteeringError("steer: give either --run, a folder of 'dps-lens score' or 'find', or --heads L12H3,L4H0")
-    if rule.has("negative") and (prompt is not None or chat):
+    if rule.needs_negative and (prompt is not None or chat):
         raise SteeringError(f"steer: rule {name!r} needs prompts with a profile; leave the text out to use --users")
 
 
@@ -258,7 +258,7 @@ def _write(
         for one in batch
     ]
     negative: list[Prompt | str] | None = None
-    if shared["rule"].has("negative"):
+    if shared["rule"].needs_negative:
         negative = [dps.build_prompt(model, one.example, "none", config=prompt_config) for one in batch if one.example]
     each: dict[str, Any] = {name: [one.settings[name] for one in batch] for name in ("gamma", "alpha")}
     each["sampling"] = [sampling_of(one.settings) for one in batch]

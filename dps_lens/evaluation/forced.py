@@ -11,7 +11,7 @@ from torch import Tensor
 from dps_lens.data import Prompt
 from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
-from dps_lens.intervene import Ablation, Edit, Scale, Zero, attention_for, everywhere, window
+from dps_lens.intervene import Ablation, Edit, Patch, Scale, Zero, attention_for, everywhere, recording_z, window
 from dps_lens.literals import Positions
 from dps_lens.model import Residuals, Runner
 from dps_lens.model.positions import check_switch
@@ -48,11 +48,19 @@ class Forced:
         with attention_for(model, ablation), edit.on(model) if edit else nullcontext():
             return self.runner.logits(self.tokens, prompt=self.cache, keep=keep, record=record)[0].float()
 
+    def z(self) -> Float[Tensor, "layer pos head d_head"]:
+        """z of every head in the full model's run, at the positions that `logits` runs."""
+        with attention_for(self.runner.model, Zero()), recording_z(self.runner.model) as recorded:
+            self.runner.logits(self.tokens, prompt=self.cache, keep=1)
+        return torch.stack([recorded[layer][0] for layer in sorted(recorded)])
+
     def ablated(self, ablation: Ablation, heads: Weights) -> Float[Tensor, "pos d_vocab"]:
-        """Without heads, as a rule leaves them out."""
+        """Without heads, as a rule leaves them out; `Patch` holds the z of the other run."""
         if isinstance(ablation, Zero):
             return self.scaled(heads, -1.0)
         masks = HeadSet(heads).mask(self.runner.cfg)[None]
+        if isinstance(ablation, Patch):
+            return self.logits(Edit(masks, ablation, self.where, ablation.z))
         return self.logits(Edit(masks, ablation, self.where, ablation.standalone("steering_sweep")))
 
     def scaled(self, heads: Weights, strength: float) -> Float[Tensor, "pos d_vocab"]:

@@ -15,7 +15,7 @@ from dps_lens.digests import tensor_digest
 from dps_lens.errors import SteeringError
 from dps_lens.evaluation.forced import Forced, Weights
 from dps_lens.heads import Head
-from dps_lens.intervene import Ablation, find_ablation
+from dps_lens.intervene import Ablation, Patch, find_ablation
 from dps_lens.literals import Select
 from dps_lens.model.losses import token_losses
 from dps_lens.result import Result
@@ -266,6 +266,8 @@ class SweepWork(HeldOutWork):
                 raise SteeringError(
                     f"steering_sweep: method {name!r} cannot be weighted; it needs scores, and a rule but decore"
                 )
+        if self.settings.positions != "response" and any(rule.patched for rule in self.rules.values()):
+            raise SteeringError("steering_sweep: heads are patched where the two runs align; use positions='response'")
         for name, vectors in self.vectors.items():
             if self.settings.positions != "response":
                 raise SteeringError(
@@ -308,8 +310,11 @@ class SweepWork(HeldOutWork):
         forced = Forced(self.runner, self.build(example, "own"), self.settings.positions)
         full = forced.logits()
         shared: dict[Branch, Tensor] = {}
-        if any(rule.has("negative") for rule in every):
-            shared["negative"] = Forced(self.runner, self.build(example, "none")).logits()
+        patch = Patch()
+        if any(rule.needs_negative for rule in every):
+            negative = Forced(self.runner, self.build(example, "none"))
+            shared["negative"] = negative.logits()
+            patch = Patch(z=negative.z())
         if any(rule.has("early") for rule in every):
             shared["early"] = forced.early(full, layers_to_contrast(self.model))
         nll = token_losses(full, forced.targets).double().mean().cpu()
@@ -320,7 +325,8 @@ class SweepWork(HeldOutWork):
                 for heads in chosen:
                     others = dict(shared)
                     if rule.has("ablated"):
-                        others["ablated"] = forced.ablated(self.ablation_of(rule), heads)
+                        ablation = patch if rule.patched else self.ablation_of(rule)
+                        others["ablated"] = forced.ablated(ablation, heads)
                     for strength in self.strengths:
                         base = full
                         if rule.has("scaled"):

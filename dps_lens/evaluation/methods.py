@@ -181,7 +181,7 @@ def write(
             options["heads"] = [writer.heads for writer in chosen]
         if rule.needs_vectors:
             options["vectors"] = [writer.vector for writer in chosen]
-        if rule.has("negative"):
+        if rule.needs_negative:
             options |= {"alpha": strengths, "negative_prompts": [prompts["none"]] * len(chosen)}
         adapter = chosen[0].adapter
         with adapter.on(model, strengths[0]) if adapter else nullcontext():

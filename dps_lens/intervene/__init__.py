@@ -17,7 +17,7 @@ from dps_lens.intervene.ablations import (
     find_ablation,
 )
 from dps_lens.intervene.edits import Edit, ablate, attention_for, row_masks
-from dps_lens.intervene.gates import Gate, Scale
+from dps_lens.intervene.gates import FromRow, Gate, Scale
 from dps_lens.intervene.positions import Selection, Where, everywhere, window
 from dps_lens.intervene.record import record_z, recording_z
 
@@ -27,6 +27,7 @@ __all__ = [
     "AblationLike",
     "Context",
     "Edit",
+    "FromRow",
     "Gate",
     "Mean",
     "Patch",

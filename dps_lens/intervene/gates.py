@@ -1,11 +1,11 @@
-"""Factors on the z of heads, one map a row: scaled, or let through by gates that gradients flow to."""
+"""The z of heads, one map a row: scaled, let through by gates that gradients flow to, or taken from another row."""
 
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dps_lens.errors import InterventionError
@@ -46,6 +46,31 @@ class Scale:
             return z
         chosen = as_mask(where, z.shape[1], z.device)[:, :, None, None]
         return torch.where(chosen, z * factors, z)
+
+
+@dataclass(frozen=True, repr=False)
+class FromRow:
+    """Puts the z that heads have in another row of the same pass in the place of theirs.
+
+    Attributes:
+        masks: `Bool[Tensor, "row layer head"]`.
+        source: `Int[Tensor, "row"]`, where each row's z comes from; rows without heads keep their own.
+    """
+
+    masks: Bool[Tensor, "row layer head"]
+    source: Int[Tensor, " row"]
+
+    def on(self, model: HookedModel) -> Hooks:
+        """A context that applies this to every pass inside; hooks sit on the masked layers only."""
+        return Hooks(model, self.hooks(model))
+
+    def hooks(self, model: HookedModel) -> list[tuple[str, Any]]:
+        """Hooks that apply this, by name."""
+        layers = self.masks.any(dim=0).any(dim=-1).nonzero().flatten().tolist()
+        return [(f"blocks.{layer}.attn.hook_z", partial(self._z, self.masks[:, layer])) for layer in layers]
+
+    def _z(self, mask: Tensor, z: Tensor, hook: object) -> Tensor:
+        return torch.where(mask[:, None, :, None].to(z.device), z[self.source.to(z.device)], z)
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dps_lens.intervene import Ablation, Edit, Scale, Selection, Where, Zero, attention_for, everywhere
+from dps_lens.errors import SteeringError
+from dps_lens.intervene import (
+    Ablation,
+    Edit,
+    FromRow,
+    Patch,
+    Scale,
+    Selection,
+    Where,
+    Zero,
+    attention_for,
+    everywhere,
+)
 from dps_lens.literals import Positions
 from dps_lens.model import BypassedHooks, HookedModel, Hooks, Residuals, runner_of
 from dps_lens.model.runner import recorders
@@ -75,7 +87,7 @@ class Decoder:
         """
         self.model, self.runner = model, runner_of(model)
         self.ablation, self.positions, self._room = ablation, positions, room
-        self._values = ablation.standalone("generate")
+        self._values = None if isinstance(ablation, Patch) else ablation.standalone("generate")
         self._early: Residuals = dict.fromkeys(early)
         self.rows = list(rows)
         self.device = device = self.runner.device
@@ -132,11 +144,24 @@ class Decoder:
         self._on.enter_context(self._hooks)
         self._lean = BypassedHooks(self.model)
 
-    def _edit(self, where: Where) -> Scale | Edit:
+    def _edit(self, where: Where) -> Scale | Edit | FromRow:
+        if isinstance(self.ablation, Patch):
+            return FromRow(self.factors == 0, self._negatives())
         # Zero is a factor of 0, and so can be done in part.
         if isinstance(self.ablation, Zero):
             return Scale(self.factors, where)
         return Edit(self.factors == 0, self.ablation, where, self._values)
+
+    def _negatives(self) -> Int[Tensor, " row"]:
+        """For each row, the one that runs its request's negative prompt; itself where heads are left alone."""
+        place = {row.request: index for index, row in enumerate(self.rows) if row.branch == "negative"}
+        source = [place.get(row.request, -1) if row.branch == "ablated" else i for i, row in enumerate(self.rows)]
+        if -1 in source:
+            raise SteeringError(
+                f"generate: prompt {self.rows[source.index(-1)].request} and its negative prompt lie on both sides of "
+                "a length at which the model's rotary factors change, so they share no pass"
+            )
+        return torch.tensor(source, device=self.device)
 
     def _prefill(self) -> object:
         """Everything before the last prompt token: once a prompt, or once a branch where branches differ there."""

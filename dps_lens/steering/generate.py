@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from dps_lens.checks import check_flag, check_number, check_whole
 from dps_lens.data.tokenizer import end_tokens
 from dps_lens.errors import PromptError, SteeringError
-from dps_lens.intervene import Ablation, AblationLike, Zero, find_ablation
+from dps_lens.intervene import Ablation, AblationLike, Patch, Zero, find_ablation
 from dps_lens.literals import Positions
 from dps_lens.model import HookedModel
 from dps_lens.model.positions import check_switch
@@ -47,8 +47,9 @@ class DecodeConfig:
     """Rare settings of `generate`.
 
     Attributes:
-        ablation: what the masked branch does to the heads: `"zero"`, `"uniform"`, `Mean(z=…)` or one of your own; by
-            default what the rule asks for, else `"zero"`.
+        ablation: what the masked branch does to the heads: `"zero"`, `"uniform"`, `Mean(z=…)`, `"patch"` (their z of
+            the negative prompt's run at the same step) or one of your own; by default what the rule asks for, else
+            `"zero"`.
         max_gamma: cap of a strength that the rule finds at every step.
         min_p: rule out tokens with p under this share of the largest p of the full model (of the edited one
             where the full model does not run).
@@ -143,7 +144,8 @@ def generate(
     | rule | logits | source |
     |---|---|---|
     | `dps` | `(1 + γ) · full − γ · masked` | arXiv 2604.22345 |
-    | `dps-entropy` | the same, γ the entropy of the full distribution in nats | its published code |
+    | `dps-patch` | `dps` with the heads' z of the negative prompt's run in the masked branch, step by step | |
+    | `dps-entropy` | `dps`, γ the entropy of the full distribution in nats | its published code |
     | `decore` | the same with the heads' attention spread evenly; for retrieval heads | arXiv 2410.18860 |
     | `cad`, `cos` | `(1 + α) · full − α · negative`, the prompt without its profile | arXiv 2305.14739, 2405.01768 |
     | `dola` | `log p − log p_early`, of the farthest early layer; tokens under 0.1 · max p are out | arXiv 2309.03883 |
@@ -165,7 +167,8 @@ def generate(
         gamma: strength of the heads or vectors, one for all prompts or one a prompt, at least −1. 0 is the model's own
             decoding and costs nothing extra; −1 is the masked model, in one branch.
         rule: see above; or a `Term` of your own, or two terms that stack.
-        negative_prompts: for `cad` and `cos`, each prompt without its profile: `build_prompt(…, profile="none")`.
+        negative_prompts: for `cad`, `cos` and `dps-patch`, each prompt without its profile:
+            `build_prompt(…, profile="none")`; for `dps-patch` also with another user's.
         alpha: strength of the negative prompt, one for all or one a prompt, at least 0.
         positions: `"response"` (from the last prompt token on; branches share the prompt's pass), `"all"` or
             `"profile"`.
@@ -193,7 +196,12 @@ def generate(
     samplings = samplings_of(sampling, len(batch))
     sets = head_sets(heads, len(batch), chosen)
     added = vectors_of(model, vectors, len(batch), chosen, positions)
-    others = negatives_of(negative_prompts, batch, chosen)
+    if isinstance(ablation, Patch) and positions != "response":
+        raise SteeringError(
+            "generate: heads are patched from the last prompt token on, where the two runs align; use "
+            "positions='response'"
+        )
+    others = negatives_of(negative_prompts, batch, chosen, ablation)
     rows = rows_of(model, batch, others, sets, added, gammas, alphas, chosen, ablation, positions)
     _check_length(model, rows, max_new_tokens)
     early = layers_to_contrast(model, config.early_layers) if chosen.has("early") else []
@@ -261,6 +269,11 @@ def _ablation(rule: Rule, config: DecodeConfig) -> Ablation:
         raise SteeringError(f"generate: rule {rule.name!r} ablates nothing; it takes no ablation but the default")
     own = term.ablation if term is not None else None
     asked = config.ablation
+    for one in (find_ablation(each) for each in (own, asked) if each is not None):
+        if isinstance(one, Patch) and (one.z is not None or one.direction != "noising"):
+            raise SteeringError(
+                "generate: while text is written, z is patched from the negative prompt's run; use Patch() as it is"
+            )
     if own is not None and asked is not None and find_ablation(own).settings() != find_ablation(asked).settings():
         raise SteeringError(f"generate: rule {rule.name!r} has an ablation of its own, {own!r}; give none")
     return find_ablation(own or asked or "zero")

@@ -11,7 +11,7 @@ from dps_lens.data import Prompt
 from dps_lens.data.tokenizer import start_token
 from dps_lens.errors import SteeringError
 from dps_lens.heads import Head, HeadSet
-from dps_lens.intervene import Ablation, Zero
+from dps_lens.intervene import Ablation, Patch, Zero
 from dps_lens.literals import Positions
 from dps_lens.model import HookedModel
 from dps_lens.steering.decoder import Row
@@ -55,7 +55,7 @@ def rows_of(
         if edits and edited is not None:
             additions = vector.additions(gammas[request]) if vector else {}
             rows["ablated"].append(Row(request, edited.branch, tokens, profile, factors, additions))
-        if rule.has("negative") and alphas[request]:
+        if (rule.has("negative") and alphas[request]) or (isinstance(ablation, Patch) and edits):
             ids = _ids(model, other)
             if ids.tolist() == tokens.tolist():
                 raise SteeringError(
@@ -127,8 +127,10 @@ def check_vector(call: str, model: HookedModel, vector: object, rule: Rule) -> N
     vector.check(call, model)
 
 
-def negatives_of(negative_prompts: Prompts | None, batch: Sequence[Prompt | str], rule: Rule) -> Sequence[Prompt | str]:
-    if not rule.has("negative"):
+def negatives_of(
+    negative_prompts: Prompts | None, batch: Sequence[Prompt | str], rule: Rule, ablation: Ablation
+) -> Sequence[Prompt | str]:
+    if not (rule.has("negative") or isinstance(ablation, Patch)):
         return batch
     if negative_prompts is None:
         raise SteeringError(

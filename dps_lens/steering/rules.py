@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 from dps_lens.checks import check_number
 from dps_lens.errors import SteeringError
 from dps_lens.extensions import settings_of
+from dps_lens.intervene import Patch, find_ablation
 from dps_lens.steering.terms import Branch, EarlyTerm, EntropyTerm, InPlaceTerm, Term
 
 _EDITED: frozenset[Branch] = frozenset({"ablated", "scaled", "shifted", "heads_shifted"})
@@ -51,6 +52,16 @@ class Rule:
         return self.has("shifted", "heads_shifted")
 
     @property
+    def patched(self) -> bool:
+        """Heads get the z of the run with the negative prompt."""
+        term = self.edited
+        return term is not None and term.ablation is not None and isinstance(find_ablation(term.ablation), Patch)
+
+    @property
+    def needs_negative(self) -> bool:
+        return self.has("negative") or self.patched
+
+    @property
     def alone(self) -> bool:
         """The edited branch is what is written from; the full model does not run."""
         return self.has("scaled") or self.needs_vectors
@@ -69,6 +80,7 @@ RULES = {
     for rule in (
         Rule("dps", (Term("ablated"),)),
         Rule("dps-entropy", (EntropyTerm("ablated"),)),
+        Rule("dps-patch", (Term("ablated", ablation="patch"),)),
         Rule("decore", (EntropyTerm("ablated", ablation="uniform"),)),
         Rule("cad", (Term("negative"),)),
         Rule("cos", (Term("negative"),)),
