@@ -40,8 +40,8 @@ def steer(
     rule: Annotated[
         str,
         typer.Option(
-            help="dps, dps-entropy, decore, cad, cos, dola, amplify, head_vector, vector, stacked: dps+cad, or "
-            "file.py:Name."
+            help="dps, dps-entropy, dps-js, dps-patch, decore, cad, cos, adacad, dola, amplify, head_vector, vector, "
+            "stacked: dps+cad, or file.py:Name."
         ),
     ] = "dps",
     vectors: Annotated[
@@ -56,6 +56,9 @@ def steer(
     alpha: Annotated[float, typer.Option(help="Strength of the profile, for cad and cos.")] = 0.5,
     min_p: Annotated[float | None, typer.Option(help="Rule out tokens with p under this share of the largest.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Cap on KL(steered || full) at every step, nats.")] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Make it so many nats at every step, whatever the strengths.")
+    ] = None,
     requests: Annotated[
         Path | None,
         typer.Option(
@@ -113,7 +116,7 @@ def steer(
             vector_of(added, whose)
     sampling_of(defaults)
     config_of_prompts = dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs))
-    config = dps.DecodeConfig(ablation=ablation_of(ablation), min_p=min_p, max_kl=max_kl)
+    config = dps.DecodeConfig(ablation=ablation_of(ablation), min_p=min_p, max_kl=max_kl, target_kl=target_kl)
     shared: dict[str, Any] = {"rule": chosen_rule, "positions": positions, "max_new_tokens": max_new_tokens}
     asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, strict, defaults, chosen_rule, added)
     if chat and out is not None and not force:
@@ -126,6 +129,7 @@ def steer(
         "ablation": ablation,
         "min_p": min_p,
         "max_kl": max_kl,
+        **({"target_kl": target_kl} if target_kl is not None else {}),
         **({"chat_template_kwargs": config_of_prompts.chat_template_kwargs} if chat_template_kwargs else {}),
     }
     lines = Lines(None if chat else out, asked, about, force=force)

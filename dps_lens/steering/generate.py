@@ -54,6 +54,8 @@ class DecodeConfig:
         min_p: rule out tokens with p under this share of the largest p of the full model (of the edited one
             where the full model does not run).
         max_kl: cap on KL(steered ‖ full) at every step, nats; steering is drawn back as far as needed.
+        target_kl: make KL(steered ‖ full) so many nats at every step, so that rules steer equally hard: γ and α give
+            the direction alone. A step whose likeliest token gains most cannot be moved so far, and is moved less.
         early_layers: for `dola`, the layers to choose from; every second one of the lower half by default.
         stop_at_eos: end a row at the tokenizer's end-of-text token, one of the generation config, or the one that the
             chat template puts behind an answer.
@@ -66,6 +68,7 @@ class DecodeConfig:
     max_gamma: float | None = None
     min_p: float | None = None
     max_kl: float | None = None
+    target_kl: float | None = None
     early_layers: Sequence[int] | None = None
     stop_at_eos: bool = True
     keep_delta_logits: bool = False
@@ -77,9 +80,12 @@ class DecodeConfig:
             ("max_gamma", math.inf, "a cap of the strength"),
             ("min_p", 1, "a share of the largest probability"),
             ("max_kl", math.inf, "nats, of which none leaves nothing to steer"),
+            ("target_kl", math.inf, "nats"),
         ):
             if (value := getattr(self, name)) is not None:
                 check_number(SteeringError, f"generate: {name}", value, above=0, most=most, why=why)
+        if self.max_kl is not None and self.target_kl is not None:
+            raise SteeringError("generate: give max_kl, a cap, or target_kl, what every step is moved by, not both")
         check_whole(SteeringError, "generate: keep_alternatives", self.keep_alternatives, least=0)
         for name in ("stop_at_eos", "keep_delta_logits", "progress"):
             check_flag(SteeringError, f"generate: {name}", getattr(self, name))
@@ -144,6 +150,7 @@ def generate(
     | rule | logits | source |
     |---|---|---|
     | `dps` | `(1 + γ) · full − γ · masked` | arXiv 2604.22345 |
+    | `dps-js`, `adacad` | `dps` and `cad`, strengths the Jensen–Shannon divergence of both in nats | arXiv 2409.07394 |
     | `dps-patch` | `dps` with the heads' z of the negative prompt's run in the masked branch, step by step | |
     | `dps-entropy` | `dps`, γ the entropy of the full distribution in nats | its published code |
     | `decore` | the same with the heads' attention spread evenly; for retrieval heads | arXiv 2410.18860 |
@@ -209,11 +216,12 @@ def generate(
     settings: dict[str, Any] = {"rule": chosen.settings(), "gamma": gammas, "alpha": alphas}
     settings |= {"heads": [names_of(one) for one in sets], "ablation": ablation.settings(), "positions": positions}
     settings |= {"early_layers": early, "max_gamma": config.max_gamma, "min_p": config.min_p, "max_kl": config.max_kl}
+    settings["target_kl"] = config.target_kl
     settings["sampling"] = [one and asdict(one) for one in samplings]
     if chosen.needs_vectors:
         settings["vectors"] = [one.settings() for one in added if one is not None]
     steps = Steps(model.tokenizer, len(batch), config.keep_delta_logits, config.keep_alternatives, settings)
-    mixer = Mixer(chosen, gammas, alphas, config.max_gamma, config.min_p, config.max_kl)
+    mixer = Mixer(chosen, gammas, alphas, config.max_gamma, config.min_p, config.max_kl, config.target_kl)
     decoder = decoder_of(model, rows, ablation=ablation, positions=positions, early=early, room=max_new_tokens)
     written = _decode(decoder, mixer, Chooser(samplings), steps, max_new_tokens, ends, config.progress)
     if stream:
@@ -293,11 +301,12 @@ def _check(
     for alpha in alphas:
         check_strength("alpha", alpha)
     draws_back = rule.alone or rule.has("early") or -1 in gammas or config.min_p is not None
-    if config.max_kl is not None and draws_back:
-        raise SteeringError(
-            "generate: max_kl draws back to the full model; it goes with contrasts of heads or prompts, without "
-            "min_p, and not with gamma -1"
-        )
+    for name in ("max_kl", "target_kl"):
+        if getattr(config, name) is not None and draws_back:
+            raise SteeringError(
+                f"generate: {name} is measured from the full model; it goes with contrasts of heads or prompts, "
+                "without min_p, and not with gamma -1"
+            )
 
 
 def _check_length(model: HookedModel, rows: Sequence[Row], max_new_tokens: int) -> None:

@@ -11,6 +11,9 @@ from dps_lens.steering.decoder import Row
 from dps_lens.steering.rules import Rule
 from dps_lens.steering.terms import Branch, combine, farthest_early, kl_divergence
 
+MOST = 1024
+"""How many times the strength that was asked for `target_kl` may steer."""
+
 
 @dataclass
 class Mixer:
@@ -26,6 +29,7 @@ class Mixer:
         max_gamma: cap of an adaptive strength.
         min_p: share of the largest probability under which tokens are ruled out.
         max_kl: cap on KL(steered ‖ full), nats.
+        target_kl: what KL(steered ‖ full) is made, nats.
     """
 
     rule: Rule
@@ -34,6 +38,7 @@ class Mixer:
     max_gamma: float | None = None
     min_p: float | None = None
     max_kl: float | None = None
+    target_kl: float | None = None
 
     def lay_out(self, rows: Sequence[Row], running: Sequence[int], device: torch.device) -> None:
         """Note where the branches of the requests that run stand among the rows of the batch."""
@@ -72,6 +77,8 @@ class Mixer:
         steered = combine(self.rule.terms, base, of, self._given, self._present)
         if (share := max(self.min_p or 0.0, self.rule.min_p or 0.0)) > 0:
             steered = with_min_p(steered, base, share)
+        if self.target_kl is not None:
+            return full, at_kl(steered, full, self.target_kl)
         return full, steered if self.max_kl is None else within_kl(steered, full, self.max_kl)
 
 
@@ -80,6 +87,26 @@ def with_min_p(
 ) -> Float[Tensor, "row d_vocab"]:
     """Rule out tokens whose probability under the full model is below `share` of the largest (arXiv 2210.15097)."""
     return steered.masked_fill(full < full.amax(-1, keepdim=True) + torch.tensor(share).log().item(), -torch.inf)
+
+
+def at_kl(
+    steered: Float[Tensor, "row d_vocab"], full: Float[Tensor, "row d_vocab"], target: float
+) -> Float[Tensor, "row d_vocab"]:
+    """Steer each row exactly so hard that KL(steered ‖ full) is `target` nats.
+
+    The row becomes `full + λ (steered − full)`, along which the divergence rises with λ, up to −log p of the token that
+    gains most. Where that is less than the target, λ is `MOST`; a row that is not steered stays as it is.
+    """
+    change = steered - full
+    low, high = torch.zeros(len(full), 1, device=full.device), torch.ones(len(full), 1, device=full.device)
+    for _ in range(MOST.bit_length() - 1):
+        short = (kl_divergence(full + high * change, full) < target)[:, None]
+        low, high = torch.where(short, high, low), torch.where(short, 2 * high, high)
+    for _ in range(24):
+        middle = (low + high) / 2
+        short = (kl_divergence(full + middle * change, full) < target)[:, None]
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return full + high * change
 
 
 def within_kl(

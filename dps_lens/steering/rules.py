@@ -8,7 +8,7 @@ from dps_lens.checks import check_number
 from dps_lens.errors import SteeringError
 from dps_lens.extensions import settings_of
 from dps_lens.intervene import Patch, find_ablation
-from dps_lens.steering.terms import Branch, EarlyTerm, EntropyTerm, InPlaceTerm, Term
+from dps_lens.steering.terms import Branch, DivergenceTerm, EarlyTerm, EntropyTerm, InPlaceTerm, Term
 
 _EDITED: frozenset[Branch] = frozenset({"ablated", "scaled", "shifted", "heads_shifted"})
 
@@ -80,10 +80,12 @@ RULES = {
     for rule in (
         Rule("dps", (Term("ablated"),)),
         Rule("dps-entropy", (EntropyTerm("ablated"),)),
+        Rule("dps-js", (DivergenceTerm("ablated"),)),
         Rule("dps-patch", (Term("ablated", ablation="patch"),)),
         Rule("decore", (EntropyTerm("ablated", ablation="uniform"),)),
         Rule("cad", (Term("negative"),)),
         Rule("cos", (Term("negative"),)),
+        Rule("adacad", (DivergenceTerm("negative"),)),
         Rule("dola", (EarlyTerm(),), min_p=0.1),
         Rule("amplify", (InPlaceTerm("scaled"),)),
         Rule("vector", (InPlaceTerm("shifted"),)),

@@ -68,6 +68,19 @@ class EntropyTerm(Term):
 
 
 @dataclass(frozen=True)
+class DivergenceTerm(Term):
+    """The strength is the Jensen–Shannon divergence of the two distributions in nats, as in AdaCAD (arXiv 2409.07394)
+    and the code published with it: hard where they disagree, at most log 2."""
+
+    adaptive: ClassVar[bool] = True
+
+    def strength(
+        self, given: Strength, base: Float[Tensor, "row d_vocab"], other: Float[Tensor, "row d_vocab"]
+    ) -> Strength:
+        return js_divergence(base, other)[:, None].clamp(max=given)
+
+
+@dataclass(frozen=True)
 class InPlaceTerm(Term):
     """No contrast: the branch, whose strength acts inside the model, is what is written from."""
 

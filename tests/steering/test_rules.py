@@ -29,7 +29,9 @@ from dps_lens.steering.sampling import Chooser
 GAP = 1e-4  # nearer than this, rounding may decide; none may occur here
 SETS = [HeadSet.parse(names) for names in ("L0H1,L2H3", "L1H0", "L0H2,L1H1,L2H0", "L1H3,L2H1")]
 GAMMAS, ALPHAS = [0.7, 0.0, 1.6, -1.0], [0.5, 1.5, 0.0, 1.0]
-CONTRASTS = ["dps", "dps-entropy", "decore", "cad", "cos", "dola", "amplify", "dps+cad", "amplify+cad"]
+CONTRASTS = [
+    "dps", "dps-entropy", "dps-js", "decore", "cad", "cos", "adacad", "dola", "amplify", "dps+cad", "amplify+cad"
+]  # fmt: skip
 
 
 class Naive:
@@ -81,8 +83,7 @@ class Naive:
         for layer in self.layers:
             early = self.plain.get_output_embeddings()(final_norm(self.plain)(out.hidden_states[layer]))[0, -1]
             q = softmax((early if cap is None else cap * torch.tanh(early / cap)).double().numpy())
-            middle = (p + q) / 2
-            jsd = (scipy.stats.entropy(p, middle) + scipy.stats.entropy(q, middle)) / 2
+            jsd = js(p, q)
             self.measured.append(jsd)
             best = max(best, (jsd, layer, q), key=lambda found: found[0])
         return np.where(p < 0.1 * p.max(), -np.inf, np.log(p) - np.log(best[2]))
@@ -101,6 +102,9 @@ class Naive:
             steered = self.dola(new)
         elif self.rule == "cad":
             steered = (1 + alpha) * full - alpha * without
+        elif self.rule == "adacad":
+            alpha = js(softmax(full), softmax(without)) if alpha else 0.0
+            steered = (1 + alpha) * full - alpha * without
         elif self.rule == "cos":
             steered = (1 + alpha) * log_softmax(full) - alpha * log_softmax(without)
         elif self.rule in ("amplify", "amplify+cad"):
@@ -109,6 +113,8 @@ class Naive:
         else:
             gamma = self.strength(full)
             masked = self.uniform(new) if self.rule == "decore" else self.scaled(new, -1)
+            if self.rule == "dps-js":
+                gamma = js(softmax(full), softmax(masked)) if gamma else 0.0
             steered = (1 + gamma) * full - gamma * masked
             if self.rule == "dps+cad":
                 steered = full + gamma * (full - masked) + alpha * (full - without)
@@ -122,6 +128,11 @@ def softmax(logits):
 
 def log_softmax(logits):
     return scipy.special.log_softmax(logits)
+
+
+def js(p, q):
+    middle = (p + q) / 2
+    return (scipy.stats.entropy(p, middle) + scipy.stats.entropy(q, middle)) / 2
 
 
 def kl(steered, full):
@@ -234,7 +245,7 @@ def rows_run(monkeypatch, llama):
 def options_of(rule, own, none):
     """Arguments of `generate` and of `Naive`, for four rows."""
     options = {}
-    if rule not in ("cad", "cos", "dola"):
+    if rule not in ("cad", "cos", "adacad", "dola"):
         options |= {"heads": SETS, "gamma": GAMMAS}
     if "cad" in rule or rule == "cos":
         options |= {"negative_prompts": none, "alpha": ALPHAS}
@@ -248,7 +259,7 @@ FEW = ("gemma3", "qwen2", "gpt_neox")
 CASES = [
     (architecture, rule)
     for architecture in ARCHITECTURES
-    for rule in (("decore", "dola", "dps+cad") if architecture in FEW else CONTRASTS)
+    for rule in (("decore", "dola", "dps+cad", "adacad") if architecture in FEW else CONTRASTS)
 ]
 
 
@@ -261,7 +272,9 @@ def test_rules_equal_naive_decoding(tinies, requests_of, architecture, rule):
     for row, prompt in enumerate(own):
         check(Naive(tiny, rule, prompt, **each[row]), out, row)
     if rule != "amplify":
-        assert max(float(values.abs().nan_to_num().max()) for values in out.shifts) > 0.05
+        # Branches of a small random model differ little, and with them the strength of divergence.
+        least = 0.001 if rule in ("dps-js", "adacad") else 0.05
+        assert max(float(values.abs().nan_to_num().max()) for values in out.shifts) > least
     assert no_hooks_left(tiny.hooked)
 
 
@@ -283,7 +296,7 @@ def test_rules_in_a_mixed_batch_equal_naive_decoding_of_the_embedded_model(real,
     )
     assert len(own[0].prompt_tokens) != len(own[1].prompt_tokens)
     options = {}
-    if rule not in ("cad", "cos", "dola"):
+    if rule not in ("cad", "cos", "adacad", "dola"):
         options["heads"] = [HeadSet.parse("L14H3,L2H1,L21H0"), HeadSet.parse("L9H8")]
         options["gamma"] = [0.8, -1.0 if sampled else 1.3]
     if "cad" in rule or rule == "cos":
@@ -803,6 +816,43 @@ def test_max_kl_caps_the_divergence(llama, requests_of, rule):
     assert all(torch.equal(one, other) for one, other in zip(wide.delta_logits, free.delta_logits, strict=True))
 
 
+def moved_to(naive, target, reached):
+    """The reference, moved along its direction until its divergence is the target, or as far as 1024 times."""
+
+    def run(new):
+        full, steered = naive(new)
+        change = steered - full
+
+        def over(s):
+            return kl(full + s * change, full) - target
+
+        reached.append(over(1024) > 0)
+        far = scipy.optimize.brentq(over, 0, 1024, xtol=1e-12) if reached[-1] else 1024
+        return full, full + far * change
+
+    return run
+
+
+@pytest.mark.parametrize("rule", ["dps", "dps-entropy", "cad", "dps+cad"])
+def test_target_kl_makes_every_step_equally_hard(llama, requests_of, rule):
+    own, none = requests_of(llama.hooked)
+    options, each = options_of(rule, own, none)
+    if "gamma" in options:
+        options["gamma"] = gammas = [0.7, 0.0, 1.6, 3.0]
+        each[3]["gamma"] = gammas[3]
+    for target in (0.02, 0.3):
+        out = generate(llama.hooked, own, rule=rule, max_new_tokens=4, target_kl=target, stop_at_eos=False, **options)
+        for row, prompt in enumerate(own):
+            if not each[row].get("gamma", 0) and not each[row].get("alpha", 0):
+                assert not bool(out.kl[row].any()), "a row that is not steered stays as it is"
+                continue
+            reached = []
+            check(moved_to(Naive(llama, rule, prompt, **each[row]), target, reached), out, row)
+            for value, there in zip(out.kl[row].tolist(), reached, strict=True):
+                assert value == pytest.approx(target, abs=1e-3) or not there
+            assert any(reached)
+
+
 def test_logits_and_log_probabilities_give_one_distribution():
     """Each branch's normaliser is one number a row; it moves every token alike."""
     generator = np.random.default_rng(0)
@@ -854,6 +904,11 @@ def test_entropy_and_divergence():
     one_hot = torch.full((1, 40), -torch.inf).index_fill(1, torch.tensor([3]), 0.0)
     assert float(terms.kl_divergence(one_hot, torch.zeros(1, 40))) == pytest.approx(math.log(40), abs=1e-5)
     assert float(terms.entropy(one_hot)) == 0.0
+    hard = terms.DivergenceTerm("negative").strength(torch.inf, full, steered)[:, 0]
+    for row in range(len(full)):
+        a, b = (softmax(one[row].double().numpy()) for one in (full, steered))
+        assert float(hard[row]) == pytest.approx(js(a, b), abs=1e-5)
+    assert float(terms.DivergenceTerm().strength(0.1, full, steered).max()) == pytest.approx(0.1)
 
 
 def test_plausible():
@@ -946,11 +1001,14 @@ def test_bad_requests_are_named(llama, requests_of, unchecked):
         ({"rule": "amplify", "ablation": "uniform", **steer}, "no ablation but the default"),
         ({"max_kl": 0.0, **steer}, "max_kl 0.0 is not a number above 0; nats, of which none leaves nothing to steer"),
         ({"max_kl": -1.0, **steer}, "leaves nothing to steer"),
-        ({"max_kl": 1.0, "rule": "amplify", **steer}, "max_kl draws back"),
-        ({"max_kl": 1.0, "rule": "amplify+cad", **steer, **contrast}, "max_kl draws back"),
-        ({"max_kl": 1.0, "rule": "dola"}, "max_kl draws back"),
-        ({"max_kl": 1.0, "gamma": [1.0, 1.0, 1.0, -1.0], **steer}, "max_kl draws back"),
-        ({"max_kl": 1.0, "min_p": 0.1, **steer}, "max_kl draws back"),
+        ({"max_kl": 1.0, "rule": "amplify", **steer}, "max_kl is measured from"),
+        ({"max_kl": 1.0, "rule": "amplify+cad", **steer, **contrast}, "max_kl is measured from"),
+        ({"max_kl": 1.0, "rule": "dola"}, "max_kl is measured from"),
+        ({"max_kl": 1.0, "gamma": [1.0, 1.0, 1.0, -1.0], **steer}, "max_kl is measured from"),
+        ({"max_kl": 1.0, "min_p": 0.1, **steer}, "max_kl is measured from"),
+        ({"target_kl": 1.0, "rule": "amplify", **steer}, "target_kl is measured from"),
+        ({"target_kl": 1.0, "max_kl": 2.0, **steer}, "give max_kl, a cap, or target_kl"),
+        ({"target_kl": 0.0, **steer}, "target_kl 0.0 is not a number above 0"),
         ({"min_p": 0.0, **steer}, "min_p 0.0 is not a number above 0, at most 1"),
         ({"min_p": 1.5, **steer}, "min_p 1.5 is not a number above 0, at most 1"),
         ({"rule": "dola", "early_layers": []}, "early_layers \\[\\] are not layers between 1 and 2"),
