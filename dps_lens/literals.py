@@ -21,6 +21,8 @@ Counterfactual: TypeAlias = Literal["other_user", "no_profile", "both"]
 Quantity: TypeAlias = Literal["necessity", "sufficiency", "task_cost", "neutral_cost"]
 """What a set does: takes from the own run, brings to the counterfactual one, costs without a profile, on other text."""
 
+MeasuredOn: TypeAlias = Literal["evaluation", "discovery"]
+"""The users' texts that are held out, or those that choose."""
 VectorAgainst: TypeAlias = Literal["other_user", "no_profile", "generic"]
 """What head vectors are the difference to; the last one is a generic answer in place of the user's."""
 Recipe: TypeAlias = Literal["difference", "probe", "persona"]

@@ -2,21 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from dps_lens.data import PromptConfig, User
+from dps_lens.data import Example, PromptConfig, User
+from dps_lens.data.examples import choosing_examples, held_out_examples, unit_key
 from dps_lens.digests import tensor_digest
 from dps_lens.errors import SteeringError
 from dps_lens.evaluation.forced import Forced, Weights
 from dps_lens.heads import Head
 from dps_lens.intervene import Ablation, Patch, find_ablation
-from dps_lens.literals import Select
+from dps_lens.literals import MeasuredOn, Select
 from dps_lens.model.losses import token_losses
 from dps_lens.result import Result
 from dps_lens.scores import HeadScores
@@ -27,6 +29,7 @@ from dps_lens.steering.rules import Rule, RuleLike, apart, find_rule
 from dps_lens.steering.terms import Branch, combine, kl_divergence
 from dps_lens.steering.vector import Vector
 from dps_lens.validation.work import HeldOutConfig, HeldOutWork
+from dps_lens.vectors.result import HeadVectors
 from dps_lens.work import Engine, Run, RunConfig
 
 if TYPE_CHECKING:
@@ -130,6 +133,36 @@ class SteeringSweep(Result):
         mixed = [(1 - share) * values[right - 1] + share * values[right] for values in (strengths, changes)]
         return float(mixed[0]), mixed[1]
 
+    def choose(self, method: str, *, level: float = 0.95) -> "pandas.DataFrame":
+        """The strength for every user, of a sweep on discovery examples (`on="discovery"`); often 0, which steers not.
+
+        A user is steered at the strength that makes the texts likeliest on average, if it is shown to: if Student's t
+        interval over the user's texts, its level corrected for the number of strengths, lies below 0.
+
+        Returns:
+            one row a user: `user`, `strength`, `best`, the strength of the lowest mean, its `mean` change of the NLL
+            with `low` and `high`, `n` texts, and the `reason` in words.
+
+        Raises:
+            SteeringError: the sweep holds no such method.
+        """
+        import pandas as pd
+
+        if method not in self.change:
+            raise SteeringError(f"choose: method {method!r} is not in this sweep; it has {', '.join(self.change)}")
+        rows, owners, corrected = [], np.array(self.user_ids), 1 - (1 - level) / len(self.strengths)
+        for user in dict.fromkeys(self.user_ids):
+            changes = self.change[method][:, owners == user].numpy()
+            best = int(changes.mean(1).argmin())
+            found, n = interval(changes[best], corrected), changes.shape[1]
+            helps, at = found["high"] < 0, self.strengths[best]
+            spread = f"{found['low']:+.3f} to {found['high']:+.3f}, {n} texts" if n > 1 else "one text, no interval"
+            about = f"the NLL of the own texts changes by {found['mean']:+.3f} nats per token ({spread})"
+            reason = f"at {at:g} {about}" if helps else f"no strength is shown to help; at {at:g}, the best, {about}"
+            row = {"user": user, "strength": at if helps else 0.0, "best": at, **found, "n": n, "reason": reason}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
     def _users(self, values: Float64[Tensor, " example"]) -> np.ndarray:
         return user_means(values, self.user_ids)
 
@@ -143,6 +176,7 @@ def steering_sweep(
     k: int = 10,
     n_random: int = 8,
     select: Select | Mapping[str, Select] = "global",
+    on: MeasuredOn = "evaluation",
     max_examples: int | None = None,
     prompt_config: PromptConfig | None = None,
     held_out_config: HeldOutConfig | None = None,
@@ -167,7 +201,9 @@ def steering_sweep(
         k: heads of each set.
         n_random: layer-matched random sets of every method with heads, spread over a user's examples.
         select: as in `ablation_curve`; method → either, or one for all.
-        max_examples: the newest so many evaluation examples of each user.
+        on: `"discovery"` measures on the users' discovery examples, to choose strengths (`.choose(method)`): heads of
+            scores are then those of users in other folds, and head vectors those of the user's other examples.
+        max_examples: the newest so many of these examples of each user.
         prompt_config: how prompts are built; by default as for the scores.
         held_out_config: `exclude`; `weighted`, methods whose heads are edited in proportion to their score;
             `positions`, where heads are edited (`"response"` by default).
@@ -200,6 +236,7 @@ def steering_sweep(
         max_examples=max_examples,
         seed=seed,
         optional=True,
+        on=on,
         rules=rules,
         vectors=vectors,
         strengths=tuple(strengths),
@@ -256,6 +293,38 @@ class SweepWork(HeldOutWork):
     rules: Mapping[str, Rule] = field(default_factory=dict)
     vectors: Mapping[str, Mapping[str, Vector]] = field(default_factory=dict)
     strengths: tuple[float, ...] = ()
+    on: MeasuredOn = "evaluation"
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """Evaluation examples, or those that choose, user by user."""
+        if self.on == "discovery":
+            return choosing_examples(self.call, self.users, "history", self.max_examples)
+        return held_out_examples(self.call, self.users, self.max_examples)
+
+    def check_families(self) -> None:
+        if self.on not in get_args(MeasuredOn):
+            raise SteeringError(f"{self.call}: on {self.on!r} is unknown; use 'evaluation' or 'discovery'")
+        if self.on == "evaluation":
+            super().check_families()
+        elif self.select == "user" or (isinstance(self.select, Mapping) and "user" in self.select.values()):
+            raise SteeringError(
+                f"{self.call}: on='discovery' tests users with heads that others chose; select='user' chose on these "
+                "examples"
+            )
+
+    def vector(self, name: str, example: Example) -> Vector:
+        """The vector of an example's user, which the example was no part of."""
+        vectors = self.vectors[name]
+        if self.on == "discovery" and isinstance(vectors, HeadVectors):
+            return vectors.without(example.user_id, example.id)
+        vector = vectors[example.user_id]
+        if self.on == "discovery" and {example.id, unit_key(example)} & {*vector.manifest.get("examples", ())}:
+            raise SteeringError(
+                f"steering_sweep: the vector of user {example.user_id!r} was made of example {example.id!r}, on which "
+                "strengths are to be chosen; give head_vectors(…), or a vector of other examples"
+            )
+        return vector
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -285,6 +354,7 @@ class SweepWork(HeldOutWork):
 
     def fingerprint(self) -> dict[str, Any]:
         more: dict[str, Any] = {
+            "on": self.on,
             "strengths": list(self.strengths),
             "rules": {name: rule.settings() for name, rule in self.rules.items()},
         }
@@ -332,7 +402,7 @@ class SweepWork(HeldOutWork):
                         if rule.has("scaled"):
                             base = others["scaled"] = forced.scaled(heads, strength)
                         elif rule.edited is not None and rule.needs_vectors:
-                            vector = self.vectors[name][example.user_id]
+                            vector = self.vector(name, example)
                             base = others[rule.edited.branch] = forced.shifted(vector, strength)
                         given_all: dict[Branch, Any] = {term.branch: strength for term in rule.terms}
                         steered = combine(rule.terms, base, others, given_all)

@@ -139,6 +139,10 @@ class HeldOutWork(Work):
     def __post_init__(self) -> None:
         if self.n_random < 0:
             raise ScoreError(f"{self.call}: n_random is not negative")
+        self.check_families()
+
+    def check_families(self) -> None:
+        """Refuse families that were chosen on one of the examples."""
         for family in self.families.values():
             if isinstance(family, HeadScores | FoundHeads):
                 check_held_out(self.call, family, self.examples)

@@ -72,6 +72,26 @@ class HeadVectors(Result, Mapping[str, HeadVector]):
         rows = torch.stack([self.vectors[self.users.index(user)] for user in chosen])
         return HeadVector(rows.mean(0), self.heads, label, self._about(chosen))
 
+    def without(self, user: str, example_id: str) -> HeadVector:
+        """The user's vector as if an example had not been there, to test it on that example.
+
+        Raises:
+            SteeringError: the recipe is no mean of differences, or the user has no other example.
+        """
+        if self.manifest.get("recipe", "difference") != "difference":
+            raise SteeringError("without: only vectors of recipe 'difference' are means that an example can leave")
+        rows = [
+            index
+            for index, (owner, one) in enumerate(zip(self.user_ids, self.example_ids, strict=True))
+            if owner == user and one != example_id
+        ]
+        if not rows:
+            raise SteeringError(
+                f"without: user {user!r} has a vector of no other example than {example_id!r}; make vectors of more "
+                "(max_examples)"
+            )
+        return HeadVector(self.differences[rows].mean(0), self.heads, user, self._about([user]))
+
     def _about(self, users: Sequence[str]) -> dict[str, Any]:
         return {**self.manifest, "users": list(users)}
 

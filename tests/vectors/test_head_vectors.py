@@ -360,6 +360,76 @@ def test_vectors_are_kept_added_and_compared(llama, users, tmp_path):
     assert figure.data[0].z[0, 1] == pytest.approx(cosines["cosine"][0])
 
 
+def test_a_strength_is_chosen_on_examples_that_made_no_vector(llama, users):
+    """Leave one example out, by hand; a user whose texts no strength helps is not steered."""
+    model = llama.hooked
+    options = {"max_examples": 3, "prompt_config": PROMPT}
+    vectors = dps.head_vectors(model, users, HEADS, **options)
+    sweep = dps.steering_sweep(
+        model, users, {"own": ("head_vector", vectors)}, strengths=(0.5, 2.0), on="discovery", **options
+    )
+    user = users[0]
+    examples = user.discovery_examples()[-3:]
+    assert [one for one, owner in zip(sweep.example_ids, sweep.user_ids, strict=True) if owner == user.id] == [
+        example.id for example in examples
+    ]
+    d_head, changes = model.cfg.d_head, []
+    for example in examples:
+        rows = [
+            vectors.differences[index]
+            for index, (owner, one) in enumerate(zip(vectors.user_ids, vectors.example_ids, strict=True))
+            if owner == user.id and one != example.id
+        ]
+        assert len(rows) == 2
+        left = dps.HeadVector(torch.stack(rows).mean(0), vectors.heads)
+        prompt = dps.build_prompt(model, example, config=PROMPT)
+        start, stop = prompt.spans["response"]
+        with ExitStack() as stack:
+            for (layer, head), row in zip(left.heads, left.values, strict=True):
+                columns = slice(head * d_head, (head + 1) * d_head)
+                new = lambda z, columns=columns, row=row: z[:, :, columns] + 2.0 * row  # noqa: E731
+                stack.enter_context(columns_replaced(llama.plain, layer, head, d_head, slice(start - 1, stop), new))
+            steered = nll(llama.plain, prompt)
+        changes.append(steered - nll(llama.plain, prompt))
+    of_user = [index for index, owner in enumerate(sweep.user_ids) if owner == user.id]
+    assert sweep.change["own"][1, of_user].tolist() == pytest.approx(changes, abs=1e-4)
+    with pytest.raises(SteeringError, match="was made of example"):
+        dps.steering_sweep(model, users, {"own": ("head_vector", dict(vectors))}, on="discovery", **options)
+    with pytest.raises(SteeringError, match="vector of no other example"):
+        one = dps.head_vectors(model, users, HEADS, max_examples=1, prompt_config=PROMPT)
+        dps.steering_sweep(model, users, {"own": ("head_vector", one)}, on="discovery", max_examples=1)
+    with pytest.raises(SteeringError, match="chose on these"):
+        dps.steering_sweep(model, users, {"dps": ("dps", HEADS)}, on="discovery", select="user")
+
+
+def test_a_choice_of_strength_says_why():
+    generator = torch.Generator().manual_seed(0)
+    owners = tuple(name for name in ("helped", "not", "one") for _ in range(1 if name == "one" else 8))
+    noise = 0.02 * torch.randn(3, 17, generator=generator).double()
+    change = noise + torch.tensor([[-0.1], [-0.3], [0.2]]).double() * torch.tensor(
+        [float(one == "helped") for one in owners]
+    )
+    names = tuple(map(str, range(17)))
+    sweep = dps.SteeringSweep((0.5, 1.0, 2.0), owners, names, torch.ones(17).double(), {"x": change}, {"x": change * 0})
+    rows = sweep.choose("x").set_index("user")
+    assert rows.loc["helped", "strength"] == 1.0
+    assert "at 1 the NLL of the own texts changes by -0.3" in rows.loc["helped", "reason"]
+    assert rows.loc["not", "strength"] == 0.0
+    assert rows.loc["not", "reason"].startswith("no strength is shown to help")
+    assert rows.loc["one", "strength"] == 0.0
+    assert "one text, no interval" in rows.loc["one", "reason"]
+    # Texts that steering does nothing to are rarely steered, whatever the number of strengths.
+    steered = 0
+    for _ in range(200):
+        nothing = torch.randn(6, 40, generator=generator).double()
+        made = dps.SteeringSweep(tuple(range(1, 7)), tuple(f"u{n // 8}" for n in range(40)), tuple(map(str, range(40))),
+                                 torch.ones(40).double(), {"x": nothing}, {"x": nothing * 0})  # fmt: skip
+        steered += int((made.choose("x")["strength"] > 0).sum())
+    assert steered / 1000 < 0.025 + 3 * (0.025 * 0.975 / 1000) ** 0.5
+    with pytest.raises(SteeringError, match="'y' is not in this sweep"):
+        sweep.choose("y")
+
+
 def test_cosines_by_chance_lie_in_their_band():
     """Differences of no direction of their own: about 5% of pairs lie outside the band."""
     generator = torch.Generator().manual_seed(0)
