@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from dps_lens.errors import SteeringError
 from dps_lens.evaluation.forced import Forced, Weights
 from dps_lens.heads import Head
 from dps_lens.intervene import Ablation, Patch, find_ablation
-from dps_lens.literals import MeasuredOn, Select
+from dps_lens.literals import Select
 from dps_lens.model.losses import token_losses
 from dps_lens.result import Result
 from dps_lens.scores import HeadScores
@@ -134,10 +134,10 @@ class SteeringSweep(Result):
         return float(mixed[0]), mixed[1]
 
     def choose(self, method: str, *, level: float = 0.95) -> "pandas.DataFrame":
-        """The strength for every user, of a sweep on discovery examples (`on="discovery"`); often 0, which steers not.
+        """The strength for every user, of a sweep on discovery examples (`HeldOutConfig(on="discovery")`); often 0.
 
-        A user is steered at the strength that makes the texts likeliest on average, if it is shown to: if Student's t
-        interval over the user's texts, its level corrected for the number of strengths, lies below 0.
+        A user is steered at the strength that makes the texts likeliest on average, if it is shown to help: if
+        Student's t interval over the user's texts, its level corrected for the number of strengths, lies below 0.
 
         Returns:
             one row a user: `user`, `strength`, `best`, the strength of the lowest mean, its `mean` change of the NLL
@@ -176,7 +176,6 @@ def steering_sweep(
     k: int = 10,
     n_random: int = 8,
     select: Select | Mapping[str, Select] = "global",
-    on: MeasuredOn = "evaluation",
     max_examples: int | None = None,
     prompt_config: PromptConfig | None = None,
     held_out_config: HeldOutConfig | None = None,
@@ -201,12 +200,12 @@ def steering_sweep(
         k: heads of each set.
         n_random: layer-matched random sets of every method with heads, spread over a user's examples.
         select: as in `ablation_curve`; method → either, or one for all.
-        on: `"discovery"` measures on the users' discovery examples, to choose strengths (`.choose(method)`): heads of
-            scores are then those of users in other folds, and head vectors those of the user's other examples.
-        max_examples: the newest so many of these examples of each user.
+        max_examples: the newest so many evaluation examples of each user.
         prompt_config: how prompts are built; by default as for the scores.
         held_out_config: `exclude`; `weighted`, methods whose heads are edited in proportion to their score;
-            `positions`, where heads are edited (`"response"` by default).
+            `positions`, where heads are edited (`"response"` by default); `on="discovery"`, to choose strengths
+            (`.choose(method)`): heads of scores are then those of users in other folds, and head vectors those of the
+            user's other examples.
         seed: of folds and random sets.
         out: a run folder; a run that is started again there resumes.
         engine: as in `score_heads`.
@@ -236,7 +235,6 @@ def steering_sweep(
         max_examples=max_examples,
         seed=seed,
         optional=True,
-        on=on,
         rules=rules,
         vectors=vectors,
         strengths=tuple(strengths),
@@ -293,19 +291,16 @@ class SweepWork(HeldOutWork):
     rules: Mapping[str, Rule] = field(default_factory=dict)
     vectors: Mapping[str, Mapping[str, Vector]] = field(default_factory=dict)
     strengths: tuple[float, ...] = ()
-    on: MeasuredOn = "evaluation"
 
     @cached_property
     def examples(self) -> list[Example]:
         """Evaluation examples, or those that choose, user by user."""
-        if self.on == "discovery":
+        if self.config.on == "discovery":
             return choosing_examples(self.call, self.users, "history", self.max_examples)
         return held_out_examples(self.call, self.users, self.max_examples)
 
     def check_families(self) -> None:
-        if self.on not in get_args(MeasuredOn):
-            raise SteeringError(f"{self.call}: on {self.on!r} is unknown; use 'evaluation' or 'discovery'")
-        if self.on == "evaluation":
+        if self.config.on == "evaluation":
             super().check_families()
         elif self.select == "user" or (isinstance(self.select, Mapping) and "user" in self.select.values()):
             raise SteeringError(
@@ -316,10 +311,10 @@ class SweepWork(HeldOutWork):
     def vector(self, name: str, example: Example) -> Vector:
         """The vector of an example's user, which the example was no part of."""
         vectors = self.vectors[name]
-        if self.on == "discovery" and isinstance(vectors, HeadVectors):
+        if self.config.on == "discovery" and isinstance(vectors, HeadVectors):
             return vectors.without(example.user_id, example.id)
         vector = vectors[example.user_id]
-        if self.on == "discovery" and {example.id, unit_key(example)} & {*vector.manifest.get("examples", ())}:
+        if self.config.on == "discovery" and {example.id, unit_key(example)} & {*vector.manifest.get("examples", ())}:
             raise SteeringError(
                 f"steering_sweep: the vector of user {example.user_id!r} was made of example {example.id!r}, on which "
                 "strengths are to be chosen; give head_vectors(…), or a vector of other examples"
@@ -354,7 +349,7 @@ class SweepWork(HeldOutWork):
 
     def fingerprint(self) -> dict[str, Any]:
         more: dict[str, Any] = {
-            "on": self.on,
+            "on": self.config.on,
             "strengths": list(self.strengths),
             "rules": {name: rule.settings() for name, rule in self.rules.items()},
         }

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool
@@ -18,7 +18,7 @@ from dps_lens.errors import ScoreError
 from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Context, Mean, Where
-from dps_lens.literals import CONDITIONS, PATCHED, Positions, Select
+from dps_lens.literals import CONDITIONS, PATCHED, MeasuredOn, Positions, Select
 from dps_lens.model import HookedModel, ModelConfig, Runner, runner_of
 from dps_lens.scores import HeadScores
 from dps_lens.scoring import CleanRun, Objective
@@ -54,6 +54,7 @@ class HeldOutConfig:
         ngram: a response token counts as copied when it ends an n-gram of the response that the profile holds.
         neutral: texts to measure the neutral cost on; by default prose of the package.
         objective: what is measured; by default as for the scores, else the NLL of the response.
+        on: `"discovery"` lets `steering_sweep` measure on the examples that choose.
         weighted: methods of `steering_sweep` whose heads are edited in proportion to their score, the best one wholly:
             scores of the other users, so that none is weighted by its own.
     """
@@ -66,8 +67,11 @@ class HeldOutConfig:
     neutral: Sequence[str] | None = None
     objective: Objective | None = None
     weighted: Sequence[str] = ()
+    on: MeasuredOn = "evaluation"
 
     def __post_init__(self) -> None:
+        if self.on not in get_args(MeasuredOn):
+            raise ScoreError(f"HeldOutConfig: on {self.on!r} is unknown; use 'evaluation' or 'discovery'")
         check_whole(ScoreError, "HeldOutConfig: ngram", self.ngram, least=1)
 
 
@@ -143,6 +147,8 @@ class HeldOutWork(Work):
 
     def check_families(self) -> None:
         """Refuse families that were chosen on one of the examples."""
+        if self.config.on != "evaluation":
+            raise ScoreError(f"{self.call}: it tests on evaluation examples; HeldOutConfig(on=…) is for steering_sweep")
         for family in self.families.values():
             if isinstance(family, HeadScores | FoundHeads):
                 check_held_out(self.call, family, self.examples)

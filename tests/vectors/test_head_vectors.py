@@ -14,11 +14,12 @@ from scipy.optimize import minimize
 import dps_lens as dps
 from dps_lens.data.conditions import prompts_in
 from dps_lens.data.tokenizer import PromptTokenizer
-from dps_lens.errors import HeadError, SteeringError
+from dps_lens.errors import HeadError, ScoreError, SteeringError
 from dps_lens.heads import Head, HeadSet
 
 PROMPT = dps.PromptConfig(items=2, profile_tokens=40, task_tokens=16, response_tokens=6)
 HEADS = HeadSet.parse("L1H2,L0H1,L1H0")
+DISCOVERY = dps.HeldOutConfig(on="discovery")
 GAP = 1e-4
 
 
@@ -366,7 +367,7 @@ def test_a_strength_is_chosen_on_examples_that_made_no_vector(llama, users):
     options = {"max_examples": 3, "prompt_config": PROMPT}
     vectors = dps.head_vectors(model, users, HEADS, **options)
     sweep = dps.steering_sweep(
-        model, users, {"own": ("head_vector", vectors)}, strengths=(0.5, 2.0), on="discovery", **options
+        model, users, {"own": ("head_vector", vectors)}, strengths=(0.5, 2.0), held_out_config=DISCOVERY, **options
     )
     user = users[0]
     examples = user.discovery_examples()[-3:]
@@ -394,12 +395,14 @@ def test_a_strength_is_chosen_on_examples_that_made_no_vector(llama, users):
     of_user = [index for index, owner in enumerate(sweep.user_ids) if owner == user.id]
     assert sweep.change["own"][1, of_user].tolist() == pytest.approx(changes, abs=1e-4)
     with pytest.raises(SteeringError, match="was made of example"):
-        dps.steering_sweep(model, users, {"own": ("head_vector", dict(vectors))}, on="discovery", **options)
+        dps.steering_sweep(model, users, {"own": ("head_vector", dict(vectors))}, held_out_config=DISCOVERY, **options)
+    one = dps.head_vectors(model, users, HEADS, max_examples=1, prompt_config=PROMPT)
     with pytest.raises(SteeringError, match="vector of no other example"):
-        one = dps.head_vectors(model, users, HEADS, max_examples=1, prompt_config=PROMPT)
-        dps.steering_sweep(model, users, {"own": ("head_vector", one)}, on="discovery", max_examples=1)
+        dps.steering_sweep(model, users, {"own": ("head_vector", one)}, held_out_config=DISCOVERY, max_examples=1)
     with pytest.raises(SteeringError, match="chose on these"):
-        dps.steering_sweep(model, users, {"dps": ("dps", HEADS)}, on="discovery", select="user")
+        dps.steering_sweep(model, users, {"dps": ("dps", HEADS)}, held_out_config=DISCOVERY, select="user")
+    with pytest.raises(ScoreError, match="is for steering_sweep"):
+        dps.ablation_curve(model, users, {"x": HEADS}, ks=(1,), held_out_config=DISCOVERY)
 
 
 def test_a_choice_of_strength_says_why():
@@ -413,7 +416,7 @@ def test_a_choice_of_strength_says_why():
     sweep = dps.SteeringSweep((0.5, 1.0, 2.0), owners, names, torch.ones(17).double(), {"x": change}, {"x": change * 0})
     rows = sweep.choose("x").set_index("user")
     assert rows.loc["helped", "strength"] == 1.0
-    assert "at 1 the NLL of the own texts changes by -0.3" in rows.loc["helped", "reason"]
+    assert "at 1 the NLL of the own texts changes by -0.29" in rows.loc["helped", "reason"]
     assert rows.loc["not", "strength"] == 0.0
     assert rows.loc["not", "reason"].startswith("no strength is shown to help")
     assert rows.loc["one", "strength"] == 0.0
@@ -422,8 +425,10 @@ def test_a_choice_of_strength_says_why():
     steered = 0
     for _ in range(200):
         nothing = torch.randn(6, 40, generator=generator).double()
-        made = dps.SteeringSweep(tuple(range(1, 7)), tuple(f"u{n // 8}" for n in range(40)), tuple(map(str, range(40))),
-                                 torch.ones(40).double(), {"x": nothing}, {"x": nothing * 0})  # fmt: skip
+        owners = tuple(f"u{number // 8}" for number in range(40))
+        full, names = torch.ones(40).double(), tuple(map(str, range(40)))
+        strengths = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+        made = dps.SteeringSweep(strengths, owners, names, full, {"x": nothing}, {"x": nothing * 0})
         steered += int((made.choose("x")["strength"] > 0).sum())
     assert steered / 1000 < 0.025 + 3 * (0.025 * 0.975 / 1000) ** 0.5
     with pytest.raises(SteeringError, match="'y' is not in this sweep"):
