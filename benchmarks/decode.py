@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 import dps_lens as dps
 from dps_lens.data import Prompt
 from dps_lens.model import hf_model_of, wrap_model
+from dps_lens.steering.rules import find_rule
 
 K = 10
 SHAPE_8B: dict[str, Any] = {
@@ -74,14 +75,20 @@ def sides(
         chosen = torch.randperm(model.cfg.n_layers * model.cfg.n_heads, generator=generator)[:K]
         return dps.HeadSet([divmod(int(index), model.cfg.n_heads) for index in chosen])
 
+    def shaped(one: dps.HeadSet) -> dps.HeadSet:
+        return dps.HeadSet(one, shape=(model.cfg.n_layers, model.cfg.n_heads))
+
     def steer(n_users: int, **options: Any) -> Callable[[int], object]:
         prompts = prompts_of(model.cfg, n_users, n_prompt)
-        without = prompts_of(model.cfg, n_users, n_prompt // 2) if "cad" in options.get("rule", "") else None
+        rule = find_rule(options.get("rule", "dps"))
+        without = prompts_of(model.cfg, n_users, n_prompt // 2) if rule.needs_negative else None
         sets = [heads() for _ in range(n_users)]
+        vectors = [dps.HeadVector(torch.randn(K, model.cfg.d_head), shaped(one)) for one in sets]
         return lambda n: dps.generate(
             model,
             prompts,
             heads=sets,
+            vectors=vectors if rule.needs_vectors else None,
             max_new_tokens=n,
             negative_prompts=without,
             decode_config=dps.DecodeConfig(stop_at_eos=False),
@@ -95,6 +102,9 @@ def sides(
     }
     for count in users:
         found[f"dps, {count} user{'s' * (count > 1)}"] = (count, steer(count))
+    for count in (users[0], users[-1]):
+        found[f"head_vector, {count} user{'s' * (count > 1)}"] = (count, steer(count, rule="head_vector"))
+    found["dps-patch, 1 user"] = (1, steer(1, rule="dps-patch"))
     found["cad, 1 user"] = (1, steer(1, rule="cad"))
     found["dola, 1 user"] = (1, steer(1, rule="dola"))
     found["amplify, 1 user"] = (1, steer(1, rule="amplify"))
