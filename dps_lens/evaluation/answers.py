@@ -16,6 +16,9 @@ from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.model import HookedModel, native_attention, runner_of
 from dps_lens.model.losses import token_losses
 from dps_lens.model.positions import check_switch
+from dps_lens.validation.edits import copied_tokens
+
+_NGRAM = 2
 
 
 def text_of(model: HookedModel, tokens: Int[Tensor, " pos"]) -> str:
@@ -30,6 +33,7 @@ def measured(
     nlls: Sequence[float],
     style: StyleMeasure | None,
     metrics: Sequence[Metric],
+    profile: Sequence[int],
 ) -> list[dict[str, Any]]:
     """A row for every answer to an example.
 
@@ -40,6 +44,7 @@ def measured(
         nlls: `fluency` of each.
         style: of the users; None where answers come from a closed set.
         metrics: what answers are measured by.
+        profile: tokens of the user's own profile, as prompts show it.
     """
     rows = []
     for (method, tokens), nll in zip(answers.items(), nlls, strict=True):
@@ -47,8 +52,10 @@ def measured(
         row: dict[str, Any] = {"user": example.user_id, "example": example.id, "method": method, "text": text}
         row["reference"] = example.reference
         row |= {} if method == REFERENCE else score_text(metrics, example.reference, text)
-        row |= {} if style is None else {"style": style(example.user_id, text)}
-        rows.append(row | {"NLL": nll, "repeated": repeated(ids), "tokens": len(ids)})
+        if style is not None:
+            row |= {"style": style(example.user_id, text), "author": style.author(example.user_id, text)}
+        copied = float(copied_tokens(ids, profile, _NGRAM).mean()) if ids else 0.0
+        rows.append(row | {"NLL": nll, "repeated": repeated(ids), "copied": copied, "tokens": len(ids)})
     return rows
 
 
@@ -73,6 +80,12 @@ def fluency(model: HookedModel, prompt: Prompt, answers: Sequence[Int[Tensor, " 
                         "model in float32 or bfloat16, or let check_model(model) look at its weights"
                     )
     return nlls
+
+
+def profile_of(prompt: Prompt) -> list[int]:
+    """Tokens of the profile that a prompt shows."""
+    start, stop = prompt.spans["profile"]
+    return [int(token) for token in prompt.tokens[start:stop]]
 
 
 def repeated(tokens: Sequence[int]) -> float:

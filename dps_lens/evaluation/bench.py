@@ -18,7 +18,7 @@ from dps_lens.data.identity import describe_inputs
 from dps_lens.data.tasks import Task
 from dps_lens.data.tokenizer import PromptTokenizer, without_special
 from dps_lens.errors import EvaluationError
-from dps_lens.evaluation.answers import fluency, measured, text_of
+from dps_lens.evaluation.answers import fluency, measured, profile_of, text_of
 from dps_lens.evaluation.artifacts import Artifacts, Part
 from dps_lens.evaluation.cost import COSTS, measure_costs
 from dps_lens.evaluation.methods import Method, Setting, Writer, describe, write
@@ -158,7 +158,8 @@ class Bench(Work):
             example = self.by_key[key]
             answers = {name: unit[f"tokens.{index}"] for index, name in enumerate(self.choice)}
             answers[REFERENCE] = self.cut_reference(example)
-            rows += measured(self.model, example, answers, unit["fluency"].tolist(), style, self.metrics)
+            profile = profile_of(build_prompt(self.model, example, config=self.prompt_config))
+            rows += measured(self.model, example, answers, unit["fluency"].tolist(), style, self.metrics, profile)
         frame = pd.DataFrame({"method": list(self.defined), **{name: costs[name].tolist() for name in COSTS}})
         return run.keep(Evaluation(pd.DataFrame(rows), choices, frame, self.task, run.manifest))
 

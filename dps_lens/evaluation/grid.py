@@ -16,7 +16,7 @@ from dps_lens.data import PromptConfig, User, build_prompt
 from dps_lens.data.examples import key_of
 from dps_lens.data.tokenizer import without_special
 from dps_lens.errors import EvaluationError, SteeringError
-from dps_lens.evaluation.answers import fluency, measured
+from dps_lens.evaluation.answers import fluency, measured, profile_of
 from dps_lens.evaluation.metrics import Metric, metric_libraries, metrics_of
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.heads import HeadSet
@@ -239,9 +239,10 @@ class GridWork(HeldOutWork):
         sets = dict(zip(self.ks, self.ranked[0]["heads"][example.user_id], strict=True))
         settings = [(0.0, 0), *((gamma, k) for k in self.ks for gamma in self.gammas)]
         heads: list[HeadSet] = [sets[k or min(sets)] for _, k in settings]
+        own = build_prompt(model, example, config=config)
         written = generate(
             model,
-            [build_prompt(model, example, config=config)] * len(settings),
+            [own] * len(settings),
             heads=heads,
             gamma=[gamma for gamma, _ in settings],
             rule=self.rule,
@@ -251,8 +252,8 @@ class GridWork(HeldOutWork):
         none = build_prompt(model, example, "none", config=config)
         answers = {str(index): without_special(model, tokens) for index, tokens in enumerate(written.tokens)}
         nlls, metrics = fluency(model, none, list(answers.values())).tolist(), self.metrics
-        rows = measured(model, example, answers, nlls, self.style, metrics)
-        names = (*(metric.name for metric in metrics), "style", "NLL", "repeated")
+        rows = measured(model, example, answers, nlls, self.style, metrics, profile_of(own))
+        names = (*(metric.name for metric in metrics), "style", "author", "NLL", "repeated", "copied")
         texts = [
             SteeredText(
                 example.user_id,

@@ -200,16 +200,18 @@ METRICS: dict[str, Metric] = {
         Metric("ROUGE-1 (any script)", lambda reference, text: rouge(reference, text, any_script=True)["ROUGE-1"]),
         Metric("METEOR", meteor, slow=True),
         Metric("style", None),
+        Metric("author", None),
         Metric("NLL", None, "lower"),
         Metric("repeated", None, "lower"),
+        Metric("copied", None, "lower"),
         Metric("tokens", None),
         Metric("KL", None, "lower"),
     )
 }
 """By name; which direction is better is said here and nowhere else."""
 
-OF_EVERY_TASK = ("style", "NLL", "repeated", "tokens")
-"""Measured of every answer, whatever the task; closed tasks have no style."""
+OF_EVERY_TASK = ("style", "author", "NLL", "repeated", "copied", "tokens")
+"""Measured of every answer, whatever the task; closed tasks have no style and no author."""
 
 
 def metric_libraries() -> dict[str, str]:

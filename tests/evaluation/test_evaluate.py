@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from dps_lens.data import Document, Example, Note, User
 from dps_lens.data.tasks import TASKS
 from dps_lens.errors import EvaluationError, ScoreError
 from dps_lens.evaluation import Evaluation, bench, evaluate
+from dps_lens.evaluation.answers import measured
 from dps_lens.evaluation.artifacts import Artifacts
 from dps_lens.evaluation.cost import measure_costs
 from dps_lens.evaluation.methods import Writer, find_method
@@ -137,6 +139,26 @@ def test_fluency_is_the_plain_models_nll_without_a_profile(evaluated, llama, pro
     assert rows.loc["plain", "tokens"] == len(words)
     assert rows.loc["reference", "NLL"] == pytest.approx(nll(prompt.response_tokens), abs=1e-4)
     assert rows.loc["reference", "tokens"] == 6, "no longer than an answer may be"
+
+
+def test_copied_tokens_end_a_pair_of_the_profile(evaluated, llama, probe):
+    """By searching the profile's text of tokens for every pair of an answer's tokens."""
+    rows = evaluated.rows.set_index(["user", "method"])
+    for user in probe[:3]:
+        prompt = dps.build_prompt(llama.hooked, user.examples[-1], config=PROMPT)
+        start, stop = prompt.spans["profile"]
+        profile = " ".join(map(str, prompt.tokens[start:stop].tolist()))
+        for method in ("reference", "rag"):
+            ids = prompt.response_tokens if method == "reference" else None
+            if ids is None:
+                out = dps.generate(llama.hooked, prompt, rule="greedy", max_new_tokens=6).tokens[0]
+                ids = out[~torch.isin(out, torch.tensor(llama.hooked.tokenizer.all_special_ids))]
+            pairs = [f" {a} {b} " in f" {profile} " for a, b in pairwise(ids.tolist())]
+            assert rows.loc[(user.id, method), "copied"] == pytest.approx(sum(pairs) / max(len(ids), 1))
+    ids = dps.build_prompt(llama.hooked, probe[0].examples[-1], config=PROMPT).response_tokens
+    first = [int(ids[0]), int(ids[1]), int(ids[2])]
+    (row,) = measured(llama.hooked, probe[0].examples[-1], {"x": ids}, [0.0], None, (), profile=first)
+    assert row["copied"] == pytest.approx(2 / len(ids))
 
 
 def test_the_table_and_its_differences(evaluated):
@@ -405,7 +427,7 @@ def test_closed_tasks_have_no_style_and_their_own_metrics(llama):
         return User(name, task, documents, (Example(f"{name}1", name, task, asked, answer, documents),))
 
     found = dps.evaluate(llama.hooked, [user("a", "4"), user("b", "2")], {"rag": "rag"}, **ONE, **OPTIONS)
-    assert found.metrics == ("MAE", "RMSE", "NLL", "repeated", "tokens")
+    assert found.metrics == ("MAE", "RMSE", "NLL", "repeated", "copied", "tokens")
     table = found.to_frame().set_index(["method", "metric"])
     # A random model writes no number: 3 away from 4 and from 2.
     assert table.loc[("rag", "MAE"), "mean"] == table.loc[("rag", "RMSE"), "mean"] == 3.0

@@ -7,6 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from dps_lens.data.tasks import TASKS
 from dps_lens.errors import EvaluationError
@@ -163,6 +166,24 @@ def test_users_are_nearer_to_their_own_texts(probe):
     differences = [measure(user.id, e.reference) for user in probe for e in user.examples]
     assert np.mean(differences) > 0.01
     assert math.isnan(StyleMeasure(probe[:1])(probe[0].id, "text"))
+
+
+def test_texts_are_taken_for_those_of_who_wrote_them(probe):
+    """By a logistic regression of scikit-learn on the vectorizer's weights, and better than by chance."""
+    measure = StyleMeasure(probe)
+    texts = [(user.id, text) for user in probe for text in written_by(user)]
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), lowercase=False, sublinear_tf=True)
+    pipeline = make_pipeline(vectorizer, LogisticRegression(C=100.0, class_weight="balanced", max_iter=1000))
+    pipeline.fit([text for _, text in texts], [user for user, _ in texts])
+    own = []
+    for user in probe:
+        for example in user.examples:
+            found = dict(zip(pipeline.classes_, pipeline.predict_proba([example.reference])[0], strict=True))
+            assert measure.author(user.id, example.reference) == pytest.approx(found[user.id], abs=1e-4)
+            own.append(found[user.id])
+    assert np.mean(own) > 1.5 / len(probe)
+    assert sum(measure.author(user.id, "A quiet morning") for user in probe) == pytest.approx(1)
+    assert math.isnan(StyleMeasure(probe[:1]).author(probe[0].id, "text"))
 
 
 def test_style_is_measured_on_texts_that_no_example_asks_for(probe):
