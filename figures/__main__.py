@@ -30,6 +30,7 @@ EXPERIMENTS = {
     "benchmark": "benchmark",
     "integration": "integration",
     "finders": "finders",
+    "race": "race",
 }
 """Script → run folder of its experiment."""
 

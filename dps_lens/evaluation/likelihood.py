@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from dps_lens.checks import check_number
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.data.examples import choosing_examples, held_out_examples, unit_key
 from dps_lens.digests import tensor_digest
@@ -118,6 +119,20 @@ class SteeringSweep(Result):
                 row |= columns("difference", interval(change - at[control][1], level))
             rows.append(row)
         return pd.DataFrame(rows)
+
+    def by_user(self, kl: float) -> "pandas.DataFrame":
+        """One row a user, for statistics of your own: the change of the NLL of every method at the strength of `at_kl`.
+
+        Columns: `user`, and the methods; NaN where a method does not reach `kl`.
+
+        Raises:
+            SteeringError: `kl` is not positive.
+        """
+        import pandas as pd
+
+        check_number(SteeringError, "by_user: kl", kl, above=0, why="nats per token")
+        changes = {name: self._at_kl(name, kl)[1] for name in self.methods}
+        return pd.DataFrame({"user": list(dict.fromkeys(self.user_ids)), **changes})
 
     def _at_kl(self, name: str, kl: float) -> tuple[float, np.ndarray]:
         changes = np.stack([self._users(row) for row in self.change[name]])

@@ -229,11 +229,12 @@ class VectorWork(Work):
     ) -> Float[Tensor, "chosen d_head"]:
         rows = []
         for (layer, head), delta in zip(self.heads, mean, strict=True):
-            w_o = self.model.blocks[layer].attn.W_O.detach().float().cpu()
-            persona = torch.einsum("hd,hde->e", layers[layer], w_o)
+            # In float64: the last digits of a least-squares solution depend on where its numbers lie in memory.
+            w_o = self.model.blocks[layer].attn.W_O.detach().double().cpu()
+            persona = torch.einsum("hd,hde->e", layers[layer].double(), w_o)
             persona = persona / persona.norm().clamp(min=1e-12)
-            wanted = (delta @ w_o[head] @ persona) * persona
-            rows.append(torch.linalg.lstsq(w_o[head].T, wanted[:, None]).solution[:, 0])
+            wanted = (delta.double() @ w_o[head] @ persona) * persona
+            rows.append(torch.linalg.lstsq(w_o[head].T, wanted[:, None]).solution[:, 0].float())
         return torch.stack(rows)
 
 

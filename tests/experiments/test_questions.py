@@ -18,7 +18,7 @@ QUESTIONS = sorted(file.stem for file in CONFIGS.parent.glob("q*.py"))
 NAMES = {
     name.partition("_")[2]: name for name in QUESTIONS if (CONFIGS / f"{name.partition('_')[2]}_smoke.yaml").is_file()
 }
-LONG = {"benchmark", "factors", "families", "finders", "rules", "steering"}
+LONG = {"benchmark", "factors", "families", "finders", "race", "rules", "steering"}
 
 
 @pytest.fixture
