@@ -28,8 +28,8 @@ supported if for one finder the interval of the share of the gain removed lies a
 costs to random sets has an interval above 0; not supported if for every finder the share's interval lies below 0.9 or
 a difference of costs lies above 0; else undecided. Four hypotheses, each reported; no further correction.
 
-What was measured of a corpus is kept in three tables in `measured/CORPUS` of the run folder, users by number; a corpus
-that has its tables in the folder `measured` of the config is read from there.
+What was measured of half a corpus is kept in three tables in `measured/CORPUS/half0` or `half1` of the run folder, users
+by number; what has its tables in the folder `measured` of the config is read from there.
 """
 
 from collections.abc import Sequence
@@ -106,22 +106,19 @@ class Corpus:
         self.ks = tuple(sorted({*config.ks, *config.more_ks}))
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Kept tables, or those that are measured now."""
+        """Kept tables of both halves, or those that are measured now."""
+        one, two = halves(len(self.users), 1, self.config.seed)[0]
+        made = [self._kept(number, *split) for number, split in enumerate(((one, two), (two, one)))]
+        return {name: pd.concat([tables[name] for tables in made], ignore_index=True) for name in TABLES}
+
+    def _kept(self, number: int, choosing: Sequence[int], tested: Sequence[int]) -> dict[str, pd.DataFrame]:
         folders = [folder / self.name for folder in (self.config.measured,) if folder] + [self.out]
-        for folder in folders:
+        for folder in (folder / f"half{number}" for folder in folders):
             if all((folder / f"{name}.csv").is_file() for name in TABLES):
                 return {name: pd.read_csv(folder / f"{name}.csv") for name in TABLES}
-        self._measure()
-        return self.tables()
-
-    def _measure(self) -> None:
-        one, two = halves(len(self.users), 1, self.config.seed)[0]
-        made: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
-        for number, (choosing, tested) in enumerate(((one, two), (two, one))):
-            for name, frame in self._half(number, choosing, tested).items():
-                made[name].append(frame)
-        for name, frames in made.items():
-            write_text(self.out / f"{name}.csv", pd.concat(frames).to_csv(index=False, float_format="%.5g"))
+        for name, frame in self._half(number, choosing, tested).items():
+            write_text(self.out / f"half{number}" / f"{name}.csv", frame.to_csv(index=False, float_format="%.5g"))
+        return self._kept(number, choosing, tested)
 
     def _half(self, number: int, choosing: Sequence[int], tested: Sequence[int]) -> dict[str, pd.DataFrame]:
         config = self.config

@@ -1,11 +1,11 @@
 """Steering vectors for other programs: a control vector of llama.cpp, or an adapter with a bias."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from dps_lens.adapters.lora import check_exportable, projections_of, write_adapter
@@ -17,7 +17,8 @@ from dps_lens.steering.vector import HeadVector, SteeringVector, Vector
 
 VectorFormat: TypeAlias = Literal["gguf", "lora"]
 
-_PROBE, _SAME = 24, 1e-4
+_PROBE, _LONG = 24, 10.0
+_SAME, _ROUGHLY_SAME = 1e-3, 0.05
 
 
 def export_vector(
@@ -85,7 +86,7 @@ def _as_control_vector(model: HookedModel, vector: Vector, path: Path, gamma: fl
         directions = {layer: gamma * row for layer, row in vector.residuals(model).items()}
     if 0 in directions:
         raise SteeringError("export_vector: a control vector cannot add to what leaves layer 0; leave its heads out")
-    if isinstance(vector, HeadVector) and not _same(model, vector.additions(gamma), directions):
+    if isinstance(vector, HeadVector) and not _same(model, vector):
         raise SteeringError(
             "export_vector: in this model the MLP of a layer reads what its heads wrote, and a control vector is added "
             "behind both; use format='lora'"
@@ -95,7 +96,7 @@ def _as_control_vector(model: HookedModel, vector: Vector, path: Path, gamma: fl
         writer.add_string("controlvector.model_hint", str(hf_model_of(model).config.model_type))
         writer.add_uint32("controlvector.layer_count", len(directions))
         for layer, direction in sorted(directions.items()):
-            writer.add_tensor(f"direction.{layer}", direction.numpy())
+            writer.add_tensor(f"direction.{layer}", direction.cpu().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -104,13 +105,17 @@ def _as_control_vector(model: HookedModel, vector: Vector, path: Path, gamma: fl
 
 
 @torch.inference_mode()
-def _same(model: HookedModel, of_heads: dict[str, Tensor], directions: dict[int, Float[Tensor, " d_model"]]) -> bool:
-    """Whether both ways of adding give the same logits, at every position of a few tokens."""
+def _same(model: HookedModel, vector: HeadVector) -> bool:
+    """Whether adding at heads, and to what leaves their layers, do the same to the logits of a few tokens.
+
+    It depends on the model, not on how long the vector is: a long one shows it, also in a rough number format.
+    """
     runner = runner_of(model)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (1, _PROBE), generator=generator).to(runner.device)
+    long = vector / max(float(vector.values.norm(dim=1).max()), 1e-30) * _LONG
 
-    def logits(added: dict[str, Tensor]) -> Tensor:
+    def logits(added: Mapping[str, Tensor]) -> Tensor:
         def add(activation: Tensor, hook: object, values: Tensor) -> Tensor:
             return activation + values.to(activation)
 
@@ -118,6 +123,7 @@ def _same(model: HookedModel, of_heads: dict[str, Tensor], directions: dict[int,
         with Hooks(model, hooks):
             return runner.logits(tokens).float()
 
-    ours = logits(of_heads)
-    theirs = logits({f"blocks.{layer}.hook_resid_post": row for layer, row in directions.items()})
-    return bool((ours - theirs).abs().amax() <= _SAME * ours.abs().amax().clamp(min=1))
+    directions = {f"blocks.{layer}.hook_resid_post": row for layer, row in long.residuals(model).items()}
+    ours, theirs, plain = logits(long.additions(1.0)), logits(directions), logits({})
+    tolerance = _SAME if next(model.parameters()).dtype == torch.float32 else _ROUGHLY_SAME
+    return bool((ours - theirs).abs().amax() <= tolerance * (ours - plain).abs().amax())

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dps_lens.heads import HeadSet
     from dps_lens.intervene import AblationLike
     from dps_lens.model import HookedModel
+    from dps_lens.result import Result
     from dps_lens.scores import HeadScores
     from dps_lens.steering.rules import RuleLike
 
@@ -74,8 +75,8 @@ def sizes_of(heads: "HeadScores | FoundHeads", sizes: Sequence[int]) -> list[int
     return [size for size in sizes if size < heads.k] + [heads.k] if isinstance(heads, FoundHeads) else list(sizes)
 
 
-def check_same_model(command: str, scores: "HeadScores | FoundHeads", model: "HookedModel") -> None:
-    """Refuse scores of another model."""
+def check_same_model(command: str, scores: "Result", model: "HookedModel") -> None:
+    """Refuse scores, heads or vectors of another model."""
     from dps_lens.errors import ScoreError
     from dps_lens.model import describe_model
 
@@ -84,7 +85,7 @@ def check_same_model(command: str, scores: "HeadScores | FoundHeads", model: "Ho
         wanted.get(key) for key in ("name", "n_layers", "n_heads")
     ):
         raise ScoreError(
-            f"{command}: the run scored {wanted.get('name')!r}, loaded is {found['name']!r}; give its --model"
+            f"{command}: the run is of {wanted.get('name')!r}, loaded is {found['name']!r}; give its --model"
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dps_lens.cli.vectors import vector_of
+from dps_lens.cli.vectors import name_of, vector_of
 
 if TYPE_CHECKING:
     from dps_lens.data import Example, User
@@ -94,8 +94,8 @@ def read_requests(
             raise DataError(f"{where}: {_said(error)}") from None
         given = {name: getattr(line, name) for name in line.model_fields_set}
         settings = dict(defaults) | {name: value for name, value in given.items() if name in defaults}
-        if rule.needs_vectors:
-            settings["vector_of"] = given.get("vector_of") or line.user or settings.get("vector_of")
+        if vectors is not None:
+            settings["vector_of"] = name_of(vectors, settings["vector_of"], line.user)
         elif "vector_of" in given:
             raise DataError(f"{where}: field 'vector_of' is for rules that add vectors, such as head_vector")
         _check(where, line, settings, rule, vectors)

@@ -14,7 +14,7 @@ from dps_lens.cli.chat import check_answers
 from dps_lens.cli.checks import ablation_of, check_same_model, first_of, heads_of, rule_of, template_kwargs
 from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Strict, TemplateKwargs, Users
 from dps_lens.cli.requests import Lines, Request, read_requests, sampling_of
-from dps_lens.cli.vectors import read_vectors, vector_of
+from dps_lens.cli.vectors import name_of, read_vectors, vector_of
 from dps_lens.literals import Positions
 
 if TYPE_CHECKING:
@@ -104,13 +104,16 @@ def steer(
     if sum((prompt is not None, requests is not None, chat)) > 1:
         raise SteeringError("steer: give one of a text, --requests and --chat")
     own_heads = requests is not None and run is None
-    _check_given(rule, chosen_rule, prompt, chat, (run is None) != (heads is None) or own_heads, vectors)
+    _check_given(
+        rule, chosen_rule, prompt, chat, (run is None) != (heads is None) or own_heads, vectors, whose, ablation
+    )
     scores = heads_of(run) if run else None
     chosen = first_of(scores, k) if scores else dps.HeadSet.parse(heads or "")
     added = read_vectors(vectors) if vectors else None
     sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    defaults = {"heads": str(chosen), "gamma": gamma, "alpha": alpha, **sampling}
+    defaults: dict[str, Any] = {"heads": str(chosen), "gamma": gamma, "alpha": alpha, **sampling}
     if added is not None:
+        whose = name_of(added, whose, None)
         defaults["vector_of"] = whose
         if chat or prompt is not None:
             vector_of(added, whose)
@@ -129,13 +132,14 @@ def steer(
         "ablation": ablation,
         "min_p": min_p,
         "max_kl": max_kl,
-        **({"target_kl": target_kl} if target_kl is not None else {}),
+        "target_kl": target_kl,
         **({"chat_template_kwargs": config_of_prompts.chat_template_kwargs} if chat_template_kwargs else {}),
     }
     lines = Lines(None if chat else out, asked, about, force=force)
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
-    if scores:
-        check_same_model("steer", scores, loaded_model)
+    for one in (scores, added):
+        if isinstance(one, dps.Result) and "model" in one.manifest:
+            check_same_model("steer", one, loaded_model)
     if chat:
         strengths = {"gamma": gamma, "alpha": alpha}
         options = {**shared, **strengths, "heads": chosen, "sampling": sampling_of(defaults), "decode_config": config}
@@ -181,7 +185,14 @@ def _decided_by(
 
 
 def _check_given(
-    name: str, rule: "Rule", prompt: str | None, chat: bool, has_heads: bool, vectors: Path | None
+    name: str,
+    rule: "Rule",
+    prompt: str | None,
+    chat: bool,
+    has_heads: bool,
+    vectors: Path | None,
+    whose: str | None,
+    ablation: str | None,
 ) -> None:
     """What a rule needs is there, before anything is loaded."""
     from dps_lens.errors import SteeringError
@@ -191,6 +202,10 @@ def _check_given(
     if rule.needs_vectors != (vectors is not None):
         wanted = "needs --vectors, a folder of 'dps-lens vectors'" if rule.needs_vectors else "adds no --vectors"
         raise SteeringError(f"steer: rule {name!r} {wanted}")
+    if whose is not None and vectors is None:
+        raise SteeringError("steer: --vector-of says whose of the --vectors is added; give both")
+    if ablation == "patch":
+        raise SteeringError("steer: heads are patched by a rule of their own, --rule dps-patch")
     if rule.needs_heads and not has_heads:
         raise SteeringError("steer: give either --run, a folder of 'dps-lens score' or 'find', or --heads L12H3,L4H0")
     if rule.needs_negative and (prompt is not None or chat):
@@ -239,7 +254,7 @@ def _with_vector(
     """Settings of an example: whose vector it gets is its own user's, where nobody else is named."""
     if vectors is None:
         return defaults
-    whose = defaults["vector_of"] or example.user_id
+    whose = name_of(vectors, defaults["vector_of"], example.user_id)
     vector_of(vectors, whose)
     return {**defaults, "vector_of": whose}
 

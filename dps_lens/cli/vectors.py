@@ -14,6 +14,9 @@ from dps_lens.literals import Recipe, VectorAgainst
 if TYPE_CHECKING:
     from dps_lens.steering.vector import Vector
 
+_MOST = 100
+"""Users whose cosines are printed unasked."""
+
 FromRun = Annotated[Path | None, typer.Option(help="Run folder of 'score' or 'find', whose first heads are used.")]
 
 
@@ -36,6 +39,7 @@ def vectors(
         Recipe, typer.Option(help="The difference of means, a probe's direction as in ITI, or a persona projection.")
     ] = "difference",
     max_examples: Annotated[int, typer.Option(min=1, help="Newest discovery examples of each user.")] = 4,
+    n_donors: Annotated[int, typer.Option(min=1, help="Other users for each example, for other_user.")] = 2,
     seed: int = 0,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -51,6 +55,8 @@ def vectors(
 
     if (run is None) == (heads is None):
         raise SteeringError("vectors: give either --run, a folder of 'dps-lens score' or 'find', or --heads L12H3,L4H0")
+    if k is not None and heads is not None:
+        raise SteeringError("vectors: --k is of a --run; name as many --heads as you want")
     chosen = heads_of(run) if run else None
     loaded = with_discovery("vectors", dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict))
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
@@ -63,6 +69,7 @@ def vectors(
         against=against,
         recipe=recipe,
         max_examples=max_examples,
+        n_donors=n_donors,
         prompt_config=dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs)),
         seed=seed,
         out=out,
@@ -70,7 +77,7 @@ def vectors(
     )
     write_text(out / "vectors.csv", made.to_frame().to_csv(index=False))
     typer.echo(f"{made.summary()}; they and vectors.csv are in {out}")
-    if len(made) > 1:
+    if 1 < len(made) <= _MOST and recipe == "difference":
         cosines = made.cosines()
         mean = cosines[["cosine", "null_low", "null_high"]].mean()
         above = int((cosines["cosine"] > cosines["null_high"]).sum())
@@ -95,6 +102,11 @@ def read_vectors(folder: Path) -> "Mapping[str, Vector] | Vector":
     raise SteeringError(f"steer: {folder} holds no vectors; make them with 'dps-lens vectors', or vector.save(folder)")
 
 
+def name_of(vectors: "Mapping[str, Vector] | Vector", asked: str | None, user: str | None) -> str | None:
+    """Whose vector is added: as asked for, else the user's own, or what the one vector is called."""
+    return asked or user if isinstance(vectors, Mapping) else asked or vectors.label
+
+
 def vector_of(vectors: "Mapping[str, Vector] | Vector", user: str | None) -> "Vector":
     """The vector of a user, or the one that there is.
 
@@ -104,6 +116,8 @@ def vector_of(vectors: "Mapping[str, Vector] | Vector", user: str | None) -> "Ve
     from dps_lens.errors import SteeringError
 
     if not isinstance(vectors, Mapping):
+        if user not in (None, vectors.label):
+            raise SteeringError(f"steer: --vectors holds one vector, {vectors.label!r}, and none of user {user!r}")
         return vectors
     if user is None:
         raise SteeringError(f"steer: these are vectors of {len(vectors)} users; say whose with --vector-of USER")

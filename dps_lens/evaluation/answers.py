@@ -83,9 +83,9 @@ def fluency(model: HookedModel, prompt: Prompt, answers: Sequence[Int[Tensor, " 
 
 
 def profile_of(prompt: Prompt) -> list[int]:
-    """Tokens of the profile that a prompt shows."""
-    start, stop = prompt.spans["profile"]
-    return [int(token) for token in prompt.tokens[start:stop]]
+    """Tokens of the documents that a prompt shows, −1 between them, where no answer continues."""
+    parts = [[*prompt.tokens[start:stop].tolist(), -1] for start, stop in prompt.items]
+    return [int(token) for part in parts for token in part]
 
 
 def repeated(tokens: Sequence[int]) -> float:

@@ -64,7 +64,9 @@ class Artifacts:
         if kind == "style":
             return {key_of("style", user_id, one.id): partial(self._difference, one) for one in examples}
         if kind == "heads":
-            return {key_of("heads", user_id, one.id): partial(self._head_difference, one) for one in examples}
+            # What stands in an example's profile depends on what is left out.
+            each = {key_of("heads", user_id, one.id, str(leave_out)): one for one in examples}
+            return {key: partial(self._head_difference, one) for key, one in each.items()}
         make = self._driven if kind == "steerx" else self._tuned
         return {key_of(kind, user_id, examples[0].id, examples[-1].id): partial(make, examples)}
 

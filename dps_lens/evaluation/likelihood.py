@@ -26,7 +26,7 @@ from dps_lens.scores import HeadScores
 from dps_lens.selection import HeadSource, random_sets
 from dps_lens.stats.intervals import columns, interval, user_means
 from dps_lens.steering.layout import check_vector, layers_to_contrast
-from dps_lens.steering.rules import Rule, RuleLike, apart, find_rule
+from dps_lens.steering.rules import Rule, RuleLike, apart, check_patch, find_rule
 from dps_lens.steering.terms import Branch, combine, kl_divergence
 from dps_lens.steering.vector import Vector
 from dps_lens.validation.work import HeldOutConfig, HeldOutWork
@@ -48,7 +48,7 @@ class SteeringSweep(Result):
     """What steering does to the users' own text, at every strength.
 
     Attributes:
-        strengths: γ, α, or the cap of an entropy γ.
+        strengths: γ, α, or the cap of an adaptive strength.
         user_ids: of each example.
         example_ids: the examples.
         nll: of the full model, nats per token.
@@ -159,12 +159,17 @@ class SteeringSweep(Result):
             with `low` and `high`, `n` texts, and the `reason` in words.
 
         Raises:
-            SteeringError: the sweep holds no such method.
+            SteeringError: the sweep holds no such method, or was measured on held-out texts.
         """
         import pandas as pd
 
         if method not in self.change:
             raise SteeringError(f"choose: method {method!r} is not in this sweep; it has {', '.join(self.change)}")
+        if self.manifest.get("on") != "discovery":
+            raise SteeringError(
+                "choose: this sweep was measured on held-out texts, which must not choose; sweep with "
+                "held_out_config=HeldOutConfig(on='discovery')"
+            )
         rows, owners, corrected = [], np.array(self.user_ids), 1 - (1 - level) / len(self.strengths)
         for user in dict.fromkeys(self.user_ids):
             changes = self.change[method][:, owners == user].numpy()
@@ -211,7 +216,7 @@ def steering_sweep(
         methods: name → rule, or rule and heads (a family as in `ablation_curve`):
             `{"dps": ("dps", scores), "cad": "cad"}`; `vector` takes a vector a user. `dola` is `log p − strength ·
             log p_j`, with nothing ruled out, so that the NLL is finite.
-        strengths: positive, ascending: γ, α (both, for stacked rules), or the cap of an entropy γ.
+        strengths: positive, ascending: γ, α (both, for stacked rules), or the cap of an adaptive strength.
         k: heads of each set.
         n_random: layer-matched random sets of every method with heads, spread over a user's examples.
         select: as in `ablation_curve`; method → either, or one for all.
@@ -325,16 +330,31 @@ class SweepWork(HeldOutWork):
 
     def vector(self, name: str, example: Example) -> Vector:
         """The vector of an example's user, which the example was no part of."""
-        vectors = self.vectors[name]
+        vectors, user = self.vectors[name], example.user_id
         if self.config.on == "discovery" and isinstance(vectors, HeadVectors):
-            return vectors.without(example.user_id, example.id)
-        vector = vectors[example.user_id]
-        if self.config.on == "discovery" and {example.id, unit_key(example)} & {*vector.manifest.get("examples", ())}:
+            # The text may stand in the profile of another example, from which it would be known.
+            apart = [one.id for one in self._choosing[user] if not _holds(one, example) or vectors.generic]
+            owned = [one for owner, one in zip(vectors.user_ids, vectors.example_ids, strict=True) if owner == user]
+            if not (left := [one for one in owned if one in apart and one != example.id]):
+                raise SteeringError(
+                    f"{self.call}: the vector of user {user!r} is of no example that is apart from {example.id!r}, on "
+                    "which strengths are to be chosen; lower max_examples, make vectors of more examples, or "
+                    "against='generic'"
+                )
+            return vectors.made_of(user, left)
+        vector = vectors[user]
+        made, about = {*vector.manifest.get("examples", ())}, vector.manifest
+        named = example.id in made and about.get("user") == user
+        if self.config.on == "discovery" and (unit_key(example) in made or named):
             raise SteeringError(
-                f"steering_sweep: the vector of user {example.user_id!r} was made of example {example.id!r}, on which "
-                "strengths are to be chosen; give head_vectors(…), or a vector of other examples"
+                f"{self.call}: the vector of user {user!r} was made of example {example.id!r}, on which strengths are "
+                "to be chosen; give head_vectors(…), or a vector of other examples"
             )
         return vector
+
+    @cached_property
+    def _choosing(self) -> dict[str, list[Example]]:
+        return {user.id: list(user.discovery_examples()) for user in self.users}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -345,6 +365,8 @@ class SweepWork(HeldOutWork):
                 raise SteeringError(
                     f"steering_sweep: method {name!r} cannot be weighted; it needs scores, and a rule but decore"
                 )
+        for rule in self.rules.values():
+            check_patch("steering_sweep", rule.edited.ablation if rule.edited else None)
         if self.settings.positions != "response" and any(rule.patched for rule in self.rules.values()):
             raise SteeringError("steering_sweep: heads are patched where the two runs align; use positions='response'")
         for name, vectors in self.vectors.items():
@@ -352,10 +374,12 @@ class SweepWork(HeldOutWork):
                 raise SteeringError(
                     "steering_sweep: vectors are added from the last prompt token on; use positions='response'"
                 )
-            for user in self.users:
-                if user.id not in vectors:
-                    raise SteeringError(f"steering_sweep: method {name!r} has no vector of user {user.id!r}")
-                check_vector("steering_sweep", self.model, vectors[user.id], self.rules[name])
+            for user in dict.fromkeys(example.user_id for example in self.examples):
+                if user not in vectors:
+                    raise SteeringError(f"steering_sweep: method {name!r} has no vector of user {user!r}")
+                check_vector("steering_sweep", self.model, vectors[user], self.rules[name])
+            for example in self.examples:
+                self.vector(name, example)
 
     def ablation_of(self, rule: Rule) -> Ablation:
         """What the masked branch of a rule does."""
@@ -394,7 +418,7 @@ class SweepWork(HeldOutWork):
         if any(rule.needs_negative for rule in every):
             negative = Forced(self.runner, self.build(example, "none"))
             shared["negative"] = negative.logits()
-            patch = Patch(z=negative.z())
+            patch = Patch(z=negative.z()) if any(rule.patched for rule in every) else patch
         if any(rule.has("early") for rule in every):
             shared["early"] = forced.early(full, layers_to_contrast(self.model))
         nll = token_losses(full, forced.targets).double().mean().cpu()
@@ -448,6 +472,12 @@ class SweepWork(HeldOutWork):
         drawn = [sorted(one) for one in random_sets(self.model, heads, draws, self.seed)]
         sets = {name: [chosen]} | ({_random(name): drawn} if drawn else {})
         return {label: [dict(zip(one, weights, strict=True)) for one in of] for label, of in sets.items()}
+
+
+def _holds(example: Example, other: Example) -> bool:
+    """Whether an example's profile may show what another one asks for."""
+    name = other.task.target or other.task.body
+    return any(str(document.fields.get(name)) == other.reference for document in example.profile)
 
 
 def _scored(scores: HeadScores, user: str, heads: Sequence[Head]) -> list[float]:

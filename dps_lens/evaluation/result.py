@@ -22,9 +22,9 @@ class Evaluation(Result):
     Attributes:
         rows: one row an answer: `user`, `example`, `method`, `text`, `reference`, the task's metrics, `style`
             (similarity to the user's own texts minus that to other users'), `author` (probability by a classifier that
-            the user wrote it, of all users), `NLL` (of the answer under the unsteered model without a profile, nats per
-            token), `repeated` (share of 3-grams that were there before), `copied` (share of tokens that end a 2-gram of
-            the user's profile), `tokens`.
+            the user wrote it, and none of the others), `NLL` (of the answer under the unsteered model without a
+            profile, nats per token), `repeated` (share of 3-grams that were there before), `copied` (share of tokens
+            that end a 2-gram of the user's profile), `tokens`.
             Method `"reference"` is what the user wrote.
         choices: the grid of every method, its score on discovery examples, and what was chosen.
         costs: seconds and FLOPs a token of every method, the prompt included.

@@ -1,7 +1,6 @@
 """How much a text looks like one user's and not like the others'."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +29,7 @@ class StyleMeasure:
         self._vectorizer = TfidfVectorizer(
             analyzer="char_wb", ngram_range=(2, 4), lowercase=False, sublinear_tf=True, dtype=np.float64
         )
+        self._classifiers: dict[str, Any] = {}
         if len(self._users) < 2:
             return
         weights = self._vectorizer.fit_transform([text for own in texts for text in own])
@@ -46,22 +46,21 @@ class StyleMeasure:
         own = self._users.index(user_id)
         return float(similar[0, own] - np.delete(similar[0], own).mean())
 
-    @cached_property
-    def _classifier(self) -> Any:
-        from sklearn.linear_model import LogisticRegression
-
-        return LogisticRegression(C=100.0, class_weight="balanced", max_iter=1000).fit(self._weights, self._owners)
-
     def author(self, user_id: str, text: str) -> float:
-        """Probability that this user wrote the text and none of the others: author verification.
+        """Probability that this user wrote the text, and not one of the others: author verification.
 
-        By a logistic regression (`sklearn`) on the same weights, trained on what the users wrote, every user weighing
-        the same; NaN as above.
+        By a logistic regression (`sklearn`) on the same weights, of the user's texts against all others', both sides
+        weighing the same. It compares texts; of few and short ones it is not calibrated. NaN as above.
         """
         if len(self._users) < 2 or user_id not in self._users:
             return float("nan")
-        found = self._classifier.predict_proba(self._vectorizer.transform([text]))[0]
-        return float(found[list(self._classifier.classes_).index(user_id)])
+        if user_id not in self._classifiers:
+            from sklearn.linear_model import LogisticRegression
+
+            # liblinear's order of coordinates is drawn; the seed makes it the same in every run.
+            model = LogisticRegression(C=100.0, class_weight="balanced", solver="liblinear", random_state=0)
+            self._classifiers[user_id] = model.fit(self._weights, [owner == user_id for owner in self._owners])
+        return float(self._classifiers[user_id].predict_proba(self._vectorizer.transform([text]))[0, 1])
 
 
 def written_by(user: User) -> list[str]:

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dps_lens.errors import SteeringError
 from dps_lens.intervene import (
     Ablation,
     Edit,
@@ -155,12 +154,7 @@ class Decoder:
     def _negatives(self) -> Int[Tensor, " row"]:
         """For each row, the one that runs its request's negative prompt; itself where heads are left alone."""
         place = {row.request: index for index, row in enumerate(self.rows) if row.branch == "negative"}
-        source = [place.get(row.request, -1) if row.branch == "ablated" else i for i, row in enumerate(self.rows)]
-        if -1 in source:
-            raise SteeringError(
-                f"generate: prompt {self.rows[source.index(-1)].request} and its negative prompt lie on both sides of "
-                "a length at which the model's rotary factors change, so they share no pass"
-            )
+        source = [place[row.request] if row.branch == "ablated" else index for index, row in enumerate(self.rows)]
         return torch.tensor(source, device=self.device)
 
     def _prefill(self) -> object:

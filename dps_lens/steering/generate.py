@@ -16,7 +16,7 @@ from dps_lens.errors import PromptError, SteeringError
 from dps_lens.intervene import Ablation, AblationLike, Patch, Zero, find_ablation
 from dps_lens.literals import Positions
 from dps_lens.model import HookedModel
-from dps_lens.model.positions import check_switch
+from dps_lens.model.positions import check_switch, is_long
 from dps_lens.steering.decoder import Decoder, Row
 from dps_lens.steering.decoders import Decoders, decoder_of
 from dps_lens.steering.generation import Generation, Steps, TextStream
@@ -34,7 +34,7 @@ from dps_lens.steering.layout import (
     vectors_of,
 )
 from dps_lens.steering.mixing import Mixer
-from dps_lens.steering.rules import Rule, RuleLike, check_strength, find_rule
+from dps_lens.steering.rules import Rule, RuleLike, check_patch, check_strength, find_rule
 from dps_lens.steering.sampling import Chooser, Sampling
 from dps_lens.steering.vector import Vector
 
@@ -210,7 +210,7 @@ def generate(
         )
     others = negatives_of(negative_prompts, batch, chosen, ablation)
     rows = rows_of(model, batch, others, sets, added, gammas, alphas, chosen, ablation, positions)
-    _check_length(model, rows, max_new_tokens)
+    _check_length(model, rows, max_new_tokens, ablation)
     early = layers_to_contrast(model, config.early_layers) if chosen.has("early") else []
     ends = end_tokens(model) if config.stop_at_eos else set()
     settings: dict[str, Any] = {"rule": chosen.settings(), "gamma": gammas, "alpha": alphas}
@@ -277,11 +277,8 @@ def _ablation(rule: Rule, config: DecodeConfig) -> Ablation:
         raise SteeringError(f"generate: rule {rule.name!r} ablates nothing; it takes no ablation but the default")
     own = term.ablation if term is not None else None
     asked = config.ablation
-    for one in (find_ablation(each) for each in (own, asked) if each is not None):
-        if isinstance(one, Patch) and (one.z is not None or one.direction != "noising"):
-            raise SteeringError(
-                "generate: while text is written, z is patched from the negative prompt's run; use Patch() as it is"
-            )
+    check_patch("generate", own)
+    check_patch("generate", asked)
     if own is not None and asked is not None and find_ablation(own).settings() != find_ablation(asked).settings():
         raise SteeringError(f"generate: rule {rule.name!r} has an ablation of its own, {own!r}; give none")
     return find_ablation(own or asked or "zero")
@@ -309,9 +306,16 @@ def _check(
             )
 
 
-def _check_length(model: HookedModel, rows: Sequence[Row], max_new_tokens: int) -> None:
+def _check_length(model: HookedModel, rows: Sequence[Row], max_new_tokens: int, ablation: Ablation) -> None:
     for row in rows:
         check_switch(model, "generate", len(row.tokens) - 1, len(row.tokens) + max_new_tokens - 1)
+    for row in (row for row in rows if row.branch == "ablated" and isinstance(ablation, Patch)):
+        (other,) = (one for one in rows if one.request == row.request and one.branch == "negative")
+        if is_long(model, len(row.tokens) - 1) is not is_long(model, len(other.tokens) - 1):
+            raise PromptError(
+                f"generate: prompt {row.request} and its negative prompt lie on both sides of a length at which the "
+                "model's rotary factors change, so they share no pass"
+            )
     longest = max(len(row.tokens) for row in rows)
     if longest + max_new_tokens > model.cfg.n_ctx:
         raise PromptError(

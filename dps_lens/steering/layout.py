@@ -106,6 +106,8 @@ def vectors_of(
         raise SteeringError(f"generate: this rule needs vectors=, such as {such}")
     if positions != "response":
         raise SteeringError("generate: vectors are added from the last prompt token on; use positions='response'")
+    if isinstance(vectors, Mapping):
+        raise SteeringError("generate: these are vectors by user; give one a prompt, vectors[user.id]")
     each = [vectors] * rows if isinstance(vectors, Vector) else list(vectors)
     if len(each) != rows:
         raise SteeringError(f"generate: {rows} prompts and {len(each)} vectors; give one for each prompt")

@@ -12,7 +12,9 @@ from dps_lens.steering.rules import Rule
 from dps_lens.steering.terms import Branch, combine, farthest_early, kl_divergence
 
 MOST = 1024
-"""How many times the strength that was asked for `target_kl` may steer."""
+"""Nats that `target_kl` may move a token by."""
+
+_ROUNDING = 1e-5
 
 
 @dataclass
@@ -46,7 +48,9 @@ class Mixer:
         branches: tuple[Branch, ...] = ("full", *(term.branch for term in self.rule.terms if term.branch != "early"))
         self._rows, self._present = {}, {}
         for branch in branches:
-            at = torch.tensor([place.get((request, branch), -1) for request in running])
+            # The row of a negative prompt may be there for a patch alone.
+            idle = {request for request in running if branch == "negative" and not self.alphas[request]}
+            at = torch.tensor([-1 if one in idle else place.get((one, branch), -1) for one in running])
             self._rows[branch] = at.clamp(min=0).to(device)
             self._present[branch] = (at >= 0)[:, None].to(device)
 
@@ -95,9 +99,12 @@ def at_kl(
     """Steer each row exactly so hard that KL(steered ‖ full) is `target` nats.
 
     The row becomes `full + λ (steered − full)`, along which the divergence rises with λ, up to −log p of the token that
-    gains most. Where that is less than the target, λ is `MOST`; a row that is not steered stays as it is.
+    gains most. Where that is less than the target, the token that gains most gains `MOST` nats. A row that is not
+    steered, but for rounding, stays as it is.
     """
     change = steered - full
+    size = change.abs().amax(-1, keepdim=True)
+    change = torch.where(size > _ROUNDING * full.abs().amax(-1, keepdim=True), change / size, 0.0)
     low, high = torch.zeros(len(full), 1, device=full.device), torch.ones(len(full), 1, device=full.device)
     for _ in range(MOST.bit_length() - 1):
         short = (kl_divergence(full + high * change, full) < target)[:, None]

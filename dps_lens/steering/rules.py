@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from dps_lens.checks import check_number
 from dps_lens.errors import SteeringError
 from dps_lens.extensions import settings_of
-from dps_lens.intervene import Patch, find_ablation
+from dps_lens.intervene import AblationLike, Patch, find_ablation
 from dps_lens.steering.terms import Branch, DivergenceTerm, EarlyTerm, EntropyTerm, InPlaceTerm, Term
 
 _EDITED: frozenset[Branch] = frozenset({"ablated", "scaled", "shifted", "heads_shifted"})
@@ -124,6 +124,17 @@ def find_rule(asked: RuleLike) -> Rule:
             f"{asked!r} does not stack; give one rule of heads or vectors and one of prompts, 'dps+cad'"
         )
     return Rule(asked, terms)
+
+
+def check_patch(call: str, ablation: AblationLike | None) -> None:
+    """Refuse a patch from another run than that of the negative prompt.
+
+    Raises:
+        SteeringError: names the call.
+    """
+    patch = find_ablation(ablation) if ablation is not None else None
+    if isinstance(patch, Patch) and (patch.z is not None or patch.direction != "noising"):
+        raise SteeringError(f"{call}: rules patch z from the negative prompt's run; use Patch() as it is")
 
 
 def apart(asked: Any) -> tuple[RuleLike, Any]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dps_lens.checks import check_number
 from dps_lens.errors import HeadError, SteeringError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.model import HookedModel, Hooks
@@ -107,10 +108,17 @@ class HeadVector(Result):
                 f"HeadVector: {len(self.heads)} heads and values {list(self.values.shape)}; give one row a head"
             )
 
+    @property
+    def _n_heads(self) -> int:
+        assert self.heads.shape is not None, "refused when it was made"
+        return self.heads.shape[1]
+
     def __add__(self, other: "HeadVector") -> "HeadVector":
-        if self.heads.heads != other.heads.heads:
+        if (self.heads.heads, self.heads.shape) != (other.heads.heads, other.heads.shape):
             raise SteeringError("HeadVector: the two are of other heads, or of the same in another order")
-        return replace(self, values=self.values + other.values)
+        examples = [*self.manifest.get("examples", ()), *other.manifest.get("examples", ())]
+        about = {**self.manifest, "examples": list(dict.fromkeys(examples))} if examples else self.manifest
+        return replace(self, values=self.values + other.values, manifest=about)
 
     def __mul__(self, factor: float | int) -> "HeadVector":
         return replace(self, values=self.values * factor)
@@ -135,7 +143,7 @@ class HeadVector(Result):
         if strangers := [head for head in weights if head not in self.heads]:
             raise HeadError(f"HeadVector: there is no {Head(*strangers[0])} among its heads, {self.heads}")
         each = torch.tensor([float(weights.get(head, 0.0)) for head in self.heads])
-        return replace(self, values=self.values * each[:, None])
+        return replace(self, values=self.values * each[:, None].to(self.values))
 
     def summary(self) -> str:
         return f"{self.label or 'vector'} of {len(self.heads)} heads, norm {float(self.values.norm()):.3g}"
@@ -148,11 +156,10 @@ class HeadVector(Result):
 
     def additions(self, strength: float) -> dict[str, Tensor]:
         """By hook, what strength times the vector adds to every position there, `[head d_head]` of all heads."""
-        n_heads = self.heads.shape[1] if self.heads.shape else 0
         added: dict[str, Tensor] = {}
         for (layer, head), row in zip(self.heads, self.values, strict=True):
             name = f"blocks.{layer}.attn.hook_z"
-            added.setdefault(name, self.values.new_zeros(n_heads, self.values.shape[1]))[head] = strength * row
+            added.setdefault(name, self.values.new_zeros(self._n_heads, self.values.shape[1]))[head] = strength * row
         return added
 
     def on(self, model: HookedModel, gamma: float = 1.0) -> Hooks:
@@ -168,7 +175,7 @@ class HeadVector(Result):
         self.check("residuals", model)
         added: dict[int, Tensor] = {}
         for (layer, head), row in zip(self.heads, self.values, strict=True):
-            out = row.float() @ model.blocks[layer].attn.W_O[head].detach().float().cpu()
+            out = row.float().cpu() @ model.blocks[layer].attn.W_O[head].detach().float().cpu()
             added[layer] = added[layer] + out if layer in added else out
         return added
 
@@ -196,6 +203,7 @@ Vector: TypeAlias = SteeringVector | HeadVector
 
 def _on(vector: Vector, model: HookedModel, gamma: float) -> Hooks:
     vector.check("on", model)
+    check_number(SteeringError, "on: gamma", gamma)
 
     def add(activation: Tensor, hook: object, values: Tensor) -> Tensor:
         added = activation.clone()

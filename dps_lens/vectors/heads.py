@@ -162,8 +162,9 @@ class VectorWork(Work):
         """What `make` gives, of any example."""
         own, others = self._prompts(example)
         if any(not len(prompt.response_tokens) for prompt in others):
+            whose = "the model's own" if self.generic is None else "the given"
             raise SteeringError(
-                f"head_vectors: the model's own answer to example {example.id!r} is empty; give generic= answers"
+                f"head_vectors: {whose} answer to example {example.id!r} is empty; give another in generic="
             )
         z, other = self._z(own), torch.cat([self._z(prompt) for prompt in others], dim=1)
         made = {"own": self._of_heads(z), "other": self._of_heads(other)}

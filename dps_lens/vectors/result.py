@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dps_lens.checks import check_whole
+from dps_lens.data.examples import key_of
 from dps_lens.errors import SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.result import Result
@@ -17,6 +18,8 @@ from dps_lens.steering.vector import HeadVector
 
 if TYPE_CHECKING:
     import pandas
+
+_NUMBERS = 10_000_000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,6 +50,10 @@ class HeadVectors(Result, Mapping[str, HeadVector]):
     example_ids: tuple[str, ...]
     manifest: dict[str, Any] = field(default_factory=dict)
 
+    # As other results; a Mapping would compare vectors, which are made anew each time they are asked for.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __getitem__(self, user: str) -> HeadVector:
         if user not in self.users:
             raise KeyError(user)
@@ -57,6 +64,11 @@ class HeadVectors(Result, Mapping[str, HeadVector]):
 
     def __len__(self) -> int:
         return len(self.users)
+
+    @property
+    def generic(self) -> bool:
+        """No profile was shown while they were made."""
+        return self.manifest.get("against") == "generic"
 
     def mean(self, users: Sequence[str] | None = None, *, label: str = "mean") -> HeadVector:
         """The mean vector of some users, a cluster say, or of all.
@@ -72,28 +84,24 @@ class HeadVectors(Result, Mapping[str, HeadVector]):
         rows = torch.stack([self.vectors[self.users.index(user)] for user in chosen])
         return HeadVector(rows.mean(0), self.heads, label, self._about(chosen))
 
-    def without(self, user: str, example_id: str) -> HeadVector:
-        """The user's vector as if an example had not been there, to test it on that example.
+    def made_of(self, user: str, example_ids: Sequence[str]) -> HeadVector:
+        """The user's vector of some examples alone, to test it on others.
 
         Raises:
-            SteeringError: the recipe is no mean of differences, or the user has no other example.
+            SteeringError: the recipe is no mean of differences, or none of these is an example of the user.
         """
         if self.manifest.get("recipe", "difference") != "difference":
-            raise SteeringError("without: only vectors of recipe 'difference' are means that an example can leave")
-        rows = [
-            index
-            for index, (owner, one) in enumerate(zip(self.user_ids, self.example_ids, strict=True))
-            if owner == user and one != example_id
-        ]
+            raise SteeringError("made_of: only vectors of recipe 'difference' are means that examples can leave")
+        owned = zip(self.user_ids, self.example_ids, strict=True)
+        rows = [index for index, (owner, one) in enumerate(owned) if owner == user and one in example_ids]
         if not rows:
-            raise SteeringError(
-                f"without: user {user!r} has a vector of no other example than {example_id!r}; make vectors of more "
-                "(max_examples)"
-            )
-        return HeadVector(self.differences[rows].mean(0), self.heads, user, self._about([user]))
+            raise SteeringError(f"made_of: none of these {len(example_ids)} is an example of user {user!r}")
+        about = {**self.manifest, "users": [user], "examples": [key_of(user, self.example_ids[row]) for row in rows]}
+        return HeadVector(self.differences[rows].mean(0), self.heads, user, about)
 
     def _about(self, users: Sequence[str]) -> dict[str, Any]:
-        return {**self.manifest, "users": list(users)}
+        owned = zip(self.user_ids, self.example_ids, strict=True)
+        return {**self.manifest, "users": list(users), "examples": [key_of(*one) for one in owned if one[0] in users]}
 
     def summary(self) -> str:
         norms = self.vectors.flatten(1).norm(dim=1)
@@ -138,13 +146,14 @@ class HeadVectors(Result, Mapping[str, HeadVector]):
         differences = self.differences.flatten(1).double()
         owners = torch.tensor([self.users.index(user) for user in self.user_ids])
         generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (n_null, len(owners)), generator=generator).double() * 2 - 1
         member = torch.nn.functional.one_hot(owners, len(self)).double()
         member = member / member.sum(0)
         # Of means over sign-flipped examples, all that is needed are the products of examples.
-        products = differences @ differences.T
-        flipped = signs[:, :, None] * member
-        gram = torch.einsum("nea,ef,nfb->nab", flipped, products, flipped).numpy()
+        products, grams = differences @ differences.T, []
+        for signs in _signs(n_null, len(owners), generator).split(max(1, _NUMBERS // max(member.numel(), 1))):
+            flipped = signs[:, :, None] * member
+            grams.append(flipped.transpose(1, 2) @ (products @ flipped))
+        gram = torch.cat(grams).numpy()
         lengths = np.sqrt(np.einsum("naa->na", gram))
         null = gram / np.maximum(lengths[:, :, None] * lengths[:, None], 1e-30)
         low, high = np.quantile(null, ((1 - level) / 2, (1 + level) / 2), axis=0)
@@ -161,3 +170,8 @@ class HeadVectors(Result, Mapping[str, HeadVector]):
             }
             for a, b in pairs
         )
+
+
+def _signs(draws: int, examples: int, generator: torch.Generator) -> Float[Tensor, "draw example"]:
+    """1 or −1, at random."""
+    return torch.randint(0, 2, (draws, examples), generator=generator).double() * 2 - 1

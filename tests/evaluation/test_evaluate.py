@@ -146,8 +146,8 @@ def test_copied_tokens_end_a_pair_of_the_profile(evaluated, llama, probe):
     rows = evaluated.rows.set_index(["user", "method"])
     for user in probe[:3]:
         prompt = dps.build_prompt(llama.hooked, user.examples[-1], config=PROMPT)
-        start, stop = prompt.spans["profile"]
-        profile = " ".join(map(str, prompt.tokens[start:stop].tolist()))
+        parts = [" ".join(map(str, prompt.tokens[start:stop].tolist())) for start, stop in prompt.items]
+        profile = " | ".join(parts)
         for method in ("reference", "rag"):
             ids = prompt.response_tokens if method == "reference" else None
             if ids is None:

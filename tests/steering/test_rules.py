@@ -817,11 +817,12 @@ def test_max_kl_caps_the_divergence(llama, requests_of, rule):
 
 
 def moved_to(naive, target, reached):
-    """The reference, moved along its direction until its divergence is the target, or as far as 1024 times."""
+    """The reference, moved along its direction until its divergence is the target, or by 1024 nats."""
 
     def run(new):
         full, steered = naive(new)
         change = steered - full
+        change = change / np.abs(change).max()
 
         def over(s):
             return kl(full + s * change, full) - target

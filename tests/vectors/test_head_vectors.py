@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -331,6 +332,8 @@ def test_vectors_are_kept_added_and_compared(llama, users, tmp_path):
     vectors = dps.head_vectors(model, users, HEADS, out=tmp_path / "run", **options)
     again = dps.HeadVectors.load(tmp_path / "run")
     assert again.users == vectors.users
+    assert vectors == vectors  # noqa: PLR0124
+    assert len({vectors, again}) == 2
     assert torch.equal(again.vectors, vectors.vectors)
     first, second = (vectors[user.id] for user in users[:2])
     first.save(tmp_path / "one")
@@ -362,15 +365,14 @@ def test_vectors_are_kept_added_and_compared(llama, users, tmp_path):
 
 
 def test_a_strength_is_chosen_on_examples_that_made_no_vector(llama, users):
-    """Leave one example out, by hand; a user whose texts no strength helps is not steered."""
+    """By hand: a text meets the vector of those examples in whose profiles it does not stand, the older ones."""
     model = llama.hooked
-    options = {"max_examples": 3, "prompt_config": PROMPT}
-    vectors = dps.head_vectors(model, users, HEADS, **options)
-    sweep = dps.steering_sweep(
-        model, users, {"own": ("head_vector", vectors)}, strengths=(0.5, 2.0), held_out_config=DISCOVERY, **options
-    )
+    options = {"max_examples": 2, "prompt_config": PROMPT}
+    vectors = dps.head_vectors(model, users, HEADS, max_examples=3, prompt_config=PROMPT)
+    methods = {"own": ("head_vector", vectors)}
+    sweep = dps.steering_sweep(model, users, methods, strengths=(0.5, 2.0), held_out_config=DISCOVERY, **options)
     user = users[0]
-    examples = user.discovery_examples()[-3:]
+    examples = user.discovery_examples()[-2:]
     assert [one for one, owner in zip(sweep.example_ids, sweep.user_ids, strict=True) if owner == user.id] == [
         example.id for example in examples
     ]
@@ -379,9 +381,9 @@ def test_a_strength_is_chosen_on_examples_that_made_no_vector(llama, users):
         rows = [
             vectors.differences[index]
             for index, (owner, one) in enumerate(zip(vectors.user_ids, vectors.example_ids, strict=True))
-            if owner == user.id and one != example.id
+            if owner == user.id and one < example.id
         ]
-        assert len(rows) == 2
+        assert len(rows) == 1 + examples.index(example)
         left = dps.HeadVector(torch.stack(rows).mean(0), vectors.heads)
         prompt = dps.build_prompt(model, example, config=PROMPT)
         start, stop = prompt.spans["response"]
@@ -397,8 +399,14 @@ def test_a_strength_is_chosen_on_examples_that_made_no_vector(llama, users):
     with pytest.raises(SteeringError, match="was made of example"):
         dps.steering_sweep(model, users, {"own": ("head_vector", dict(vectors))}, held_out_config=DISCOVERY, **options)
     one = dps.head_vectors(model, users, HEADS, max_examples=1, prompt_config=PROMPT)
-    with pytest.raises(SteeringError, match="vector of no other example"):
+    with pytest.raises(SteeringError, match="is of no example that is apart from"):
         dps.steering_sweep(model, users, {"own": ("head_vector", one)}, held_out_config=DISCOVERY, max_examples=1)
+    with pytest.raises(SteeringError, match="lower max_examples"):
+        dps.steering_sweep(model, users, methods, held_out_config=DISCOVERY, max_examples=3)
+    none = dps.head_vectors(model, users, HEADS, max_examples=2, prompt_config=PROMPT, against="generic")
+    dps.steering_sweep(
+        model, users, {"own": ("head_vector", none)}, strengths=(1.0,), held_out_config=DISCOVERY, **options
+    )
     with pytest.raises(SteeringError, match="chose on these"):
         dps.steering_sweep(model, users, {"dps": ("dps", HEADS)}, held_out_config=DISCOVERY, select="user")
     with pytest.raises(ScoreError, match="is for steering_sweep"):
@@ -413,7 +421,9 @@ def test_a_choice_of_strength_says_why():
         [float(one == "helped") for one in owners]
     )
     names = tuple(map(str, range(17)))
-    sweep = dps.SteeringSweep((0.5, 1.0, 2.0), owners, names, torch.ones(17).double(), {"x": change}, {"x": change * 0})
+    about = {"on": "discovery"}
+    full, nothing = torch.ones(17).double(), {"x": change * 0}
+    sweep = dps.SteeringSweep((0.5, 1.0, 2.0), owners, names, full, {"x": change}, nothing, about)
     rows = sweep.choose("x").set_index("user")
     assert rows.loc["helped", "strength"] == 1.0
     assert "at 1 the NLL of the own texts changes by -0.29" in rows.loc["helped", "reason"]
@@ -428,11 +438,13 @@ def test_a_choice_of_strength_says_why():
         owners = tuple(f"u{number // 8}" for number in range(40))
         full, names = torch.ones(40).double(), tuple(map(str, range(40)))
         strengths = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
-        made = dps.SteeringSweep(strengths, owners, names, full, {"x": nothing}, {"x": nothing * 0})
+        made = dps.SteeringSweep(strengths, owners, names, full, {"x": nothing}, {"x": nothing * 0}, about)
         steered += int((made.choose("x")["strength"] > 0).sum())
     assert steered / 1000 < 0.025 + 3 * (0.025 * 0.975 / 1000) ** 0.5
     with pytest.raises(SteeringError, match="'y' is not in this sweep"):
         sweep.choose("y")
+    with pytest.raises(SteeringError, match="held-out texts, which must not choose"):
+        replace(sweep, manifest={}).choose("x")
 
 
 def test_cosines_by_chance_lie_in_their_band():
