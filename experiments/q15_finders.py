@@ -28,8 +28,8 @@ supported if for one finder the interval of the share of the gain removed lies a
 costs to random sets has an interval above 0; not supported if for every finder the share's interval lies below 0.9 or
 a difference of costs lies above 0; else undecided. Four hypotheses, each reported; no further correction.
 
-What was measured of half a corpus is kept in three tables in `measured/CORPUS/half0` or `half1` of the run folder, users
-by number; what has its tables in the folder `measured` of the config is read from there.
+What was measured of half a corpus is kept in three tables in `measured/CORPUS/half0` or `half1` of the run folder,
+users by number; what has its tables in the folder `measured` of the config is read from there.
 """
 
 from collections.abc import Sequence
