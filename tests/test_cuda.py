@@ -11,7 +11,10 @@ from dps_lens.heads import HeadSet
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here")
 
 SETS = [HeadSet.parse("L0H1,L2H3"), HeadSet.parse("L1H0")]
-RULES = ("dps", "dps-entropy", "decore", "cad", "dola", "amplify", "vector", "dps+cad")
+RULES = (
+    "dps", "dps-entropy", "dps-js", "dps-patch", "decore", "cad", "adacad", "dola", "amplify", "vector", "head_vector",
+    "dps+cad",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,15 @@ def models(tiny_folders):
     }
 
 
+def vectors_of(model, rule):
+    """Of the residual stream, or of heads, one a row."""
+    if "head_vector" not in rule:
+        return [dps.SteeringVector(torch.linspace(-1, 1, model.cfg.d_model), layer) for layer in (0, 2)]
+    shape = (model.cfg.n_layers, model.cfg.n_heads)
+    values = [torch.linspace(-1, 1, len(one) * model.cfg.d_head).reshape(len(one), -1) for one in SETS]
+    return [dps.HeadVector(each, HeadSet(one, shape=shape)) for each, one in zip(values, SETS, strict=True)]
+
+
 def written(model, users, rule, **options):
     own, none = ([dps.build_prompt(model, user.examples[0], which) for user in users] for which in ("own", "none"))
     return generate(
@@ -34,7 +46,7 @@ def written(model, users, rule, **options):
         rule=rule,
         heads=SETS,
         gamma=[0.7, 1.5],
-        vectors=[dps.SteeringVector(torch.linspace(-1, 1, model.cfg.d_model), layer) for layer in (0, 2)],
+        vectors=vectors_of(model, rule),
         max_new_tokens=6,
         negative_prompts=none,
         stop_at_eos=False,
@@ -49,6 +61,23 @@ def test_rules_write_the_same_tokens(models, probe, rule, sampling):
     for row in range(2):
         assert other.tokens[row].tolist() == one.tokens[row].tolist()
         assert torch.allclose(other.kl[row], one.kl[row], atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", ["dps", "cad", "dps-patch"])
+def test_a_target_of_kl_is_reached(models, probe, rule):
+    one, other = (written(models[name], [probe[0], probe[5]], rule, target_kl=0.1) for name in ("cpu", "cuda"))
+    for row in range(2):
+        assert other.tokens[row].tolist() == one.tokens[row].tolist()
+        assert torch.allclose(other.kl[row], one.kl[row], atol=1e-3)
+
+
+@pytest.mark.parametrize("recipe", ["difference", "probe", "persona"])
+def test_head_vectors_are_the_same(models, probe, recipe):
+    options = {"recipe": recipe, "max_examples": 2}
+    made = [dps.head_vectors(models[name], probe[:3], SETS[0], **options).vectors for name in ("cpu", "cuda")]
+    assert torch.allclose(made[1], made[0], atol=1e-3)
+    found = dps.head_vectors(models["bfloat16"], probe[:3], SETS[0], **options).vectors
+    assert bool(found.isfinite().all())
 
 
 @pytest.mark.parametrize("rule", RULES)
