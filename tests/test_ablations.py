@@ -8,7 +8,7 @@ from oracles import edited_positions, z_of
 from pcs import score_pcs
 
 import dps_lens as dps
-from dps_lens.errors import InterventionError, RunError, ScoreError
+from dps_lens.errors import InterventionError, RunError, ScoreError, SteeringError
 from dps_lens.heads import HeadSet
 
 HEADS = HeadSet.parse("L1H2,L0H1")
@@ -105,10 +105,11 @@ def test_heads_are_steered_with_their_mean(tinies, probe, short):
 
 def test_what_cannot_be_done_says_why_in_one_place(llama, probe, short):
     prompt = dps.build_prompt(llama.hooked, probe[0].examples[-1], config=short)
+    config = dps.DecodeConfig(ablation="mean")
+    with pytest.raises(InterventionError, match="needs the means"):
+        dps.generate(llama.hooked, prompt, heads=HEADS, decode_config=config)
     for ablation, message in (("mean", "needs the means"), ("patch", "z of another run of the same tokens")):
-        for call in (
-            lambda one: dps.generate(llama.hooked, prompt, heads=HEADS, decode_config=dps.DecodeConfig(ablation=one)),
-            lambda one: dps.logits_processor(llama.hooked, HEADS, ablation=one),
-        ):
-            with pytest.raises(InterventionError, match=message):
-                call(ablation)
+        with pytest.raises(InterventionError, match=message):
+            dps.logits_processor(llama.hooked, HEADS, ablation=ablation)
+    with pytest.raises(SteeringError, match="needs negative_prompts="):
+        dps.generate(llama.hooked, prompt, heads=HEADS, decode_config=dps.DecodeConfig(ablation="patch"))
