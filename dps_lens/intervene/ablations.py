@@ -151,7 +151,7 @@ class Patch(Ablation):
         if decoding or self.z is None:
             raise InterventionError(
                 f"{call}: ablation 'patch' needs the z of another run of the same tokens"
-                + (", which is not there while text is written; use 'zero', 'uniform', Mean(z=…), or generate with rule "
+                + (", which is not there while text is written; use 'zero', 'uniform', Mean(z=…), or generate's rule "
                    "'dps-patch'" if decoding else ": Patch(z=record_z(…))")
             )  # fmt: skip
         return self.z
