@@ -104,6 +104,13 @@ def pattern():
     return AttentionPattern((Head(0, 0),), torch.rand(1, 2, 5), (EVIL,) * 5, prompt)
 
 
+def vectors():
+    values = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    users = (f"{EVIL}1", f"{EVIL}2")
+    owners, names = (users[0], users[0], users[1], users[1]), ("a", "b", "c", "d")
+    return dps.HeadVectors(HeadSet.parse("L0H0,L0H1", EVIL), users, values[::2], values, owners, names)
+
+
 FIGURES = {
     "ablation": lambda: plots.ablation(effects()),
     "attention": lambda: plots.attention(pattern()),
@@ -112,6 +119,7 @@ FIGURES = {
     "faithfulness": lambda: plots.faithfulness(curves()),
     "families": lambda: plots.families(scores(family=EVIL, unit=EVIL), scores(family=EVIL, unit=EVIL), k=3),
     "families by name": lambda: plots.families(scores(), scores(unit=EVIL), k=3, names=(EVIL, EVIL)),
+    "head_vectors": lambda: plots.head_vectors(vectors(), n_null=20),
     "heatmap": lambda: plots.heatmap(scores(unit=EVIL), heads=HeadSet.parse("L0H1", EVIL)),
     "heatmap of a user": lambda: plots.heatmap(scores(), user=f"{EVIL}1"),
     "heatmap of a family": lambda: plots.heatmap(scores(family=EVIL)),
