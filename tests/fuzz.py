@@ -37,7 +37,7 @@ from dps_lens.evaluation.endpoint import _digest as answer_digest
 from dps_lens.evaluation.endpoint import _kept as kept_answer
 from dps_lens.evaluation.grid import SteeredText
 from dps_lens.evaluation.judge import CRITERIA, read_reply
-from dps_lens.evaluation.likelihood import SteeringSweep
+from dps_lens.evaluation.sweep import SteeringSweep
 from dps_lens.heads import Head, HeadSet
 from dps_lens.result import Result
 from dps_lens.runs import RunFolder

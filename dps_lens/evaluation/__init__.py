@@ -5,10 +5,11 @@ from dps_lens.evaluation.bench import EvaluateConfig
 from dps_lens.evaluation.endpoint import Endpoint
 from dps_lens.evaluation.grid import SteeredText, SteeringGrid, steering_grid
 from dps_lens.evaluation.judge import Verdicts, judge
-from dps_lens.evaluation.likelihood import SteeringSweep, steering_sweep
+from dps_lens.evaluation.likelihood import steering_sweep
 from dps_lens.evaluation.metrics import METRICS, Metric
 from dps_lens.evaluation.result import Evaluation
 from dps_lens.evaluation.run import evaluate
+from dps_lens.evaluation.sweep import SteeringSweep
 
 __all__ = [
     "METRICS",

@@ -9,7 +9,7 @@ from dps_lens.plots.text import plain
 from dps_lens.plots.theme import DASHES, LINES, MARKERS, TEMPLATE
 
 if TYPE_CHECKING:
-    from dps_lens.evaluation.likelihood import SteeringSweep
+    from dps_lens.evaluation.sweep import SteeringSweep
 
 _GREY, _LEAST = "#999999", 1e-3
 

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import dps_lens as dps
 from dps_lens.errors import RunError, ScoreError, SteeringError
-from dps_lens.evaluation.likelihood import SteeringSweep, SweepWork
+from dps_lens.evaluation.likelihood import SweepWork
+from dps_lens.evaluation.sweep import SteeringSweep
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots import steering
 from dps_lens.scores import HeadScores

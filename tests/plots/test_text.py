@@ -16,7 +16,7 @@ from dps_lens.data import Prompt
 from dps_lens.data.tasks import TASKS
 from dps_lens.evaluation import Evaluation, SteeringGrid
 from dps_lens.evaluation.grid import SteeredText
-from dps_lens.evaluation.likelihood import SteeringSweep
+from dps_lens.evaluation.sweep import SteeringSweep
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots.export import fit
 from dps_lens.plots.text import plain
