@@ -13,7 +13,7 @@ from dps_lens.checks import check_number
 from dps_lens.errors import SteeringError
 from dps_lens.files import replacing
 from dps_lens.model import HookedModel, Hooks, hf_model_of, runner_of
-from dps_lens.steering.vector import HeadVector, SteeringVector, Vector
+from dps_lens.steering.vector import HeadVector, Vector
 
 VectorFormat: TypeAlias = Literal["gguf", "lora"]
 
@@ -80,10 +80,7 @@ def _as_adapter(model: HookedModel, vector: Vector, path: Path, gamma: float) ->
 def _as_control_vector(model: HookedModel, vector: Vector, path: Path, gamma: float) -> Path:
     import gguf
 
-    if isinstance(vector, SteeringVector):
-        directions = {vector.layer: gamma * vector.values.float()}
-    else:
-        directions = {layer: gamma * row for layer, row in vector.residuals(model).items()}
+    directions = {layer: gamma * row for layer, row in vector.residuals(model).items()}
     if 0 in directions:
         raise SteeringError("export_vector: a control vector cannot add to what leaves layer 0; leave its heads out")
     if isinstance(vector, HeadVector) and not _same(model, vector):
@@ -96,7 +93,7 @@ def _as_control_vector(model: HookedModel, vector: Vector, path: Path, gamma: fl
         writer.add_string("controlvector.model_hint", str(hf_model_of(model).config.model_type))
         writer.add_uint32("controlvector.layer_count", len(directions))
         for layer, direction in sorted(directions.items()):
-            writer.add_tensor(f"direction.{layer}", direction.cpu().numpy())
+            writer.add_tensor(f"direction.{layer}", direction.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

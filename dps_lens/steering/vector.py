@@ -1,9 +1,10 @@
 """What is added inside the model while the answer is written: a direction of the residual stream, or of heads' z."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -19,8 +20,61 @@ if TYPE_CHECKING:
     import pandas
 
 
+class Vector(Result):
+    """What a rule adds inside the model.
+
+    Attributes:
+        values: what is added.
+        label: what it is called.
+    """
+
+    error: ClassVar[type[SteeringError]] = SteeringError
+
+    values: Tensor
+    label: str
+
+    @abstractmethod
+    def additions(self, strength: float) -> dict[str, Tensor]:
+        """By hook, what strength times the vector adds to every position there."""
+
+    @abstractmethod
+    def residuals(self, model: HookedModel) -> dict[int, Float[Tensor, " d_model"]]:
+        """By layer, what it adds to the residual stream there, as float32 on the CPU."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """For manifests of what was written with it."""
+
+    @abstractmethod
+    def check(self, call: str, model: HookedModel) -> None:
+        """Refuse a model that this is not a vector of.
+
+        Raises:
+            SteeringError: the model has other sizes; names the call.
+        """
+
+    def on(self, model: HookedModel, gamma: float = 1.0) -> Hooks:
+        """A context in which γ times the vector is added to the last position of every pass.
+
+        So `model.original_model.generate` writes with it what `generate` writes: with its cache of keys and values,
+        which is its default, a pass after the prompt's has one position. Not for assisted decoding.
+
+        Raises:
+            SteeringError: the model is another.
+        """
+        self.check("on", model)
+        check_number(SteeringError, "on: gamma", gamma)
+
+        def add(activation: Tensor, hook: object, values: Tensor) -> Tensor:
+            added = activation.clone()
+            added[:, -1] += values.to(activation)
+            return added
+
+        return Hooks(model, [(name, partial(add, values=values)) for name, values in self.additions(gamma).items()])
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class SteeringVector(Result):
+class SteeringVector(Vector):
     """A direction that `generate(rule="vector", vectors=…)` adds, times γ.
 
     Attributes:
@@ -31,7 +85,6 @@ class SteeringVector(Result):
     """
 
     stem: ClassVar[str] = "vector"
-    error: ClassVar[type[SteeringError]] = SteeringError
 
     values: Float[Tensor, " d_model"]
     layer: int
@@ -48,22 +101,13 @@ class SteeringVector(Result):
         return pd.DataFrame({"dimension": range(len(self.values)), "value": self.values.tolist()})
 
     def additions(self, strength: float) -> dict[str, Tensor]:
-        """By hook, what strength times the vector adds to every position there."""
         return {f"blocks.{self.layer}.hook_resid_post": strength * self.values}
 
-    def on(self, model: HookedModel, gamma: float = 1.0) -> Hooks:
-        """A context in which γ times the vector is added to the last position of every pass.
-
-        So `model.original_model.generate` writes with it what `generate` writes: with its cache of keys and values,
-        which is its default, a pass after the prompt's has one position. Not for assisted decoding.
-
-        Raises:
-            SteeringError: the model is another.
-        """
-        return _on(self, model, gamma)
+    def residuals(self, model: HookedModel) -> dict[int, Float[Tensor, " d_model"]]:
+        self.check("residuals", model)
+        return {self.layer: self.values.float().cpu()}
 
     def settings(self) -> dict[str, Any]:
-        """For manifests of what was written with it."""
         return {"label": self.label, "layer": self.layer}
 
     def check(self, call: str, model: HookedModel) -> None:
@@ -80,7 +124,7 @@ class SteeringVector(Result):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadVector(Result):
+class HeadVector(Vector):
     """What `generate(rule="head_vector", vectors=…)` adds to the z of heads, times γ; see `head_vectors`.
 
     Vectors of the same heads add up, and a number scales one: `(one + other) / 2`.
@@ -93,7 +137,6 @@ class HeadVector(Result):
     """
 
     stem: ClassVar[str] = "head_vector"
-    error: ClassVar[type[SteeringError]] = SteeringError
 
     values: Float[Tensor, "head d_head"]
     heads: HeadSet
@@ -162,16 +205,8 @@ class HeadVector(Result):
             added.setdefault(name, self.values.new_zeros(self._n_heads, self.values.shape[1]))[head] = strength * row
         return added
 
-    def on(self, model: HookedModel, gamma: float = 1.0) -> Hooks:
-        """A context in which γ times the vector is added to the last position of every pass; see `SteeringVector.on`.
-
-        Raises:
-            SteeringError: the model is another.
-        """
-        return _on(self, model, gamma)
-
     def residuals(self, model: HookedModel) -> dict[int, Float[Tensor, " d_model"]]:
-        """By layer, what the heads' sum adds to the residual stream there: `Σ_h values[h] W_O[h]`, as float32."""
+        """By layer, what the heads' sum adds there: `Σ_h values[h] W_O[h]`, as float32 on the CPU."""
         self.check("residuals", model)
         added: dict[int, Tensor] = {}
         for (layer, head), row in zip(self.heads, self.values, strict=True):
@@ -180,7 +215,6 @@ class HeadVector(Result):
         return added
 
     def settings(self) -> dict[str, Any]:
-        """For manifests of what was written with it."""
         return {"label": self.label, "heads": str(self.heads)}
 
     def check(self, call: str, model: HookedModel) -> None:
@@ -195,19 +229,3 @@ class HeadVector(Result):
                 f"{call}: a vector of heads of {self.heads.shape} with d_head {self.values.shape[1]} is not of this "
                 f"model, {(cfg.n_layers, cfg.n_heads)} with d_head {cfg.d_head}"
             )
-
-
-Vector: TypeAlias = SteeringVector | HeadVector
-"""What rules add inside the model."""
-
-
-def _on(vector: Vector, model: HookedModel, gamma: float) -> Hooks:
-    vector.check("on", model)
-    check_number(SteeringError, "on: gamma", gamma)
-
-    def add(activation: Tensor, hook: object, values: Tensor) -> Tensor:
-        added = activation.clone()
-        added[:, -1] += values.to(activation)
-        return added
-
-    return Hooks(model, [(name, partial(add, values=values)) for name, values in vector.additions(gamma).items()])

@@ -1,6 +1,6 @@
 """Head vectors against plain Hugging Face models: how they are made, and what they do to what is written."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
 
@@ -136,22 +136,24 @@ def test_a_persona_vector_writes_what_points_to_the_layers_difference(llama, use
         np.testing.assert_allclose(vectors[user.id].values[row].numpy(), expected, atol=1e-4, rtol=1e-3)
 
 
-@torch.no_grad()
-def naive(plain, tokens, start, vector, strength, d_head):
-    """Logits of the last position, strength times the vector added to z from `start` on."""
+@contextmanager
+def added(plain, vector, strength, positions, d_head):
+    """A plain model to the z of whose heads strength times the vector is added at some positions."""
     with ExitStack() as stack:
         for (layer, head), row in zip(vector.heads, vector.values, strict=True):
             columns = slice(head * d_head, (head + 1) * d_head)
-            stack.enter_context(
-                columns_replaced(
-                    plain,
-                    layer,
-                    head,
-                    d_head,
-                    slice(start, None),
-                    lambda z, columns=columns, row=row: z[:, :, columns] + strength * row,
-                )
-            )
+
+            def new(z, columns=columns, row=row):
+                return z[:, :, columns] + strength * row
+
+            stack.enter_context(columns_replaced(plain, layer, head, d_head, positions, new))
+        yield
+
+
+@torch.no_grad()
+def naive(plain, tokens, start, vector, strength, d_head):
+    """Logits of the last position, strength times the vector added to z from `start` on."""
+    with added(plain, vector, strength, slice(start, None), d_head):
         return plain(input_ids=tokens[None]).logits[0, -1].double().numpy()
 
 
@@ -288,11 +290,7 @@ def test_it_streams_stacks_with_cad_and_is_swept(llama, users):
         model, users, {"own": ("head_vector", vectors)}, strengths=(0.25, 0.5), max_examples=1, prompt_config=PROMPT
     )
     start, stop = own.spans["response"]
-    with ExitStack() as stack:
-        for (layer, head), row in zip(vector.heads, vector.values, strict=True):
-            columns = slice(head * d_head, (head + 1) * d_head)
-            new = lambda z, columns=columns, row=row: z[:, :, columns] + 0.5 * row  # noqa: E731
-            stack.enter_context(columns_replaced(llama.plain, layer, head, d_head, slice(start - 1, stop), new))
+    with added(llama.plain, vector, 0.5, slice(start - 1, stop), d_head):
         expected = nll(llama.plain, own)
     place = sweep.example_ids.index(example.id)
     assert float(sweep.change["own"][1, place]) == pytest.approx(expected - nll(llama.plain, own), abs=1e-4)
@@ -387,11 +385,7 @@ def test_a_strength_is_chosen_on_examples_that_made_no_vector(llama, users):
         left = dps.HeadVector(torch.stack(rows).mean(0), vectors.heads)
         prompt = dps.build_prompt(model, example, config=PROMPT)
         start, stop = prompt.spans["response"]
-        with ExitStack() as stack:
-            for (layer, head), row in zip(left.heads, left.values, strict=True):
-                columns = slice(head * d_head, (head + 1) * d_head)
-                new = lambda z, columns=columns, row=row: z[:, :, columns] + 2.0 * row  # noqa: E731
-                stack.enter_context(columns_replaced(llama.plain, layer, head, d_head, slice(start - 1, stop), new))
+        with added(llama.plain, left, 2.0, slice(start - 1, stop), d_head):
             steered = nll(llama.plain, prompt)
         changes.append(steered - nll(llama.plain, prompt))
     of_user = [index for index, owner in enumerate(sweep.user_ids) if owner == user.id]
