@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from dps_lens.heads import Head, HeadSet
     from dps_lens.intervene import Ablation, Context, Mean, Patch, Uniform, Zero, ablate, record_z
     from dps_lens.model import HookedModel, check_model, load_model
+    from dps_lens.paths import PathEffects, patch_paths
     from dps_lens.result import Result
     from dps_lens.scores import HeadScores, NoiseFloor
     from dps_lens.scoring import Objective, ScoreConfig, score_heads
@@ -111,6 +112,7 @@ _MODULES = {
     "heads": "Head HeadSet",
     "intervene": "Ablation Context Mean Patch Uniform Zero ablate record_z",
     "model": "HookedModel check_model load_model",
+    "paths": "PathEffects patch_paths",
     "result": "Result",
     "scores": "HeadScores NoiseFloor",
     "scoring": "Objective ScoreConfig score_heads",
@@ -131,21 +133,21 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 
 # fmt: off
 __all__ = [
-    "AblatedTexts", "Ablation", "AttentionPattern", "Bounds", "CausalGates", "Conditional", "Context", "DPSLensError",
-    "DecodeConfig", "Document", "Endpoint", "Engine", "EvaluateConfig", "Evaluation", "Example", "Exploration",
-    "Faithfulness", "Family", "FindConfig", "Finder", "Fit", "FoundHeads", "FunctionVector", "Gates", "GatingConfig",
-    "Generation", "Greedy", "Head", "HeadScores", "HeadSet", "HeadVector", "HeadVectors", "HeldOutConfig",
-    "HookedModel", "Mean", "Metric", "NoiseFloor", "Note", "Objective", "Overlap", "Patch", "Prompt", "PromptConfig",
-    "Rank", "RayEngine", "Repeated", "Result", "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects",
-    "Shard", "Significance", "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream",
-    "Trial", "Uniform", "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation",
-    "ablation_cost", "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt",
-    "check_model", "cluster_users", "evaluate", "explore", "export_lora", "export_vector", "faithfulness",
-    "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_model", "load_users",
-    "logits_processor", "measure_noise", "merge_runs", "overlap", "patch_heads", "plots", "preference_vector",
-    "profile_attention", "random_heads", "record_z", "reference_heads", "score_heads", "screening_recall",
-    "significant_heads", "split_half", "stability", "steering_grid", "steering_sweep", "steerx_vector", "style_vector",
-    "vector_recovery",
+    "AblatedTexts", "Ablation", "AttentionPattern", "Bounds", "CausalGates", "Conditional", "Context",
+    "DPSLensError", "DecodeConfig", "Document", "Endpoint", "Engine", "EvaluateConfig", "Evaluation", "Example",
+    "Exploration", "Faithfulness", "Family", "FindConfig", "Finder", "Fit", "FoundHeads", "FunctionVector", "Gates",
+    "GatingConfig", "Generation", "Greedy", "Head", "HeadScores", "HeadSet", "HeadVector", "HeadVectors",
+    "HeldOutConfig", "HookedModel", "Mean", "Metric", "NoiseFloor", "Note", "Objective", "Overlap", "Patch",
+    "PathEffects", "Prompt", "PromptConfig", "Rank", "RayEngine", "Repeated", "Result", "Retrieval", "RunConfig",
+    "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance", "SteeredText", "SteeringGrid",
+    "SteeringSweep", "SteeringVector", "Term", "TextStream", "Trial", "Uniform", "User", "UserClusters",
+    "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost", "ablation_curve",
+    "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt", "check_model", "cluster_users",
+    "evaluate", "explore", "export_lora", "export_vector", "faithfulness", "find_heads", "generate", "head_vectors",
+    "held_out_effects", "judge", "load_model", "load_users", "logits_processor", "measure_noise", "merge_runs",
+    "overlap", "patch_heads", "patch_paths", "plots", "preference_vector", "profile_attention", "random_heads",
+    "record_z", "reference_heads", "score_heads", "screening_recall", "significant_heads", "split_half",
+    "stability", "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
 ]
 # fmt: on
 

@@ -16,7 +16,7 @@ from dps_lens.intervene.ablations import (
     Zero,
     find_ablation,
 )
-from dps_lens.intervene.edits import Edit, ablate, attention_for, row_masks
+from dps_lens.intervene.edits import Edit, Editing, Replacement, ablate, attention_for, row_masks
 from dps_lens.intervene.gates import FromRow, Gate, Scale
 from dps_lens.intervene.positions import Selection, Where, everywhere, window
 from dps_lens.intervene.record import record_z, recording_z
@@ -27,10 +27,12 @@ __all__ = [
     "AblationLike",
     "Context",
     "Edit",
+    "Editing",
     "FromRow",
     "Gate",
     "Mean",
     "Patch",
+    "Replacement",
     "Scale",
     "Selection",
     "Uniform",

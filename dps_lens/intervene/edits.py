@@ -1,10 +1,10 @@
 """Ablations at work: edits of chosen heads, one mask a row, as context managers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dps_lens.data import Prompt
 from dps_lens.errors import InterventionError
-from dps_lens.heads import HeadSet, HeadsLike
+from dps_lens.heads import Head, HeadSet, HeadsLike
 from dps_lens.intervene.ablations import Ablation, AblationLike, Zero, find_ablation
 from dps_lens.intervene.positions import Where, everywhere, window
 from dps_lens.literals import Positions
@@ -25,6 +25,15 @@ from dps_lens.model import (
     native_attention,
     runs_native,
 )
+
+
+@runtime_checkable
+class Editing(Protocol):
+    """Whatever can be on a model."""
+
+    def on(self, model: HookedModel) -> AbstractContextManager[None]:
+        """A context that applies it to every pass inside."""
+        ...
 
 
 # A hook point asks each hook for its repr; that of a dataclass would print its tensors.
@@ -98,6 +107,30 @@ class Edit:
         if self.rows_join:
             return mask[:rows]
         raise InterventionError(f"the ablation holds {len(mask)} rows of heads, the batch has {rows} rows")
+
+
+@dataclass(frozen=True, repr=False)
+class Replacement:
+    """Another z for one head a row, each row its own, at all positions of a pass.
+
+    Attributes:
+        heads: of the rows, by layer, as rows join (`Runner.resume`).
+        z: of the rows.
+    """
+
+    heads: Sequence[Head]
+    z: Float[Tensor, "row pos d_head"]
+
+    def on(self, model: HookedModel) -> Hooks:
+        """A context that applies it to every pass inside."""
+        layers = dict.fromkeys(head.layer for head in self.heads)
+        return Hooks(model, [(f"blocks.{layer}.attn.hook_z", partial(self._hook, layer)) for layer in layers])
+
+    def _hook(self, layer: int, z: Tensor, hook: object) -> Tensor:
+        rows = [row for row, head in enumerate(self.heads) if head.layer == layer]
+        edited = z.clone()
+        edited[rows, :, [self.heads[row].head for row in rows]] = self.z[rows].to(z)
+        return edited
 
 
 def as_mask(where: slice | Tensor, n_pos: int, device: torch.device) -> Bool[Tensor, "row pos"]:

@@ -137,7 +137,8 @@ class BridgeRunner(Runner):
                 self._after(prompt, tokens.shape[1]) as past,
                 _entering(self.model.blocks, {layer: residual}, stop=layer),
             ):
-                self._forward(tokens, keep=1, **past)
+                # Some blocks keep the number of rows that the pass began with.
+                self._forward(tokens.expand(len(residual), -1), keep=1, **past)
         except _StoppedError as stopped:
             return stopped.residual
         raise AssertionError(f"block {layer} did not run")

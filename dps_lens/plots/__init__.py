@@ -10,6 +10,7 @@ from dps_lens.plots.head_vectors import head_vectors
 from dps_lens.plots.heatmap import heatmap, heatmaps
 from dps_lens.plots.overlap import overlap
 from dps_lens.plots.pareto import k_sweep, pareto
+from dps_lens.plots.paths import paths
 from dps_lens.plots.stability import stability_curve
 from dps_lens.plots.steering import steering
 from dps_lens.plots.theme import TEMPLATE
@@ -31,6 +32,7 @@ __all__ = [
     "k_sweep",
     "overlap",
     "pareto",
+    "paths",
     "stability_curve",
     "steering",
     "token_shift",

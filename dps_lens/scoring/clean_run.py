@@ -7,7 +7,7 @@ and values of the prompt.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
 
@@ -17,11 +17,14 @@ from torch import Tensor
 
 from dps_lens.data import Prompt
 from dps_lens.errors import ScoreError
+from dps_lens.heads import Head
 from dps_lens.intervene import (
     Ablation,
     AblationLike,
     Context,
     Edit,
+    Editing,
+    Replacement,
     Where,
     attention_for,
     everywhere,
@@ -97,7 +100,7 @@ class CleanRun:
             logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)
         self.z = torch.stack([recording[layer][0].to(runner.device) for layer in sorted(recording)]) if keep_z else None
         self.logits = logits[0]
-        self.losses = self._measured(logits)[0]
+        self.losses = self.measured(logits)[0]
         self.value = float(self.losses.mean())
         is_nll = isinstance(self.objective, NLL)
         self.nll = self.value if is_nll else float(token_losses(self.logits, self.targets).double().mean())
@@ -126,7 +129,7 @@ class CleanRun:
         other.values = ablation.standalone("CleanRun", decoding=False)
         return other
 
-    def _measured(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float64[Tensor, "row pos"]:
+    def measured(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float64[Tensor, "row pos"]:
         return losses_of_rows(self.objective, logits, self.targets, self.logits)
 
     def _rows_per_batch(self, batch_size: BatchSize) -> int:
@@ -170,19 +173,35 @@ class CleanRun:
     @torch.inference_mode()
     def ablated_losses(self, masks: Bool[Tensor, "row layer head"]) -> Float64[Tensor, "row pos"]:
         """The objective at each response position with the heads of each row ablated; a row without heads is clean."""
-        losses = self.losses.repeat(len(masks), 1)
         if self.where(self.tokens.shape[1]) is None:
-            return losses
+            return self.losses.repeat(len(masks), 1)
         used = masks.any(-1)
-        first = torch.where(used.any(-1), used.int().argmax(-1), -1)
-        order = [int(row) for row in first.argsort(stable=True) if first[row] >= 0]
+        first = torch.where(used.any(-1), used.int().argmax(-1), -1).tolist()
+        return self._batched(first, lambda rows: self.edit(masks[rows]))
+
+    def edit(self, masks: Bool[Tensor, "row layer head"]) -> Editing:
+        """What ablates the heads of each row, where rows join by layer."""
+        return Edit(masks, self.ablation, self.where, self.values, rows_join=True)
+
+    @torch.inference_mode()
+    def replaced_losses(self, heads: Sequence[Head], z: Float[Tensor, "row pos d_head"]) -> Float64[Tensor, "row pos"]:
+        """The objective at each response position with the z of one head a row, another in each, at all positions that
+        are run."""
+        return self._batched(
+            [head.layer for head in heads], lambda rows: Replacement([heads[row] for row in rows], z[rows])
+        )
+
+    def _batched(self, first: Sequence[int], edit: Callable[[list[int]], Editing]) -> Tensor:
+        """Losses of edited rows, which enter at their first edited layer; −1 is a row that stays clean."""
+        losses = self.losses.repeat(len(first), 1)
+        order = sorted((row for row, layer in enumerate(first) if layer >= 0), key=lambda row: first[row])
         with ExitStack() as stack:
             stack.enter_context(attention_for(self.runner.model, self.ablation))
             stack.enter_context(reused_logits(self.runner.model))
             while order:
                 rows = order[: self.batch_size]
                 try:
-                    losses[rows] = self._run(masks[rows], first[rows].tolist())
+                    losses[rows] = self._run([first[row] for row in rows], edit(rows))
                 except torch.OutOfMemoryError:
                     if len(rows) == 1:
                         raise
@@ -197,11 +216,11 @@ class CleanRun:
             )
         return losses
 
-    def _run(self, masks: Tensor, first: Sequence[int]) -> Tensor:
+    def _run(self, first: Sequence[int], edit: Editing) -> Tensor:
         starts = {layer: self.residual(layer).expand(first.count(layer), -1, -1) for layer in dict.fromkeys(first)}
-        with Edit(masks, self.ablation, self.where, self.values, rows_join=True).on(self.runner.model):
+        with edit.on(self.runner.model):
             logits = self.runner.resume(starts, self.tokens, prompt=self.prompt_cache, keep=len(self.targets))
-        return self._measured(logits)
+        return self.measured(logits)
 
 
 def single_heads(n_layers: int, n_heads: int) -> Bool[Tensor, "row layer head"]:

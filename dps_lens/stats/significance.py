@@ -153,6 +153,14 @@ def significant_heads(
     return found
 
 
+def max_t_p(
+    effects: Float[np.ndarray, "user test"], *, n_flips: int = 10_000, seed: int = 0
+) -> Float[np.ndarray, " test"]:
+    """Two-sided p-values of means over users, family-wise over tests: the `"max_t"` of `significant_heads`."""
+    p = _max_t(effects, n_flips, np.random.default_rng(seed))
+    return np.maximum(p, _smallest_p("max_t", len(effects), n_flips))
+
+
 def _smallest_p(correction: Correction, n_users: int, n_flips: int) -> float:
     if correction == "bh":
         return 0.0

@@ -5,46 +5,45 @@ heads of the layer write, and no head. This scores such slices with the same pro
 `score_heads`, so that the "heads" it ranks first can be ablated as the true heads of that name.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 import dps_lens as dps
 from dps_lens.data import Example
-from dps_lens.model import HookedModel
+from dps_lens.model import HookedModel, Hooks
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scoring import NLL, CleanRun, single_heads
 from dps_lens.scoring.sweep import Sweep
 
 
-@contextmanager
-def slices_removed(model: HookedModel, masks: Bool[Tensor, "row layer head"]) -> Iterator[None]:
+@dataclass(frozen=True, repr=False)
+class Slices:
     """Zero the output slices of each row's masked "heads"; rows join from layer to layer as in `Runner.resume`."""
-    width = model.cfg.d_model // model.cfg.n_heads
 
-    def zero(output: Float[Tensor, "row pos d_model"], hook: object, layer: int) -> Float[Tensor, "row pos d_model"]:
-        keep = ~masks[: output.shape[0], layer].repeat_interleave(width, dim=-1)
+    masks: Bool[Tensor, "row layer head"]
+
+    def on(self, model: HookedModel) -> Hooks:
+        layers = self.masks.any(0).any(-1).nonzero().flatten().tolist()
+        width = model.cfg.d_model // model.cfg.n_heads
+        hooks = [(f"blocks.{layer}.attn.o.hook_out", partial(self._zero, layer, width)) for layer in layers]
+        return Hooks(model, hooks)
+
+    def _zero(self, layer: int, width: int, output: Float[Tensor, "row pos d_model"], hook: object) -> Tensor:
+        keep = ~self.masks[: output.shape[0], layer].repeat_interleave(width, dim=-1)
         return output * keep[:, None].to(output)
-
-    layers = masks.any(0).any(-1).nonzero().flatten().tolist()
-    hooks = [(f"blocks.{layer}.attn.o.hook_out", partial(zero, layer=layer)) for layer in layers]
-    with model.hooks(fwd_hooks=hooks):
-        yield
 
 
 class SliceRun(CleanRun):
     """A clean run whose ablations remove output slices instead of heads."""
 
-    def _run(self, masks: Bool[Tensor, "row layer head"], first: Sequence[int]) -> Float64[Tensor, "row pos"]:
-        starts = {layer: self.residual(layer).expand(first.count(layer), -1, -1) for layer in dict.fromkeys(first)}
-        with slices_removed(self.runner.model, masks):
-            logits = self.runner.resume(starts, self.tokens, prompt=self.prompt_cache, keep=len(self.targets))
-        return self._measured(logits)
+    def edit(self, masks: Bool[Tensor, "row layer head"]) -> Slices:
+        return Slices(masks)
 
 
 def score_slices(

@@ -104,6 +104,25 @@ def pattern():
     return AttentionPattern((Head(0, 0),), torch.rand(1, 2, 5), (EVIL,) * 5, prompt)
 
 
+def paths():
+    heads, generator = HeadSet.parse("L0H1,L1H0", EVIL), torch.Generator().manual_seed(0)
+    users = tuple(f"{EVIL}{number}" for number in range(8))
+    values = torch.rand(8, 2, dtype=torch.float64, generator=generator) + torch.tensor([1.0, -0.5])
+    others = 0.01 * torch.randn(8, 2, dtype=torch.float64, generator=generator)
+    return dps.PathEffects(
+        heads,
+        heads,
+        {"L0H1": HeadSet.parse("L0H0"), "L1H0": HeadSet.parse("L1H1")},
+        ("q",),
+        users,
+        users,
+        paths=torch.full((8, 1, 4, 2), torch.nan, dtype=torch.float64).index_fill(3, torch.tensor([1]), 0.5),
+        direct=torch.cat([values, others], 1),
+        total=torch.cat([values, others], 1),
+        documents=torch.cat([values, others], 1)[:, :, None],
+    )
+
+
 def vectors():
     values = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
     users = (f"{EVIL}1", f"{EVIL}2")
@@ -128,13 +147,14 @@ FIGURES = {
     "overlap": lambda: plots.overlap(dps.overlap(scores(), k=3, n_null=20, n_splits=5)),
     "pareto": lambda: plots.pareto(grid()),
     "pareto by name": lambda: plots.pareto({EVIL: grid(), "other": grid()}),
+    "paths": lambda: plots.paths(paths()),
     "stability_curve": lambda: plots.stability_curve(
         pd.DataFrame({"units": [2], "jaccard": [0.5], "low": [0.4], "high": [0.6], "chance": [0.1]}), units=EVIL
     ),
     "steering": lambda: plots.steering(sweep()),
     "token_shift": lambda: plots.token_shift(generation()),
 }
-UNNAMED = {"k_sweep"}
+UNNAMED = {"k_sweep", "paths"}
 """Figures that show no word of anybody's."""
 
 

@@ -1,0 +1,165 @@
+"""Direct paths in one clean run: what a head writes by itself, and what another head makes of it.
+
+A direct path carries what one head writes to what another one reads, or to the logits, while everything between the two
+stays as it was (path patching, Wang et al. 2022, arXiv 2211.00593). Of a patched path only the z of the head that reads
+differs, so that all that follows is a patch of this z.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from dps_lens.errors import ModelCheckError
+from dps_lens.heads import Head
+from dps_lens.model import Hooks, check_attention_writes
+from dps_lens.scoring import CleanRun
+
+Into: TypeAlias = Literal["q", "k", "v", "resid"]
+INTO: tuple[Into, ...] = get_args(Into)
+_ROWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class DirectPaths:
+    """The direct paths of one clean run.
+
+    Attributes:
+        run: of a prompt with its response.
+    """
+
+    run: CleanRun
+
+    @torch.inference_mode()
+    def writes(
+        self, heads: Sequence[Head], z: Float[Tensor, "layer pos head d_head"]
+    ) -> Float[Tensor, "sender pos d_model"]:
+        """How the residual stream behind its own layer changes when one head's z is that of another run.
+
+        The layer's MLP is held as it was, so that this is `Δz W_O`, with whatever the model does to the output of
+        attention on its way: a norm of Gemma's, a multiplier of Granite's.
+
+        Args:
+            heads: the senders.
+            z: of the other run, at the positions that are run.
+        """
+        found: dict[Head, Tensor] = {}
+        for layer, group in groupby(sorted(heads), key=lambda head: head.layer):
+            senders = list(group)
+            hooks: list[tuple[str, Any]] = [
+                (f"blocks.{layer}.attn.hook_z", partial(_patch, heads=[head.head for head in senders], z=z[layer]))
+            ]
+            if (mlp := f"blocks.{layer}.hook_mlp_out") in self.run.runner.model.hook_dict:
+                hooks.append((mlp, _hold))
+            left = self._block(layer, self.run.residual(layer).expand(len(senders) + 1, -1, -1), hooks)
+            found.update(zip(senders, left[1:] - left[:1], strict=True))
+        return torch.stack([found[head] for head in heads])
+
+    @torch.inference_mode()
+    def received(
+        self, layer: int, written: Float[Tensor, "sender pos d_model"], into: Sequence[Into]
+    ) -> dict[Into, Float[Tensor, "sender pos head d_head"]]:
+        """z of the heads of a layer when each sender's write reaches only what they read it into.
+
+        `"q"`, `"k"` and `"v"` change one of a head's three inputs, `"resid"` all of them. Where heads share keys and
+        values, each head gets a changed copy of its own.
+
+        Raises:
+            ModelCheckError: the attention of this architecture has no such hook points.
+        """
+        parts = [part for part in into if part != "resid"]
+        found: dict[Into, list[Tensor]] = {part: [] for part in into}
+        for chunk in written.split(_ROWS):
+            n = len(chunk)
+            # The first rows read the write into everything; those of a part take that part from them.
+            entering = self.run.residual(layer).expand((1 + len(parts)) * n, -1, -1).clone()
+            entering[:n] += chunk
+            fired: set[str] = set()
+            hooks: list[tuple[str, Any]] = [
+                (f"blocks.{layer}.attn.hook_{part}", partial(_take, n=n, place=place, part=part, fired=fired))
+                for place, part in enumerate(parts, start=1)
+            ]
+            z = self._z(layer, entering, hooks)
+            if missing := set(parts) - fired:
+                raise ModelCheckError(
+                    f"patch_paths: hook_{min(missing)} does not fire in this architecture, so that what its heads read "
+                    "cannot be told apart; use into='resid'"
+                )
+            groups = dict(zip(("resid", *parts), z.split(n), strict=True))
+            for name in into:
+                found[name].append(groups[name])
+        return {name: torch.cat(chunks) for name, chunks in found.items()}
+
+    @torch.inference_mode()
+    def cut(self, layer: int, spans: Sequence[tuple[int, int]]) -> Float[Tensor, "span pos head d_head"]:
+        """z of the heads of a layer that cannot look at one span of the prompt, each span in turn.
+
+        Args:
+            layer: whose heads are cut off.
+            spans: first position and the one behind the last, in the whole prompt.
+
+        Raises:
+            ModelCheckError: this architecture does not obey what is written into its attention scores.
+        """
+        check_attention_writes("patch_paths", self.run.runner.model)
+        hooks = [(f"blocks.{layer}.attn.hook_attn_scores", partial(_blind, spans=spans))]
+        return self._z(layer, self.run.residual(layer).expand(len(spans), -1, -1), hooks)
+
+    @torch.inference_mode()
+    def to_logits(self, written: Float[Tensor, "sender pos d_model"]) -> Float64[Tensor, "sender pos"]:
+        """The objective at each response position when the senders' writes reach the final norm, and nothing else."""
+        run, last = self.run, self.run.runner.cfg.n_layers - 1
+        final = self._block(last, run.residual(last), [])
+        losses = []
+        for chunk in written.split(run.batch_size):
+            starts = {last + 1: final + chunk}
+            logits = run.runner.resume(starts, run.tokens, prompt=run.prompt_cache, keep=len(run.targets))
+            losses.append(run.measured(logits))
+        return torch.cat(losses)
+
+    def _z(
+        self, layer: int, entering: Tensor, hooks: Sequence[tuple[str, Any]]
+    ) -> Float[Tensor, "row pos head d_head"]:
+        kept: list[Tensor] = []
+        self._block(layer, entering, [*hooks, (f"blocks.{layer}.attn.hook_z", partial(_keep, kept=kept))])
+        return kept[0]
+
+    def _block(self, layer: int, entering: Tensor, hooks: Sequence[tuple[str, Any]]) -> Tensor:
+        """One block with the attention that TransformerLens recomputes, in which q, k, v and scores have hooks."""
+        run = self.run
+        with Hooks(run.runner.model, hooks):
+            return run.runner.block(layer, entering, run.tokens, prompt=run.prompt_cache)
+
+
+def _patch(own: Tensor, hook: object, *, heads: Sequence[int], z: Tensor) -> Tensor:
+    """z of another run in one head of every row but the first."""
+    patched = own.clone()
+    patched[torch.arange(1, len(heads) + 1), :, heads] = z[:, heads].transpose(0, 1).to(own)
+    return patched
+
+
+def _hold(out: Tensor, hook: object) -> Tensor:
+    return out[:1].expand_as(out).clone()
+
+
+def _take(activation: Tensor, hook: object, *, n: int, place: int, part: str, fired: set[str]) -> Tensor:
+    fired.add(part)
+    taken = activation.clone()
+    taken[place * n : (place + 1) * n] = activation[:n]
+    return taken
+
+
+def _blind(scores: Tensor, hook: object, *, spans: Sequence[tuple[int, int]]) -> Tensor:
+    blinded = scores.clone()
+    for row, (start, stop) in enumerate(spans):
+        blinded[row, :, :, start:stop] = torch.finfo(scores.dtype).min
+    return blinded
+
+
+def _keep(z: Tensor, hook: object, *, kept: list[Tensor]) -> None:
+    kept.append(z.detach().clone())
