@@ -30,6 +30,7 @@ EXPERIMENTS = {
     "benchmark": "benchmark",
     "integration": "integration",
     "finders": "finders",
+    "moonshot": "finders",
     "race": "race",
 }
 """Script → run folder of its experiment."""
