@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dps_lens import plots
     from dps_lens.adapters import export_lora, export_vector, logits_processor
     from dps_lens.data import Document, Example, Note, Prompt, PromptConfig, User, build_prompt, chat_prompt, load_users
+    from dps_lens.dossier import Dossier, describe_head
     from dps_lens.engines import RayEngine, Shard, merge_runs
     from dps_lens.errors import DPSLensError
     from dps_lens.evaluation import (
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "adapters": "export_lora export_vector logits_processor",
     "data": "Document Example Note Prompt PromptConfig User build_prompt chat_prompt load_users",
+    "dossier": "Dossier describe_head",
     "engines": "RayEngine Shard merge_runs",
     "errors": "DPSLensError",
     "evaluation": (
@@ -134,20 +136,21 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 # fmt: off
 __all__ = [
     "AblatedTexts", "Ablation", "AttentionPattern", "Bounds", "CausalGates", "Conditional", "Context",
-    "DPSLensError", "DecodeConfig", "Document", "Endpoint", "Engine", "EvaluateConfig", "Evaluation", "Example",
-    "Exploration", "Faithfulness", "Family", "FindConfig", "Finder", "Fit", "FoundHeads", "FunctionVector", "Gates",
-    "GatingConfig", "Generation", "Greedy", "Head", "HeadScores", "HeadSet", "HeadVector", "HeadVectors",
-    "HeldOutConfig", "HookedModel", "Mean", "Metric", "NoiseFloor", "Note", "Objective", "Overlap", "Patch",
-    "PathEffects", "Prompt", "PromptConfig", "Rank", "RayEngine", "Repeated", "Result", "Retrieval", "RunConfig",
-    "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance", "SteeredText", "SteeringGrid",
-    "SteeringSweep", "SteeringVector", "Term", "TextStream", "Trial", "Uniform", "User", "UserClusters",
-    "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost", "ablation_curve",
-    "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt", "check_model", "cluster_users",
-    "evaluate", "explore", "export_lora", "export_vector", "faithfulness", "find_heads", "generate", "head_vectors",
-    "held_out_effects", "judge", "load_model", "load_users", "logits_processor", "measure_noise", "merge_runs",
-    "overlap", "patch_heads", "patch_paths", "plots", "preference_vector", "profile_attention", "random_heads",
-    "record_z", "reference_heads", "score_heads", "screening_recall", "significant_heads", "split_half",
-    "stability", "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
+    "DPSLensError", "DecodeConfig", "Document", "Dossier", "Endpoint", "Engine", "EvaluateConfig", "Evaluation",
+    "Example", "Exploration", "Faithfulness", "Family", "FindConfig", "Finder", "Fit", "FoundHeads",
+    "FunctionVector", "Gates", "GatingConfig", "Generation", "Greedy", "Head", "HeadScores", "HeadSet",
+    "HeadVector", "HeadVectors", "HeldOutConfig", "HookedModel", "Mean", "Metric", "NoiseFloor", "Note",
+    "Objective", "Overlap", "Patch", "PathEffects", "Prompt", "PromptConfig", "Rank", "RayEngine", "Repeated",
+    "Result", "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance",
+    "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream", "Trial", "Uniform",
+    "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost",
+    "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt", "check_model",
+    "cluster_users", "describe_head", "evaluate", "explore", "export_lora", "export_vector", "faithfulness",
+    "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_model", "load_users",
+    "logits_processor", "measure_noise", "merge_runs", "overlap", "patch_heads", "patch_paths", "plots",
+    "preference_vector", "profile_attention", "random_heads", "record_z", "reference_heads", "score_heads",
+    "screening_recall", "significant_heads", "split_half", "stability", "steering_grid", "steering_sweep",
+    "steerx_vector", "style_vector", "vector_recovery",
 ]
 # fmt: on
 

@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from dps_lens.dossier import Dossier
     from dps_lens.evaluation import Evaluation
     from dps_lens.found import FoundHeads
+    from dps_lens.paths import PathEffects
     from dps_lens.scores import HeadScores
     from dps_lens.stats import Overlap
     from dps_lens.validation import Faithfulness, SetEffects
@@ -246,3 +248,50 @@ def _range(row: Mapping[Hashable, Any], name: str) -> str:
 def _number(row: Mapping[Hashable, Any], name: str) -> str:
     """Three digits, or nothing where the number is missing or NaN."""
     return f"{row[name]:.3f}" if name in row and not math.isnan(row[name]) else ""
+
+
+def print_dossier(found: "Dossier") -> None:
+    """What a head reads and writes beside random heads of its layer, and its rank in other families."""
+    from rich.table import Table
+
+    users = len(dict.fromkeys(found.user_ids))
+    table = Table(title=printable(f"{found.head} on {users} users, 95% intervals; others: {len(found.controls)} heads"))
+    for column in ("section", "measure", "mean", "interval", "others"):
+        table.add_column(column, justify="left" if column in ("section", "measure") else "right")
+    for row in found.to_frame().to_dict("records"):
+        interval = "" if math.isnan(row["low"]) else f"{row['low']:.3f} to {row['high']:.3f}"
+        others = "" if math.isnan(row["control"]) else f"{row['control']:.3f}"
+        _add(table, row["section"], row["measure"], f"{row['mean']:.3f}", interval, others)
+    console = _console()
+    console.print(table)
+    if found.ranks:
+        table = Table(title="Rank in other families")
+        for column in ("family", "score", "rank", "median"):
+            table.add_column(column, justify="left" if column == "family" else "right")
+        for row in found.families().to_dict("records"):
+            place = f"{row['rank']:.0f} of {row['heads']:.0f}"
+            _add(table, row["family"], f"{row['score']:.4f}", place, f"{row['median']:.4f}")
+        console.print(table)
+    console.print(printable(f"raises most: {', '.join(map(repr, found.raised))}"))
+    console.print(printable(f"lowers most: {', '.join(map(repr, found.lowered))}"))
+
+
+def print_edges(found: "PathEffects") -> None:
+    """The paths that survive, and how many were looked at."""
+    from rich.table import Table
+
+    frame = found.edges()
+    kept = frame[frame["survives"]]
+    if frame["p"].isna().all():
+        _console().print(
+            printable(f"{len(frame)} paths; no claim about any: it takes six users and another head in each layer")
+        )
+        return
+    table = Table(title=printable(f"{len(kept)} of {len(frame)} paths survive: nats per token, 95% over users"))
+    for column in ("source", "target", "into", "effect", "interval", "random heads", "p"):
+        table.add_column(column, justify="left" if column in ("source", "target", "into") else "right")
+    for row in kept.to_dict("records"):
+        interval = f"{row['effect_low']:.4f} to {row['effect_high']:.4f}"
+        numbers = (f"{row['effect']:.4f}", interval, f"{row['control']:.4f}", f"{row['p']:.4f}")
+        _add(table, row["source"], row["target"], row["into"], *numbers)
+    _console().print(table)

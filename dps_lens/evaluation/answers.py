@@ -8,6 +8,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from dps_lens.data import Example, Prompt
+from dps_lens.data.copied import copied_tokens
 from dps_lens.data.tokenizer import without_special
 from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.metrics import Metric, score_text
@@ -16,7 +17,6 @@ from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.model import HookedModel, native_attention, runner_of
 from dps_lens.model.losses import token_losses
 from dps_lens.model.positions import check_switch
-from dps_lens.validation.edits import copied_tokens
 
 _NGRAM = 2
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
         cfg: Any  # a ModelConfig; the libraries' own classes declare their fields otherwise
         tokenizer: Any
         blocks: Any
+        ln_final: Any
+        W_E: Any
+        W_U: Any
 
         @property
         def hook_dict(self) -> dict[str, Any]: ...

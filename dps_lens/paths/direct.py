@@ -7,7 +7,7 @@ differs, so that all that follows is a patch of this z.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dps_lens.errors import ModelCheckError
 from dps_lens.heads import Head
-from dps_lens.model import Hooks, check_attention_writes
+from dps_lens.model import Hooks, check_attention_reads, check_attention_writes
 from dps_lens.scoring import CleanRun
 
 Into: TypeAlias = Literal["q", "k", "v", "resid"]
@@ -111,16 +111,34 @@ class DirectPaths:
         return self._z(layer, self.run.residual(layer).expand(len(spans), -1, -1), hooks)
 
     @torch.inference_mode()
+    def pattern(self, layer: int) -> Float[Tensor, "head query key"]:
+        """Attention of the heads of a layer, from the positions that are run to all of the prompt and response.
+
+        Raises:
+            ModelCheckError: the attention that is recomputed is not this model's own.
+        """
+        check_attention_reads("pattern", self.run.runner.model)
+        kept: list[Tensor] = []
+        hooks = [(f"blocks.{layer}.attn.hook_pattern", partial(_keep, kept=kept))]
+        self._block(layer, self.run.residual(layer), hooks)
+        return kept[0][0].float()
+
+    @torch.inference_mode()
     def to_logits(self, written: Float[Tensor, "sender pos d_model"]) -> Float64[Tensor, "sender pos"]:
         """The objective at each response position when the senders' writes reach the final norm, and nothing else."""
-        run, last = self.run, self.run.runner.cfg.n_layers - 1
-        final = self._block(last, run.residual(last), [])
-        losses = []
+        run, last, losses = self.run, self.run.runner.cfg.n_layers - 1, []
         for chunk in written.split(run.batch_size):
-            starts = {last + 1: final + chunk}
+            starts = {last + 1: self.final + chunk}
             logits = run.runner.resume(starts, run.tokens, prompt=run.prompt_cache, keep=len(run.targets))
             losses.append(run.measured(logits))
         return torch.cat(losses)
+
+    @cached_property
+    def final(self) -> Float[Tensor, "1 pos d_model"]:
+        """The clean residual stream behind the last layer."""
+        last = self.run.runner.cfg.n_layers - 1
+        with torch.inference_mode():
+            return self._block(last, self.run.residual(last), [])
 
     def _z(
         self, layer: int, entering: Tensor, hooks: Sequence[tuple[str, Any]]

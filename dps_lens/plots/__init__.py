@@ -2,6 +2,7 @@
 
 from dps_lens.plots.ablation import ablation
 from dps_lens.plots.attention import attention, attention_html
+from dps_lens.plots.dossier import dossier
 from dps_lens.plots.evaluation import evaluation
 from dps_lens.plots.export import browser, export
 from dps_lens.plots.faithfulness import faithfulness
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "attention_html",
     "browser",
+    "dossier",
     "evaluation",
     "export",
     "faithfulness",

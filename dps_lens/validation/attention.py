@@ -124,7 +124,7 @@ def profile_attention(
     disable = None if (run_config or RunConfig()).progress else True
     for example in tqdm(examples, desc="attention", unit="example", disable=disable):
         built = build_prompt(model, example, config=prompt_config)
-        targets = _targets(built)
+        targets = targets_of(built)
         for head, pattern in _from_response(model, built, heads).items():
             attention = pattern.mean(0)
             for name, (document, positions) in targets.items():
@@ -162,7 +162,7 @@ def _from_response(model: HookedModel, prompt: Prompt, heads: HeadSet) -> dict[H
     return {head: patterns[head] for head in heads}
 
 
-def _targets(prompt: Prompt) -> dict[str, tuple[str, Tensor]]:
+def targets_of(prompt: Prompt) -> dict[str, tuple[str, Tensor]]:
     """Positions by what stands there; every position belongs to one target."""
     free = torch.ones(len(prompt.tokens), dtype=torch.bool)
     targets: dict[str, tuple[str, Tensor]] = {}

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from dps_lens.data import Example
+from dps_lens.data.copied import copied_tokens
 from dps_lens.scoring import CleanRun
 from dps_lens.validation.effects import SetEffects
 from dps_lens.validation.work import HeldOutWork
@@ -123,17 +124,6 @@ def stack_draws(rows: Sequence[Mapping[int, Tensor]], user_ids: Sequence[str], n
             by_user.setdefault(owner, {}).setdefault(draw, []).append(row)
     complete = [draw for draw in range(n_draws) if all(draw in own for own in by_user.values())]
     return torch.stack([torch.stack([torch.stack(own[draw]).mean(0) for own in by_user.values()]) for draw in complete])
-
-
-def copied_tokens(response: Sequence[int], profile: Sequence[int], n: int) -> Float64[Tensor, " pos"]:
-    """1 where a response token ends an n-gram of the response that the profile holds, else 0.
-
-    >>> copied_tokens([7, 1, 2, 3], [1, 2, 9], 2).tolist()
-    [0.0, 0.0, 1.0, 0.0]
-    """
-    held = {tuple(profile[index : index + n]) for index in range(len(profile) - n + 1)}
-    ends = [index >= n - 1 and tuple(response[index - n + 1 : index + 1]) in held for index in range(len(response))]
-    return torch.tensor(ends, dtype=torch.float64)
 
 
 def _split(losses: Float64[Tensor, "row pos"], copied: Float64[Tensor, " pos"]) -> Float64[Tensor, "row 2"]:

@@ -80,6 +80,8 @@ def test_help_answers_at_once_and_names_every_command():
         "explore",
         "merge",
         "vectors",
+        "describe",
+        "paths",
     ):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
@@ -136,6 +138,34 @@ def test_find_prints_the_set_with_its_inclusion_and_costs(model, tmp_path):
     done = run("find", "--out", tmp_path / "c", *options, "--method", "best")
     assert done.returncode == 2
     assert "find_heads: method 'best' is unknown; use one of rank, greedy, conditional" in done.stderr
+
+
+def test_a_head_is_described_and_its_paths_are_drawn(model, tmp_path):
+    options = ("--model", model, "--max-users", 2)
+    done = run("describe", "L1H2", "--out", tmp_path / "d", *options, "--n-random", 2)
+    assert done.returncode == 0, done.stderr
+    assert "token that is written" in done.stdout
+    found = dps.Dossier.load(tmp_path / "d")
+    assert str(found.head) == "L1H2"
+    assert len(found.controls) == 2
+    assert {"dossier.csv", "tokens.csv", "dossier.html"} <= {file.name for file in (tmp_path / "d").iterdir()}
+    done = run(
+        "paths", "--out", tmp_path / "p", "--receivers", "L2H1", "--senders", "L0H1,L1H2", "--into", "q,v", *options
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no claim about any" in done.stdout
+    effects = dps.PathEffects.load(tmp_path / "p")
+    assert effects.into == ("q", "v")
+    assert [str(head) for head in effects.senders] == ["L0H1", "L1H2"]
+    assert {"edges.csv", "heads.csv", "paths.html"} <= {file.name for file in (tmp_path / "p").iterdir()}
+    for wrong, message in (
+        (("describe", "head 3", "--out", tmp_path / "x", *options), "write it like 'L12H3'"),
+        (("paths", "--out", tmp_path / "x", *options), "give either --run"),
+        (("paths", "--out", tmp_path / "x", "--receivers", "L1H0", "--into", "z", *options), "into 'z' is unknown"),
+    ):
+        done = run(*wrong)
+        assert done.returncode == 2
+        assert message in done.stderr
 
 
 def test_vectors_are_made_and_steered_with(model, tmp_path):

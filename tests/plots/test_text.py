@@ -14,6 +14,7 @@ import dps_lens as dps
 from dps_lens import plots
 from dps_lens.data import Prompt
 from dps_lens.data.tasks import TASKS
+from dps_lens.dossier.measures import MEASURES
 from dps_lens.evaluation import Evaluation, SteeringGrid
 from dps_lens.evaluation.grid import SteeredText
 from dps_lens.evaluation.sweep import SteeringSweep
@@ -104,6 +105,25 @@ def pattern():
     return AttentionPattern((Head(0, 0),), torch.rand(1, 2, 5), (EVIL,) * 5, prompt)
 
 
+def dossier():
+    users = (f"{EVIL}1", f"{EVIL}2")
+    values = torch.randn(2, 3, len(MEASURES), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return dps.Dossier(
+        Head(0, 1),
+        HeadSet.parse("L0H0,L0H2"),
+        users,
+        users,
+        values,
+        torch.randn(2, 3, 4),
+        ((EVIL,), (EVIL,)),
+        ((0.1,), (0.2,)),
+        {EVIL: (0.5, 0.1, 0.2)},
+        ((EVIL, "q", 0.3),),
+        (EVIL,),
+        (EVIL,),
+    )
+
+
 def paths():
     heads, generator = HeadSet.parse("L0H1,L1H0", EVIL), torch.Generator().manual_seed(0)
     users = tuple(f"{EVIL}{number}" for number in range(8))
@@ -133,6 +153,7 @@ def vectors():
 FIGURES = {
     "ablation": lambda: plots.ablation(effects()),
     "attention": lambda: plots.attention(pattern()),
+    "dossier": lambda: plots.dossier(dossier()),
     "evaluation": lambda: plots.evaluation(evaluation(), baseline="rag"),
     "evaluation against it": lambda: plots.evaluation(evaluation(), baseline=EVIL),
     "faithfulness": lambda: plots.faithfulness(curves()),
@@ -154,7 +175,7 @@ FIGURES = {
     "steering": lambda: plots.steering(sweep()),
     "token_shift": lambda: plots.token_shift(generation()),
 }
-UNNAMED = {"k_sweep", "paths"}
+UNNAMED = {"dossier", "k_sweep", "paths"}
 """Figures that show no word of anybody's."""
 
 

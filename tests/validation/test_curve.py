@@ -17,13 +17,14 @@ from torch.nn.functional import cross_entropy
 import dps_lens as dps
 from dps_lens.data import build_prompt
 from dps_lens.data.conditions import donors_of, neutral_prompt
+from dps_lens.data.copied import copied_tokens
 from dps_lens.errors import FileError, HeadError, PromptError, RunError, ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots import ablation as plot
 from dps_lens.scores import HeadScores
 from dps_lens.scoring import CleanRun
 from dps_lens.selection import draw_seed, folds, rankings
-from dps_lens.validation.edits import EditWork, copied_tokens
+from dps_lens.validation.edits import EditWork
 from dps_lens.validation.effects import SetEffects
 
 # Nats per token. Float32 losses of a few nats, from a cache and from a whole forward, differ by 1e-6 to 1e-5; effects

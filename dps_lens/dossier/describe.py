@@ -1,0 +1,276 @@
+"""What one head does for users: what it reads, what it writes, for which tokens; beside other heads of its layer."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dps_lens.checks import check_whole
+from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
+from dps_lens.data.conditions import prompts_in
+from dps_lens.data.examples import by_key, held_out_examples, unit_key
+from dps_lens.data.identity import describe_inputs
+from dps_lens.data.tokenizer import PromptTokenizer
+from dps_lens.dossier.circuits import output_circuit, readers
+from dps_lens.dossier.logits import FinalNorm
+from dps_lens.dossier.measures import Look, attributed, looked_at, per_token, stacked
+from dps_lens.dossier.result import Dossier
+from dps_lens.dossier.words import WordKinds
+from dps_lens.errors import ScoreError
+from dps_lens.heads import Head, HeadSet
+from dps_lens.literals import AGAINST, Against
+from dps_lens.model import HookedModel, check_attention_reads, runner_of
+from dps_lens.paths.direct import DirectPaths
+from dps_lens.paths.patch import others_of
+from dps_lens.scores import HeadScores
+from dps_lens.scoring import CleanRun
+from dps_lens.work import BatchSize, Engine, Run, RunConfig, Work
+
+_CALL = "describe_head"
+NULL_RESPONSE = "N/A"
+_TOKENS = 10
+
+
+def describe_head(
+    model: HookedModel,
+    users: Sequence[User],
+    head: Head | str,
+    *,
+    families: Mapping[str, HeadScores] | None = None,
+    against: Against = "other_user",
+    n_random: int = 4,
+    max_examples: int | None = 1,
+    prompt_config: PromptConfig | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    engine: Engine | None = None,
+    run_config: RunConfig | None = None,
+) -> Dossier:
+    """What a head reads, what it writes, and which tokens need it, on the users' evaluation examples.
+
+    | section | measures |
+    |---|---|
+    | reads | share of attention from the response: by place in the prompt, and by what stands there |
+    | reads, otherwise | attention to the profile beyond that of a null response, as QRHead calibrates (arXiv 2506.09944); to another user's profile; to the own one with its tokens shuffled |
+    | writes | direct logit attribution to the own text, own z minus the other run's; to the tokens it attends to; the NLL that the head's own write brings past all other layers, and that with all that follows |
+    | per token | what copied tokens, and each kind of word, have of the last |
+    | weights | whether `W_V W_O` copies, how many directions it writes to |
+
+    Args:
+        model: a hooked model; attention is read from what TransformerLens recomputes.
+        users: their evaluation examples are used.
+        head: such as `"L14H3"`.
+        families: scores of other kinds of heads, such as `reference_heads(model)`: the head's rank in each.
+        against: the other run: with another user's profile, or without one.
+        n_random: random other heads of the same layer, measured beside it.
+        max_examples: the newest so many evaluation examples of each user.
+        prompt_config: how prompts are built.
+        seed: of donors, random heads and shuffled words.
+        out: a run folder; a run that is started again there resumes.
+        engine: as in `score_heads`.
+        run_config: force, rows of a batch, progress bars.
+
+    Raises:
+        HeadError: the head lies outside the model.
+        ScoreError: the settings do not fit together.
+        ModelCheckError: the architecture's attention cannot be read.
+        RunError: `out` holds a run with other settings.
+    """  # noqa: E501
+    run = Run(model, Dossier, out, engine, run_config)
+    work = DossierWork(
+        model,
+        list(users),
+        Head.parse(head) if isinstance(head, str) else Head(*head),
+        against=against,
+        n_random=n_random,
+        max_examples=max_examples,
+        prompt_config=prompt_config or PromptConfig(),
+        seed=seed,
+        batch_size=run.config.batch_size,
+    )
+    run.open(work.fingerprint)
+    return run.keep(work.run(run, families or {}))
+
+
+@dataclass
+class DossierWork(Work):
+    """The run of `describe_head`, an example a unit."""
+
+    model: HookedModel
+    users: Sequence[User]
+    head: Head
+    against: Against = "other_user"
+    n_random: int = 4
+    max_examples: int | None = 1
+    prompt_config: PromptConfig = field(default_factory=PromptConfig)
+    seed: int = 0
+    batch_size: BatchSize = "auto"
+
+    def __post_init__(self) -> None:
+        if self.against not in AGAINST:
+            raise ScoreError(f"{_CALL}: against {self.against!r} is unknown; use 'other_user' or 'no_profile'")
+        if self.against == "other_user" and len(self.users) < 2:
+            raise ScoreError(f"{_CALL}: against='other_user' needs at least two users; use 'no_profile'")
+        check_whole(ScoreError, f"{_CALL}: n_random", self.n_random, least=0)
+        HeadSet([self.head]).mask(self.model.cfg)
+        check_attention_reads(_CALL, self.model)
+
+    @cached_property
+    def controls(self) -> HeadSet:
+        """Random other heads of the layer."""
+        return others_of(self.head, HeadSet([self.head]), self.model.cfg, self.n_random, self.seed)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        return (self.head, *self.controls)
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """Evaluation examples, user by user."""
+        return held_out_examples(_CALL, self.users, self.max_examples)
+
+    @cached_property
+    def by_key(self) -> dict[str, Example]:
+        return by_key(self.examples)
+
+    @cached_property
+    def kinds(self) -> WordKinds:
+        return WordKinds(self.users)
+
+    def owner(self, key: str) -> str:
+        return self.by_key[key].user_id
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that decides the result, for the run folder and the manifest."""
+        return {
+            "call": _CALL,
+            "head": str(self.head),
+            "against": self.against,
+            "n_random": self.n_random,
+            "max_examples": self.max_examples,
+            "seed": self.seed,
+            **describe_inputs(self.model, self.users, self.examples, self.prompt_config),
+            "examples": [unit_key(example) for example in self.examples],
+        }
+
+    def make(self, key: str, given: object = None) -> dict[str, Tensor]:
+        """`values` [head measure], `change` [pos] of the head itself, `z` [head d_head], own minus other."""
+        example, layer = self.by_key[key], self.head.layer
+        prompt = build_prompt(self.model, example, config=self.prompt_config)
+        (asked,) = prompts_in(self.model, example, self.against, self.users, seed=self.seed, config=self.prompt_config)
+        own, other = DirectPaths(self._clean(prompt)), DirectPaths(self._clean(asked))
+        assert own.run.z is not None
+        assert other.run.z is not None
+        look = Look.of(own, layer, self.heads)
+        norm, w_u = FinalNorm(self.model, own.final[0]), self.model.W_U.detach().float()
+        written = own.writes(self.heads, other.run.z)
+        # From nothing: the whole write of a head, not its difference.
+        whole = -own.writes(self.heads, torch.zeros_like(own.run.z))
+        patched = torch.stack([other.run.z[head.layer, :, head.head] for head in self.heads])
+        change = own.run.replaced_losses(self.heads, patched) - own.run.losses
+        found = {
+            **look.reads(self.model),
+            "profile, beyond a null response": look.profile - self._look(self._null(prompt)).profile,
+            "another user's profile": Look.of(other, layer, self.heads).profile,
+            "profile, words shuffled": self._look(self._shuffled(prompt)).profile,
+            "own text": attributed(-written, norm, w_u, own.run.targets).mean(-1),
+            "what it looks at": looked_at(look, whole, norm, w_u),
+            "directly": own.to_logits(written).mean(-1) - own.run.value,
+            "patched": change.mean(-1),
+            **per_token(change, prompt, pieces_of(self.model, prompt), self.kinds),
+        }
+        z = (own.run.z - other.run.z)[layer, :, [head.head for head in self.heads]].mean(0)
+        return {"values": stacked(found), "change": change[0], "z": z.float().cpu()}
+
+    def _clean(self, prompt: Prompt) -> CleanRun:
+        return CleanRun(runner_of(self.model), prompt, keep_z=True, batch_size=self.batch_size)
+
+    def _look(self, prompt: Prompt) -> Look:
+        return Look.of(DirectPaths(self._clean(prompt)), self.head.layer, self.heads)
+
+    def _null(self, prompt: Prompt) -> Prompt:
+        """The same prompt with a response that says nothing."""
+        start = prompt.spans["response"][0]
+        answer = torch.tensor(PromptTokenizer(self.model).answer(NULL_RESPONSE, None))
+        spans = {**prompt.spans, "response": (start, start + len(answer))}
+        return replace(prompt, tokens=torch.cat([prompt.tokens[:start], answer]), spans=spans)
+
+    def _shuffled(self, prompt: Prompt) -> Prompt:
+        """The same prompt with the tokens of its profile in a random order."""
+        start, stop = prompt.spans["profile"]
+        tokens = prompt.tokens.clone()
+        order = random.Random(f"{self.seed}|{prompt.user_id}|{prompt.example_id}").sample(
+            range(stop - start), stop - start
+        )
+        tokens[start:stop] = tokens[start:stop][order]
+        return replace(prompt, tokens=tokens)
+
+    def run(self, run: Run, families: Mapping[str, HeadScores]) -> Dossier:
+        """Measure every example; finished ones are read from the run's folder."""
+        units = run.units(self, list(self.by_key), "describing a head").made
+        examples, made = [self.by_key[key] for key in units], list(units.values())
+        prompts = [build_prompt(self.model, example, config=self.prompt_config) for example in examples]
+        circuits = {str(head): output_circuit(self.model, head) for head in self.heads}
+        z = torch.stack([unit["z"] for unit in made])
+        up, down = self._lens(z[:, 0].mean(0))
+        return Dossier(
+            self.head,
+            self.controls,
+            tuple(example.user_id for example in examples),
+            tuple(example.id for example in examples),
+            torch.stack([unit["values"] for unit in made]),
+            z,
+            tuple(pieces_of(self.model, prompt) for prompt in prompts),
+            tuple(tuple(unit["change"].tolist()) for unit in made),
+            weights={
+                "copying eigenvalues": tuple(one.copying for one in circuits.values()),
+                "directions written to": tuple(one.dimensions for one in circuits.values()),
+            },
+            readers=tuple((str(one.head), one.into, one.overlap) for one in readers(self.model, self.head)),
+            raised=up,
+            lowered=down,
+            ranks=ranks_of(self.head, families),
+            manifest=run.manifest,
+        )
+
+    @torch.inference_mode()
+    def _lens(self, z: Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Tokens whose logits a direction raises and lowers most, by the final norm's weights and the unembedding."""
+        w_o = self.model.blocks[self.head.layer].attn.W_O.detach().float()[self.head.head]
+        direction = z.to(w_o) @ w_o
+        norm = FinalNorm(self.model, direction[None])
+        logits = (norm(direction[None]) @ self.model.W_U.detach().float())[0]
+        order = logits.argsort(descending=True).tolist()
+
+        def words(tokens: list[int]) -> tuple[str, ...]:
+            return tuple(self.model.tokenizer.decode([token]) for token in tokens)
+
+        return words(order[:_TOKENS]), words(order[::-1][:_TOKENS])
+
+
+def pieces_of(model: HookedModel, prompt: Prompt) -> tuple[str, ...]:
+    """The response's tokens as text, each as it reads behind the others."""
+    ids = prompt.response_tokens.tolist()
+    texts = [model.tokenizer.decode(ids[:stop]) for stop in range(len(ids) + 1)]
+    return tuple(after[len(before) :] for before, after in pairwise(texts))
+
+
+def ranks_of(head: Head, families: Mapping[str, HeadScores]) -> dict[str, dict[str, float]]:
+    """The head's score and rank in each family that is defined, and how many heads there are."""
+    found = {}
+    for name, scores in families.items():
+        if scores.defined:
+            mean = scores.mean()
+            found[name] = {
+                "score": float(mean[head]),
+                "rank": int((mean > mean[head]).sum()) + 1,
+                "heads": mean.numel(),
+                "median": float(mean.median()),
+            }
+    return found
