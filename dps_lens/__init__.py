@@ -29,7 +29,15 @@ if TYPE_CHECKING:
         steering_sweep,
     )
     from dps_lens.explorer import Exploration, explore
-    from dps_lens.families import Family, FunctionVector, Repeated, Retrieval, reference_heads
+    from dps_lens.families import (
+        Copying,
+        Family,
+        FunctionVector,
+        ProfileRetrieval,
+        Repeated,
+        Retrieval,
+        reference_heads,
+    )
     from dps_lens.finding import (
         Bounds,
         CausalGates,
@@ -105,7 +113,7 @@ _MODULES = {
         "Verdicts ablated_generation evaluate judge steering_grid steering_sweep"
     ),
     "explorer": "Exploration explore",
-    "families": "Family FunctionVector Repeated Retrieval reference_heads",
+    "families": "Copying Family FunctionVector ProfileRetrieval Repeated Retrieval reference_heads",
     "finding": (
         "Bounds CausalGates Conditional FindConfig Finder Fit Gates GatingConfig Greedy Rank Trial causal_head_gates "
         "find_heads"
@@ -135,20 +143,20 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 
 # fmt: off
 __all__ = [
-    "AblatedTexts", "Ablation", "AttentionPattern", "Bounds", "CausalGates", "Conditional", "Context",
+    "AblatedTexts", "Ablation", "AttentionPattern", "Bounds", "CausalGates", "Conditional", "Context", "Copying",
     "DPSLensError", "DecodeConfig", "Document", "Dossier", "Endpoint", "Engine", "EvaluateConfig", "Evaluation",
     "Example", "Exploration", "Faithfulness", "Family", "FindConfig", "Finder", "Fit", "FoundHeads",
     "FunctionVector", "Gates", "GatingConfig", "Generation", "Greedy", "Head", "HeadScores", "HeadSet",
     "HeadVector", "HeadVectors", "HeldOutConfig", "HookedModel", "Mean", "Metric", "NoiseFloor", "Note",
-    "Objective", "Overlap", "Patch", "PathEffects", "Prompt", "PromptConfig", "Rank", "RayEngine", "Repeated",
-    "Result", "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard", "Significance",
-    "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream", "Trial", "Uniform",
-    "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost",
-    "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt", "check_model",
-    "cluster_users", "describe_head", "evaluate", "explore", "export_lora", "export_vector", "faithfulness",
-    "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_model", "load_users",
-    "logits_processor", "measure_noise", "merge_runs", "overlap", "patch_heads", "patch_paths", "plots",
-    "preference_vector", "profile_attention", "random_heads", "record_z", "reference_heads", "score_heads",
+    "Objective", "Overlap", "Patch", "PathEffects", "ProfileRetrieval", "Prompt", "PromptConfig", "Rank",
+    "RayEngine", "Repeated", "Result", "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard",
+    "Significance", "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream", "Trial",
+    "Uniform", "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation",
+    "ablation_cost", "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt",
+    "check_model", "cluster_users", "describe_head", "evaluate", "explore", "export_lora", "export_vector",
+    "faithfulness", "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_model",
+    "load_users", "logits_processor", "measure_noise", "merge_runs", "overlap", "patch_heads", "patch_paths",
+    "plots", "preference_vector", "profile_attention", "random_heads", "record_z", "reference_heads", "score_heads",
     "screening_recall", "significant_heads", "split_half", "stability", "steering_grid", "steering_sweep",
     "steerx_vector", "style_vector", "vector_recovery",
 ]

@@ -40,7 +40,8 @@ HeadsRun = Annotated[Path, typer.Option("--run", help="Run folder of 'score' or 
 Kinds = Annotated[
     str,
     typer.Option(
-        help="Families: induction, previous_token, duplicate_token, retrieval, function_vector, or file.py:Name."
+        help="Families: induction, previous_token, duplicate_token, copying, copy_suppression, retrieval, "
+        "function_vector, or file.py:Name."
     ),
 ]
 

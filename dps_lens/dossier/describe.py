@@ -16,13 +16,13 @@ from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.conditions import prompts_in
 from dps_lens.data.examples import by_key, held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
-from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.dossier.circuits import output_circuit, readers
 from dps_lens.dossier.logits import FinalNorm
 from dps_lens.dossier.measures import Look, attributed, looked_at, per_token, stacked
 from dps_lens.dossier.result import Dossier
 from dps_lens.dossier.words import WordKinds
 from dps_lens.errors import ScoreError
+from dps_lens.families.profile import nulled
 from dps_lens.heads import Head, HeadSet
 from dps_lens.literals import AGAINST, Against
 from dps_lens.model import HookedModel, check_attention_reads, runner_of
@@ -33,7 +33,6 @@ from dps_lens.scoring import CleanRun
 from dps_lens.work import BatchSize, Engine, Run, RunConfig, Work
 
 _CALL = "describe_head"
-NULL_RESPONSE = "N/A"
 _TOKENS = 10
 
 
@@ -176,7 +175,7 @@ class DossierWork(Work):
         change = own.run.replaced_losses(self.heads, patched) - own.run.losses
         found = {
             **look.reads(self.model),
-            "profile, beyond a null response": look.profile - self._look(self._null(prompt)).profile,
+            "profile, beyond a null response": look.profile - self._look(nulled(self.model, prompt)).profile,
             "another user's profile": Look.of(other, layer, self.heads).profile,
             "profile, words shuffled": self._look(self._shuffled(prompt)).profile,
             "own text": attributed(-written, norm, w_u, own.run.targets).mean(-1),
@@ -193,13 +192,6 @@ class DossierWork(Work):
 
     def _look(self, prompt: Prompt) -> Look:
         return Look.of(DirectPaths(self._clean(prompt)), self.head.layer, self.heads)
-
-    def _null(self, prompt: Prompt) -> Prompt:
-        """The same prompt with a response that says nothing."""
-        start = prompt.spans["response"][0]
-        answer = torch.tensor(PromptTokenizer(self.model).answer(NULL_RESPONSE, None))
-        spans = {**prompt.spans, "response": (start, start + len(answer))}
-        return replace(prompt, tokens=torch.cat([prompt.tokens[:start], answer]), spans=spans)
 
     def _shuffled(self, prompt: Prompt) -> Prompt:
         """The same prompt with the tokens of its profile in a random order."""

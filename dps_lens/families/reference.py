@@ -11,6 +11,7 @@ from platformdirs import user_cache_path
 
 from dps_lens.data.tokenizer import tokenizer_digest
 from dps_lens.errors import ScoreError
+from dps_lens.families.copying import Copying
 from dps_lens.families.function_vector import FunctionVector
 from dps_lens.families.repeated import Repeated
 from dps_lens.families.retrieval import Retrieval
@@ -46,7 +47,7 @@ class Family(Protocol):
 
 
 Kind: TypeAlias = str | Family
-KINDS = (*Repeated.kinds, Retrieval.name, FunctionVector.name)
+KINDS = (*Repeated.kinds, *Copying.kinds, Retrieval.name, FunctionVector.name)
 
 
 def reference_heads(
@@ -61,9 +62,10 @@ def reference_heads(
 
     Args:
         model: a hooked model.
-        kinds: `"induction"`, `"previous_token"`, `"duplicate_token"`, `"retrieval"`, `"function_vector"`; or a
-            family with settings of your own: `Repeated("induction", n_prompts=50)`,
-            `Retrieval(haystack=…, lengths=…)`, `FunctionVector(tasks=…)` from `dps_lens.families`.
+        kinds: `"induction"`, `"previous_token"`, `"duplicate_token"`, `"copying"`, `"copy_suppression"`, `"retrieval"`,
+            `"function_vector"`; or a family with settings of your own: `Repeated("induction", n_prompts=50)`,
+            `Copying("copying", reach=5)`, `Retrieval(haystack=…, lengths=…)`, `FunctionVector(tasks=…)`, and
+            `ProfileRetrieval(users)`, which reads users' discovery examples.
         cache: keep scores in the user's cache folder, or in this folder, and read them from there for the same
             model and settings; False computes anew. A model with hooks, as inside `ablate`, is always computed.
             An interrupted call resumes there.
@@ -110,6 +112,8 @@ def _family(kind: Kind) -> Family:
         return kind
     if kind in Repeated.kinds:
         return Repeated(kind)
+    if kind in Copying.kinds:
+        return Copying(kind)
     if kind == Retrieval.name:
         return Retrieval()
     if kind == FunctionVector.name:
