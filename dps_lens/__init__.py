@@ -8,6 +8,7 @@ from dps_lens.version import __version__ as __version__
 if TYPE_CHECKING:
     from dps_lens import plots
     from dps_lens.adapters import export_lora, export_vector, logits_processor
+    from dps_lens.atlas import Atlas, compare_atlas, load_atlas
     from dps_lens.data import Document, Example, Note, Prompt, PromptConfig, User, build_prompt, chat_prompt, load_users
     from dps_lens.dossier import Dossier, describe_head
     from dps_lens.engines import RayEngine, Shard, merge_runs
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "adapters": "export_lora export_vector logits_processor",
+    "atlas": "Atlas compare_atlas load_atlas",
     "data": "Document Example Note Prompt PromptConfig User build_prompt chat_prompt load_users",
     "dossier": "Dossier describe_head",
     "engines": "RayEngine Shard merge_runs",
@@ -143,9 +145,9 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 
 # fmt: off
 __all__ = [
-    "AblatedTexts", "Ablation", "AttentionPattern", "Bounds", "CausalGates", "Conditional", "Context", "Copying",
-    "DPSLensError", "DecodeConfig", "Document", "Dossier", "Endpoint", "Engine", "EvaluateConfig", "Evaluation",
-    "Example", "Exploration", "Faithfulness", "Family", "FindConfig", "Finder", "Fit", "FoundHeads",
+    "AblatedTexts", "Ablation", "Atlas", "AttentionPattern", "Bounds", "CausalGates", "Conditional", "Context",
+    "Copying", "DPSLensError", "DecodeConfig", "Document", "Dossier", "Endpoint", "Engine", "EvaluateConfig",
+    "Evaluation", "Example", "Exploration", "Faithfulness", "Family", "FindConfig", "Finder", "Fit", "FoundHeads",
     "FunctionVector", "Gates", "GatingConfig", "Generation", "Greedy", "Head", "HeadScores", "HeadSet",
     "HeadVector", "HeadVectors", "HeldOutConfig", "HookedModel", "Mean", "Metric", "NoiseFloor", "Note",
     "Objective", "Overlap", "Patch", "PathEffects", "ProfileRetrieval", "Prompt", "PromptConfig", "Rank",
@@ -153,12 +155,12 @@ __all__ = [
     "Significance", "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream", "Trial",
     "Uniform", "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation",
     "ablation_cost", "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt",
-    "check_model", "cluster_users", "describe_head", "evaluate", "explore", "export_lora", "export_vector",
-    "faithfulness", "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_model",
-    "load_users", "logits_processor", "measure_noise", "merge_runs", "overlap", "patch_heads", "patch_paths",
-    "plots", "preference_vector", "profile_attention", "random_heads", "record_z", "reference_heads", "score_heads",
-    "screening_recall", "significant_heads", "split_half", "stability", "steering_grid", "steering_sweep",
-    "steerx_vector", "style_vector", "vector_recovery",
+    "check_model", "cluster_users", "compare_atlas", "describe_head", "evaluate", "explore", "export_lora",
+    "export_vector", "faithfulness", "find_heads", "generate", "head_vectors", "held_out_effects", "judge",
+    "load_atlas", "load_model", "load_users", "logits_processor", "measure_noise", "merge_runs", "overlap",
+    "patch_heads", "patch_paths", "plots", "preference_vector", "profile_attention", "random_heads", "record_z",
+    "reference_heads", "score_heads", "screening_recall", "significant_heads", "split_half", "stability",
+    "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
 ]
 # fmt: on
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dps_lens.atlas import Atlas, atlas_of, published
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.result import Result
@@ -152,6 +154,22 @@ class FoundHeads(Result):
         counts = {head: sum(head in heads for heads in self.resampled) for heads in self._sets() for head in heads}
         ranked = sorted(counts, key=lambda head: (-counts[head], self._place(head), head))
         return {head: Inclusion(counts[head], len(self.resampled)) for head in ranked}
+
+    def publish(self, folder: str | Path) -> Atlas:
+        """Write a head atlas: the set, how often resamples of users chose each head, and the settings; no user's text
+        or id. `load_atlas` reads it."""
+        frequencies = {head: found.frequency for head, found in self.inclusion.items()}
+        return published(
+            atlas_of(
+                self.heads,
+                self.values,
+                inclusion=frequencies,
+                n_users=len(self.users),
+                n_examples=len(self.example_ids),
+                manifest=self.manifest,
+            ),
+            folder,
+        )
 
     def _sets(self) -> tuple[HeadSet, ...]:
         return (self.heads, *self.by_fold, *self.resampled)

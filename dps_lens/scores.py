@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dps_lens.atlas import Atlas, atlas_of, published
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.result import Result
@@ -299,6 +301,27 @@ class HeadScores(Result):
     def top_share(self, share: float) -> HeadSet:
         """The best `share` of all heads, at least one."""
         return self.top(max(1, round(share * self.values[0].numel())))
+
+    def publish(self, folder: str | Path, *, k: int = 10) -> Atlas:
+        """Write a head atlas: the top k heads, all heads' means with their intervals over users, and the settings; no
+        user's text or id. `load_atlas` reads it.
+
+        Raises:
+            ScoreError: the scores are not defined (NaN).
+        """
+        low, high = self.ci()
+        return published(
+            atlas_of(
+                self.top(k),
+                self.mean(),
+                low=low,
+                high=high,
+                n_users=len(self.users),
+                n_examples=len(self.values),
+                manifest=self.manifest,
+            ),
+            folder,
+        )
 
     @property
     def defined(self) -> bool:

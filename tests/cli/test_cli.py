@@ -82,6 +82,7 @@ def test_help_answers_at_once_and_names_every_command():
         "vectors",
         "describe",
         "paths",
+        "publish",
     ):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
@@ -138,6 +139,18 @@ def test_find_prints_the_set_with_its_inclusion_and_costs(model, tmp_path):
     done = run("find", "--out", tmp_path / "c", *options, "--method", "best")
     assert done.returncode == 2
     assert "find_heads: method 'best' is unknown; use one of rank, greedy, conditional" in done.stderr
+
+
+def test_a_run_is_published_and_compared(scored, tmp_path):
+    out, _ = scored
+    done = run("publish", out, "--out", tmp_path / "a", "--k", 3)
+    assert done.returncode == 0, done.stderr
+    assert len(dps.load_atlas(tmp_path / "a").heads) == 3
+    done = run("publish", out, "--out", tmp_path / "b", "--k", 3, "--compare", tmp_path / "a")
+    assert "Jaccard 1.00" in done.stdout
+    done = run("publish", out, "--out", tmp_path / "b", "--compare", "nobody")
+    assert done.returncode == 2
+    assert "load_atlas: there is no folder 'nobody'" in done.stderr
 
 
 def test_a_head_is_described_and_its_paths_are_drawn(model, tmp_path):
