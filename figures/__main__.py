@@ -32,6 +32,7 @@ EXPERIMENTS = {
     "finders": "finders",
     "moonshot": "finders",
     "race": "race",
+    "mechanism": "mechanism",
 }
 """Script → run folder of its experiment."""
 
