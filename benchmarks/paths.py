@@ -2,15 +2,16 @@
 
     python benchmarks/paths.py
 
-Ratio of processor time an edge, sides interleaved: `patch_paths`, and the direct path patching of transformer-lens, which
-runs the model once for every edge; on the edges from one head into the queries of the heads behind it. Then the wall time
-of a graph of 20 by 20 heads into queries, keys and values, 12 probe users, and of a dossier.
+Ratio of processor time an edge, sides interleaved: `patch_paths`, and the direct path patching of transformer-lens,
+which runs the model once for every edge; on the edges from one head into the queries of the heads behind it. Then the
+wall time of a graph of 20 by 20 heads into queries, keys and values, 12 probe users, and of a dossier.
 """
 
 import argparse
 import statistics
 import time
 import warnings
+from typing import Any, cast
 
 import torch
 from transformer_lens.patching import get_act_patch_direct_path
@@ -93,7 +94,7 @@ def hooked(model: dps.HookedModel, own: dps.Prompt, other: dps.Prompt, sender: H
             return torch.nn.functional.cross_entropy(logits[0, start - 1 : stop - 1], tokens[0, start:stop])
 
         return get_act_patch_direct_path(
-            model, tokens, patched, cache, loss, sender.layer, sender.head, component="q", verbose=False
+            model, tokens, cast(Any, patched), cache, loss, sender.layer, sender.head, component="q", verbose=False
         )
 
 
