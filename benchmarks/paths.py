@@ -79,13 +79,13 @@ def edges(
     )
 
 
-def hooked(model: dps.HookedModel, own: dps.Prompt, other: dps.Prompt, sender: Head) -> torch.Tensor:
+def hooked(model: Any, own: dps.Prompt, other: dps.Prompt, sender: Head) -> torch.Tensor:
     """The same by transformer-lens, one pass an edge."""
     name, tokens = f"blocks.{sender.layer}.attn.hook_z", own.tokens[None]
     start, stop = own.spans["response"]
     with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter=name)  # type: ignore[attr-defined]
-        _, there = model.run_with_cache(other.tokens[None], names_filter=name)  # type: ignore[attr-defined]
+        _, cache = model.run_with_cache(tokens, names_filter=name)
+        _, there = model.run_with_cache(other.tokens[None], names_filter=name)
         patched = {name: cache[name].clone()}
         first, last = other.spans["response"]
         patched[name][:, start - 1 : stop - 1] = there[name][:, first - 1 : last - 1]

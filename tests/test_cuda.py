@@ -101,3 +101,23 @@ def test_patched_scores_are_the_same(models, probe):
     assert torch.allclose(one.values, other.values.cpu(), atol=1e-4)
     rounded = dps.score_heads(models["bfloat16"], users, max_examples=1)
     assert float((rounded.values.cpu() - one.values).abs().max()) < 0.1 * float(one.values.abs().max())
+
+
+def test_paths_and_dossiers_are_the_same(models, probe):
+    users, heads = [probe[0], probe[5]], SETS[0]
+    one, other = (dps.patch_paths(models[name], users, heads, heads) for name in ("cpu", "cuda"))
+    for name in ("paths", "direct", "total", "documents"):
+        assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-3, equal_nan=True), name
+    one, other = (dps.describe_head(models[name], users, heads[0], n_random=1) for name in ("cpu", "cuda"))
+    assert torch.allclose(one.values, other.values, atol=1e-3)
+    assert bool(dps.describe_head(models["bfloat16"], users, heads[0], n_random=1).values.isfinite().all())
+    assert bool(dps.patch_paths(models["bfloat16"], users, heads, heads).total.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["copying", "copy_suppression", "profile_retrieval"])
+def test_families_are_the_same(models, probe, kind):
+    family = (
+        dps.ProfileRetrieval([probe[0], probe[5]]) if kind == "profile_retrieval" else dps.Copying(kind, n_tokens=70)
+    )
+    one, other = (dps.reference_heads(models[name], [family], cache=False)[kind] for name in ("cpu", "cuda"))
+    assert torch.allclose(one.values, other.values, atol=0.05 if kind != "profile_retrieval" else 1e-3)

@@ -17,7 +17,6 @@ from dps_lens.data.conditions import prompts_in
 from dps_lens.data.examples import by_key, held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.dossier.circuits import output_circuit, readers
-from dps_lens.dossier.logits import FinalNorm
 from dps_lens.dossier.measures import Look, attributed, looked_at, per_token, stacked
 from dps_lens.dossier.result import Dossier
 from dps_lens.dossier.words import WordKinds
@@ -26,6 +25,7 @@ from dps_lens.families.profile import nulled
 from dps_lens.heads import Head, HeadSet
 from dps_lens.literals import AGAINST, Against
 from dps_lens.model import HookedModel, check_attention_reads, runner_of
+from dps_lens.model.final_norm import FinalNorm
 from dps_lens.paths.direct import DirectPaths
 from dps_lens.paths.patch import others_of
 from dps_lens.scores import HeadScores

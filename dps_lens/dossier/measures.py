@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dps_lens.data import Prompt
 from dps_lens.data.copied import copied_tokens
-from dps_lens.dossier.logits import FinalNorm
 from dps_lens.dossier.words import KINDS, WordKinds
 from dps_lens.heads import Head
 from dps_lens.model import HookedModel
+from dps_lens.model.final_norm import FinalNorm
 from dps_lens.paths.direct import DirectPaths
 from dps_lens.validation.attention import targets_of
 
@@ -99,8 +99,8 @@ def looked_at(
     """How much heads raise the logits of the tokens that they attend to, above the mean logit; nats per token."""
     keys = look.prompt.tokens[: look.pattern.shape[-1]]
     logits = norm(write) @ w_u
-    above = logits[..., keys] - logits.mean(-1, keepdim=True)
-    return (look.pattern * above).sum(-1).mean(-1)
+    above = logits[..., keys.to(logits.device)] - logits.mean(-1, keepdim=True)
+    return (look.pattern * above.cpu()).sum(-1).mean(-1)
 
 
 def attributed(

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from dps_lens.errors import ModelCheckError, ScoreError
 from dps_lens.families.work import FamilyWork
 from dps_lens.model import HookedModel, Hooks, runner_of
+from dps_lens.model.final_norm import without_bias
 from dps_lens.runs import RunFolder
 from dps_lens.scores import HeadScores
 from dps_lens.work import Engine
@@ -125,15 +126,8 @@ def own_ranks(model: HookedModel, tokens: Int[Tensor, " token"]) -> Ranks:
             write = read @ w_v[head // shared] @ w_o[head]
             if hasattr(block, "ln1_post"):
                 write = block.ln1_post(write[:, None].to(kept[0]))[:, 0].float()
-            logits = _final(model, write) @ w_u
+            logits = without_bias(model, write) @ w_u
             own = logits.gather(1, tokens[:, None])
             above[layer, head] = (logits >= own).sum(1).cpu() - 1
             below[layer, head] = (logits <= own).sum(1).cpu() - 1
     return Ranks(above, below)
-
-
-def _final(model: HookedModel, write: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-    """The final norm of what a head writes, without the norm's bias, which is no part of the write."""
-    dtype = next(model.parameters()).dtype
-    up, down = (model.ln_final(sign * write[:, None].to(dtype))[:, 0].float() for sign in (1, -1))
-    return (up - down) / 2

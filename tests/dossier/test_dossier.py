@@ -9,12 +9,12 @@ from direct import Case
 import dps_lens as dps
 from dps_lens.dossier.circuits import output_circuit, readers
 from dps_lens.dossier.describe import pieces_of, ranks_of
-from dps_lens.dossier.logits import FinalNorm
 from dps_lens.dossier.measures import MEASURES, Look, attributed
 from dps_lens.dossier.result import DIRECTION
 from dps_lens.dossier.words import WordKinds
 from dps_lens.errors import HeadError, RunError, ScoreError
 from dps_lens.heads import Head
+from dps_lens.model.final_norm import FinalNorm
 
 
 @pytest.fixture(scope="module")
