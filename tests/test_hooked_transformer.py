@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from direct import SENDERS, Case, add_write, blocks_of, written_by_hand
 from oracles import ablated_nll, attention_modules, nll, output_projection, uniform_z, z_of
 from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.data import build_prompt
-from dps_lens.heads import HeadSet
+from dps_lens.heads import Head, HeadSet
 from dps_lens.model.runners import runner_of
 
 ARCHITECTURES = ["llama", "gpt_neox", "qwen2"]
@@ -160,3 +161,22 @@ def test_embedded_model_agrees_with_hugging_face(real, probe, short):
     got = branches.ablated(torch.stack([HeadSet.parse(name).mask(real.cfg) for name in ("L1H5", "L14H3")]))
     for value, (layer, head) in zip(got, [(1, 5), (14, 3)], strict=True):
         assert float(value) == pytest.approx(ablated_nll(plain, prompt, layer, head, 64, "response", 0.0), abs=1e-3)
+
+
+def test_paths_and_dossiers(old, probe):
+    """Writes and paths are those of the plain model; a dossier and the families run from end to end."""
+    case, receiver = Case(old, probe[:2]), Head(2, 1)
+    written = case.paths.writes(SENDERS, case.z)
+    z = case.paths.received(receiver.layer, written, ["resid", "q", "k", "v"])
+    block = blocks_of(old.plain)[receiver.layer]
+    for place, sender in enumerate(SENDERS):
+        expected = written_by_hand(case, sender)
+        assert torch.allclose(written[place], expected, atol=1e-4)
+        patched = case.z_with(receiver, [add_write(case, block, expected)])
+        assert torch.allclose(z["resid"][place, :, receiver.head], patched, atol=1e-4)
+        parts = [z[part][place, :, receiver.head] for part in "qkv"]
+        assert all((part - case.run.z[receiver.layer, :, receiver.head]).norm() > 1e-5 for part in parts)
+    dossier = dps.describe_head(old.hooked, probe[:2], receiver, n_random=1)
+    assert bool(dossier.values.isfinite().all())
+    families = dps.reference_heads(old.hooked, ["copying", dps.ProfileRetrieval(probe[:2])], cache=False)
+    assert all(scores.defined for scores in families.values())
