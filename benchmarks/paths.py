@@ -69,11 +69,12 @@ def edges(
     model: dps.HookedModel, own: dps.Prompt, other: dps.Prompt, sender: Head, receivers: list[Head]
 ) -> torch.Tensor:
     """Losses of an example with each path patched, clean runs included."""
-    run, z = CleanRun(runner_of(model), own), CleanRun(runner_of(model), other, keep_z=True).z
+    run, z = CleanRun(runner_of(model), own, keep_z=True), CleanRun(runner_of(model), other, keep_z=True).z
     assert z is not None
     paths = DirectPaths(run)
     written = paths.writes([sender], z)
-    received = {head.layer: paths.received(head.layer, written, ["q"])["q"][0] for head in receivers}
+    layers = dict.fromkeys(head.layer for head in receivers)
+    received = {layer: paths.received(layer, written, ["q"])["q"][0] for layer in layers}
     return run.replaced_losses(receivers, torch.stack([received[head.layer][:, head.head] for head in receivers])).mean(
         -1
     )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _TOLD = (
     "call", "family", "method", "ablation", "against", "direction", "objective", "positions", "discovery", "k",
-    "max_task_cost", "max_neutral_cost", "max_examples", "n_donors", "ig_steps", "seed", "prompt_config", "unit",
-    "sign", "tokenizer", "data",
+    "max_task_cost", "max_neutral_cost", "n_bootstraps", "settings", "max_examples", "n_donors", "ig_steps", "seed",
+    "prompt_config", "unit", "sign", "tokenizer", "data",
 )  # fmt: skip
 """Of a manifest, what an atlas tells: settings and digests, no names of users, files or machines."""
 
@@ -38,7 +38,7 @@ class Atlas(Result):
         low: of the 95% interval over users; NaN where there is none.
         high: of the same.
         inclusion: share of resamples of users that chose a head; empty where nobody resampled.
-        n_users: whose examples were read.
+        n_users: whose examples were read; of a reference family, prompts or groups of them.
         n_examples: so many.
         manifest: model, settings and digests.
     """

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, first_of, heads_of, template_kwargs
+from dps_lens.cli.checks import check_same_model, first_of, heads_of, template_kwargs, words
 from dps_lens.cli.options import Device, Dtype, Force, MaxUsers, Model, Outputs, Strict, TemplateKwargs, Users
 from dps_lens.literals import Against
 
@@ -41,12 +41,13 @@ def describe(
     from dps_lens.cli.tables import print_dossier
     from dps_lens.files import write_text
 
+    asked = dps.Head.parse(head)
     loaded = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
     found = dps.describe_head(
         loaded_model,
         loaded,
-        head,
+        asked,
         families=dps.reference_heads(loaded_model) if families else None,
         against=against,
         max_examples=max_examples,
@@ -58,7 +59,7 @@ def describe(
     )
     write_text(out / "dossier.csv", found.to_frame().to_csv(index=False))
     write_text(out / "tokens.csv", found.tokens().to_csv(index=False))
-    found.plot().write_html(out / "dossier.html")
+    write_text(out / "dossier.html", found.plot().to_html(include_plotlyjs=True))
     print_dossier(found)
     typer.echo(f"dossier.html, dossier.csv and tokens.csv are in {out}")
 
@@ -94,8 +95,10 @@ def paths(
     """Which heads feed which, which documents they need, and what goes to the logits directly; resumes."""
     import dps_lens as dps
     from dps_lens.cli.tables import print_edges
+    from dps_lens.data.examples import held_out_examples
     from dps_lens.errors import ScoreError
     from dps_lens.files import write_text
+    from dps_lens.selection import check_held_out, inherited
 
     if (run is None) == (receivers is None):
         raise ScoreError("paths: give either --run, a folder of 'dps-lens score' or 'find', or --receivers L14H3,L14H1")
@@ -104,25 +107,28 @@ def paths(
     chosen = heads_of(run) if run else None
     loaded = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
+    config = dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs))
     if chosen:
         check_same_model("paths", chosen, loaded_model)
+        check_held_out("paths", chosen, held_out_examples("paths", loaded, max_examples))
+        config = inherited("paths", {"run": chosen}, uses=("prompt_config",)).prompt_config
     reading = first_of(chosen, k) if chosen else dps.HeadSet.parse(receivers or "")
     found = dps.patch_paths(
         loaded_model,
         loaded,
         dps.HeadSet.parse(senders) if senders else reading,
         reading,
-        into=tuple(into.split(",")),  # type: ignore[arg-type]
+        into=tuple(words(into)),  # type: ignore[arg-type]
         against=against,
         max_examples=max_examples,
         n_random=n_random,
-        prompt_config=dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs)),
+        prompt_config=config,
         seed=seed,
         out=out,
         run_config=dps.RunConfig(force=force),
     )
     write_text(out / "edges.csv", found.edges().to_csv(index=False))
     write_text(out / "heads.csv", found.heads_frame().to_csv(index=False))
-    found.plot().write_html(out / "paths.html")
+    write_text(out / "paths.html", found.plot().to_html(include_plotlyjs=True))
     print_edges(found)
     typer.echo(f"paths.html, edges.csv and heads.csv are in {out}")

@@ -21,7 +21,7 @@ def publish(
 
     found = heads_of(run)
     atlas = found.publish(out) if isinstance(found, dps.FoundHeads) else found.publish(out, k=k)
-    typer.echo(f"{atlas.summary()}\natlas.json and heads.csv are in {out}")
+    typer.echo(f"{atlas.summary()}\nit and heads.csv are in {out}")
     if compare:
         agreed = dps.compare_atlas(atlas, dps.load_atlas(compare))
         typer.echo(

@@ -272,6 +272,9 @@ def print_dossier(found: "Dossier") -> None:
             place = f"{row['rank']:.0f} of {row['heads']:.0f}"
             _add(table, row["family"], f"{row['score']:.4f}", place, f"{row['median']:.4f}")
         console.print(table)
+    console.print(printable(f"{found.head} is {found.role}"))
+    readers = ", ".join(f"{head} ({into}, {overlap:.2f})" for head, into, overlap in found.readers)
+    console.print(printable(f"read most by: {readers or 'nobody, it is in the last layer'}"))
     console.print(printable(f"raises most: {', '.join(map(repr, found.raised))}"))
     console.print(printable(f"lowers most: {', '.join(map(repr, found.lowered))}"))
 

@@ -27,7 +27,8 @@ class OutputCircuit(NamedTuple):
 
 class Reader(NamedTuple):
     """A later head whose input overlaps with what a head writes: `‖Uᵀ V‖² / d_head` of orthonormal bases of both, the
-    normalised projection kernel; by chance d_head / d_model."""
+    normalised projection kernel; by chance d_head / d_model. The norm between the two is left out. Of keys and values
+    that heads share, the first of these heads."""
 
     head: Head
     into: str
@@ -39,8 +40,8 @@ def output_circuit(model: HookedModel, head: Head) -> OutputCircuit:
     """The output circuit of one head."""
     w_v, w_o = _input(model, head, "V"), _output(model, head)
     w_u, w_e = (weight.detach().double() for weight in (model.W_U, model.W_E))
-    values = torch.linalg.eigvals(w_o @ (w_u @ w_e) @ w_v)
-    spectrum = torch.linalg.svdvals(w_v @ w_o)[: w_o.shape[0]]
+    values = torch.linalg.eigvals((w_o @ w_u) @ (w_e @ w_v))
+    spectrum = torch.linalg.svdvals(torch.linalg.qr(w_v).R @ w_o)
     square = spectrum**2
     return OutputCircuit(
         float(values.real.sum() / values.abs().sum().clamp(min=1e-30)),
@@ -56,7 +57,7 @@ def readers(model: HookedModel, head: Head, n: int = 5) -> list[Reader]:
     found = []
     for layer in range(head.layer + 1, cfg.n_layers):
         for into in ("Q", "K", "V"):
-            shared = cfg.n_heads // _inputs(model, layer, into).shape[0]
+            shared = 1 if into == "Q" else cfg.n_heads // (cfg.n_key_value_heads or cfg.n_heads)
             for index in range(0, cfg.n_heads, shared):
                 read = _basis(_input(model, Head(layer, index), into))
                 overlap = float((written.T @ read).square().sum()) / cfg.d_head

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dps_lens.checks import check_whole
@@ -24,7 +25,7 @@ from dps_lens.errors import ScoreError
 from dps_lens.families.profile import nulled
 from dps_lens.heads import Head, HeadSet
 from dps_lens.literals import AGAINST, Against
-from dps_lens.model import HookedModel, check_attention_reads, runner_of
+from dps_lens.model import HookedModel, check_attention_reads, has_weights, runner_of
 from dps_lens.model.final_norm import FinalNorm
 from dps_lens.paths.direct import DirectPaths
 from dps_lens.paths.patch import others_of
@@ -34,6 +35,7 @@ from dps_lens.work import BatchSize, Engine, Run, RunConfig, Work
 
 _CALL = "describe_head"
 _TOKENS = 10
+_PART_OF_CHARACTER = "\ufffd"
 
 
 def describe_head(
@@ -56,8 +58,8 @@ def describe_head(
     | section | measures |
     |---|---|
     | reads | share of attention from the response: by place in the prompt, and by what stands there |
-    | reads, otherwise | attention to the profile beyond that of a null response, as QRHead calibrates (arXiv 2506.09944); to another user's profile; to the own one with its tokens shuffled |
-    | writes | direct logit attribution to the own text, own z minus the other run's; to the tokens it attends to; the NLL that the head's own write brings past all other layers, and that with all that follows |
+    | reads, otherwise | attention to the profile beyond that of a null response, as QRHead calibrates (arXiv 2506.09944); to another user's profile (NaN for `"no_profile"`); to the own one with its tokens shuffled |
+    | writes | direct logit attribution, before what the model makes of its logits (a scale, a cap): to the own text, own z minus the other run's; to the tokens it attends to; then the NLL that the head's own write brings past all other layers, and that with all that follows |
     | per token | what copied tokens, and each kind of word, have of the last |
     | weights | whether `W_V W_O` copies, how many directions it writes to |
 
@@ -118,6 +120,8 @@ class DossierWork(Work):
             raise ScoreError(f"{_CALL}: against='other_user' needs at least two users; use 'no_profile'")
         check_whole(ScoreError, f"{_CALL}: n_random", self.n_random, least=0)
         HeadSet([self.head]).mask(self.model.cfg)
+        if not has_weights(self.model):
+            raise ScoreError(f"{_CALL}: the head's weights are read here, and this model was loaded without any")
         check_attention_reads(_CALL, self.model)
 
     @cached_property
@@ -159,7 +163,8 @@ class DossierWork(Work):
         }
 
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
-        """`values` [head measure], `change` [pos] of the head itself, `z` [head d_head], own minus other."""
+        """`values` [head measure], `change` [pos] of the head itself, and, own minus other, `z` [head d_head] and what
+        the head adds to the residual stream, `write` [d_model]."""
         example, layer = self.by_key[key], self.head.layer
         prompt = build_prompt(self.model, example, config=self.prompt_config)
         (asked,) = prompts_in(self.model, example, self.against, self.users, seed=self.seed, config=self.prompt_config)
@@ -176,7 +181,7 @@ class DossierWork(Work):
         found = {
             **look.reads(self.model),
             "profile, beyond a null response": look.profile - self._look(nulled(self.model, prompt)).profile,
-            "another user's profile": Look.of(other, layer, self.heads).profile,
+            "another user's profile": self._elsewhere(other),
             "profile, words shuffled": self._look(self._shuffled(prompt)).profile,
             "own text": attributed(-written, norm, w_u, own.run.targets).mean(-1),
             "what it looks at": looked_at(look, whole, norm, w_u),
@@ -185,7 +190,18 @@ class DossierWork(Work):
             **per_token(change, prompt, pieces_of(self.model, prompt), self.kinds),
         }
         z = (own.run.z - other.run.z)[layer, :, [head.head for head in self.heads]].mean(0)
-        return {"values": stacked(found), "change": change[0], "z": z.float().cpu()}
+        return {
+            "values": stacked(found),
+            "change": change[0],
+            "z": z.float().cpu(),
+            "write": -written[0].mean(0).float().cpu(),
+        }
+
+    def _elsewhere(self, other: DirectPaths) -> Tensor:
+        """Attention to the profile of the other run; NaN where it shows none."""
+        if self.against == "no_profile":
+            return torch.full((len(self.heads),), torch.nan)
+        return Look.of(other, self.head.layer, self.heads).profile
 
     def _clean(self, prompt: Prompt) -> CleanRun:
         return CleanRun(runner_of(self.model), prompt, keep_z=True, batch_size=self.batch_size)
@@ -208,9 +224,14 @@ class DossierWork(Work):
         units = run.units(self, list(self.by_key), "describing a head").made
         examples, made = [self.by_key[key] for key in units], list(units.values())
         prompts = [build_prompt(self.model, example, config=self.prompt_config) for example in examples]
-        circuits = {str(head): output_circuit(self.model, head) for head in self.heads}
+        circuits = [output_circuit(self.model, head) for head in self.heads]
         z = torch.stack([unit["z"] for unit in made])
-        up, down = self._lens(z[:, 0].mean(0))
+        owners = [example.user_id for example in examples]
+        of_users = [
+            [unit["write"] for unit, owner in zip(made, owners, strict=True) if owner == user]
+            for user in dict.fromkeys(owners)
+        ]
+        up, down = self._lens(torch.stack([torch.stack(writes).mean(0) for writes in of_users]).mean(0))
         return Dossier(
             self.head,
             self.controls,
@@ -221,9 +242,10 @@ class DossierWork(Work):
             tuple(pieces_of(self.model, prompt) for prompt in prompts),
             tuple(tuple(unit["change"].tolist()) for unit in made),
             weights={
-                "copying eigenvalues": tuple(one.copying for one in circuits.values()),
-                "directions written to": tuple(one.dimensions for one in circuits.values()),
+                "copying eigenvalues": tuple(one.copying for one in circuits),
+                "directions written to": tuple(one.dimensions for one in circuits),
             },
+            spectrum=torch.stack([one.spectrum for one in circuits]),
             readers=tuple((str(one.head), one.into, one.overlap) for one in readers(self.model, self.head)),
             raised=up,
             lowered=down,
@@ -232,12 +254,10 @@ class DossierWork(Work):
         )
 
     @torch.inference_mode()
-    def _lens(self, z: Tensor) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Tokens whose logits a direction raises and lowers most, by the final norm's weights and the unembedding."""
-        w_o = self.model.blocks[self.head.layer].attn.W_O.detach().float()[self.head.head]
-        direction = z.to(w_o) @ w_o
-        norm = FinalNorm(self.model, direction[None])
-        logits = (norm(direction[None]) @ self.model.W_U.detach().float())[0]
+    def _lens(self, write: Float[Tensor, " d_model"]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Tokens whose logits a direction of the residual stream raises and lowers most."""
+        direction = write[None].to(runner_of(self.model).device)
+        logits = (FinalNorm(self.model, direction)(direction) @ self.model.W_U.detach().float())[0]
         order = logits.argsort(descending=True).tolist()
 
         def words(tokens: list[int]) -> tuple[str, ...]:
@@ -247,10 +267,11 @@ class DossierWork(Work):
 
 
 def pieces_of(model: HookedModel, prompt: Prompt) -> tuple[str, ...]:
-    """The response's tokens as text, each as it reads behind the others."""
+    """The response's tokens as text, each as it reads behind the others; a character of several is the last one's."""
     ids = prompt.response_tokens.tolist()
     texts = [model.tokenizer.decode(ids[:stop]) for stop in range(len(ids) + 1)]
-    return tuple(after[len(before) :] for before, after in pairwise(texts))
+    whole = [text.rstrip(_PART_OF_CHARACTER) for text in texts[:-1]] + texts[-1:]
+    return tuple(after[len(before) :] for before, after in pairwise(whole))
 
 
 def ranks_of(head: Head, families: Mapping[str, HeadScores]) -> dict[str, dict[str, float]]:

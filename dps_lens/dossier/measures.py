@@ -76,7 +76,7 @@ class Look:
         earlier = torch.arange(n_keys) < torch.arange(begin, n_keys)[:, None]
         before = torch.cat([keys.new_full((1,), -1), keys[:-1]])
         pieces = [model.tokenizer.decode([token]) for token in keys.tolist()]
-        marks = torch.tensor([not any(letter.isalnum() for letter in piece) for piece in pieces])
+        marks = torch.tensor([not any(letter.isalnum() or letter == "\ufffd" for letter in piece) for piece in pieces])
         marks[0] = False
         nothing = torch.zeros(len(self.pattern))
         return {

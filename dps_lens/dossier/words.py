@@ -1,5 +1,6 @@
 """Kinds of words in a response: the user's own, function words, names, punctuation."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
@@ -35,8 +36,8 @@ class WordKinds:
         names = vectorizer.get_feature_names_out()
         self._own: dict[str, frozenset[str]] = {}
         for user, text, row in zip(users, texts, weights, strict=True):
-            words = script_words(text)
-            often = [words.count(name) >= 2 and name not in self._function for name in names]
+            counts = Counter(script_words(text))
+            often = [counts[name] >= 2 and name not in self._function for name in names]
             kept = np.where(often, row, 0.0)
             best = [index for index in np.argsort(-kept, kind="stable")[:_OWN] if kept[index] > 0]
             self._own[user.id] = frozenset(names[best])

@@ -105,6 +105,8 @@ def own_ranks(model: HookedModel, tokens: Int[Tensor, " token"]) -> Ranks:
         ModelCheckError: the architecture has no norm before attention, or no residual stream behind the first layer.
     """
     runner, cfg = runner_of(model), model.cfg
+    if "blocks.0.hook_resid_post" not in model.hook_dict:
+        raise ModelCheckError("copying: this architecture shows no residual stream behind its first layer")
     tokens = tokens.to(runner.device)
     kept: list[Tensor] = []
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +40,7 @@ class ProfileRetrieval:
 
     Attributes:
         users: whose newest discovery examples are read.
-        items: documents of each side.
+        items: documents of each side, at most: as many of each as both have.
         max_examples: the newest so many discovery examples of each user.
         prompt_config: how prompts are built, but for which documents are shown.
         seed: of the other user, and of the order.
@@ -58,7 +58,7 @@ class ProfileRetrieval:
     def settings(self) -> dict[str, Any]:
         """What decides the scores, for a manifest."""
         return {
-            "data": data_digest(self.users, self._examples()),
+            "data": data_digest(self.users, self.examples),
             "items": self.items,
             "max_examples": self.max_examples,
             "prompt_config": self.prompt_config.to_dict(),
@@ -81,7 +81,7 @@ class ProfileRetrieval:
         check_whole(ScoreError, "profile_retrieval: items", self.items, least=1)
         if len(self.users) < 2:
             raise ScoreError("profile_retrieval: give at least two users; their documents stand in one profile")
-        work, examples = FamilyWork(model, self), by_key(self._examples())
+        work, examples = FamilyWork(model, self), by_key(self.examples)
         found = work.run(
             list(examples), folder=folder, engine=engine, what=self.name, unit="example", progress=progress
         )
@@ -97,7 +97,7 @@ class ProfileRetrieval:
 
     def measure(self, model: HookedModel, key: str, given: object = None) -> dict[str, Tensor]:
         """Scores of both sides in one example."""
-        prompt = self.prompt(model, by_key(self._examples())[key])
+        prompt = self.prompt(model, by_key(self.examples)[key])
         calibrated = mean_attention(model, prompt) - mean_attention(model, nulled(model, prompt))
         sides = {name: [span for shown, span in zip(prompt.shown, prompt.items, strict=True) if shown.startswith(name)]
                  for name in (_OWN, _OTHER)}  # fmt: skip
@@ -110,13 +110,18 @@ class ProfileRetrieval:
         """The example's prompt with documents of both sides; their ids say whose they are."""
         (donor,) = donors_of(example, self.users, 1, self.seed)
         query, shown = example.task.query(example.input), []
-        for name, pool in ((_OWN, example.showable), (_OTHER, example.showable_of(donor))):
-            if not pool:
-                raise ScoreError(f"profile_retrieval: example {example.id!r} has no {name} to show")
+        sides = {_OWN: example.showable, _OTHER: example.showable_of(donor)}
+        items = min(self.items, *map(len, sides.values()))
+        if not items:
+            raise ScoreError(
+                f"profile_retrieval: example {example.id!r} has no documents of its own, or user {donor.id!r} none "
+                "that may stand beside them; leave one of the two users out"
+            )
+        for name, pool in sides.items():
             documents = retrieve(
                 pool,
                 query,
-                self.items,
+                items,
                 task=example.task,
                 method=self.prompt_config.retrieval,
                 seed=self.seed,
@@ -134,7 +139,9 @@ class ProfileRetrieval:
             )
         return prompt
 
-    def _examples(self) -> list[Example]:
+    @cached_property
+    def examples(self) -> list[Example]:
+        """The discovery examples that are read, user by user."""
         return choosing_examples("profile_retrieval", self.users, "history", self.max_examples)
 
 

@@ -1,4 +1,4 @@
-"""Reference families: scores of every head as induction, retrieval or function-vector head."""
+"""Reference families: scores of every head as a member of known families."""
 
 import hashlib
 import inspect
@@ -23,7 +23,7 @@ from dps_lens.work import Engine, RunConfig
 
 @runtime_checkable
 class Family(Protocol):
-    """A way to score heads that has nothing to do with users; `reference_heads` takes any object like this."""
+    """A way to score heads for one thing that they are known to do; `reference_heads` takes any object like this."""
 
     @property
     def name(self) -> str:

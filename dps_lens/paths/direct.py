@@ -17,12 +17,11 @@ from torch import Tensor
 
 from dps_lens.errors import ModelCheckError
 from dps_lens.heads import Head
-from dps_lens.model import Hooks, check_attention_reads, check_attention_writes
+from dps_lens.model import Hooks, check_attention_reads, check_attention_writes, native_attention
 from dps_lens.scoring import CleanRun
 
 Into: TypeAlias = Literal["q", "k", "v", "resid"]
 INTO: tuple[Into, ...] = get_args(Into)
-_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +29,7 @@ class DirectPaths:
     """The direct paths of one clean run.
 
     Attributes:
-        run: of a prompt with its response.
+        run: of a prompt with its response, its z kept.
     """
 
     run: CleanRun
@@ -39,25 +38,26 @@ class DirectPaths:
     def writes(
         self, heads: Sequence[Head], z: Float[Tensor, "layer pos head d_head"]
     ) -> Float[Tensor, "sender pos d_model"]:
-        """How the residual stream behind its own layer changes when one head's z is that of another run.
+        """What a head adds to the residual stream when its z is that of another run, minus what it adds.
 
-        The layer's MLP is held as it was, so that this is `Δz W_O`, with whatever the model does to the output of
-        attention on its way: a norm of Gemma's, a multiplier of Granite's.
+        That is `Δz W_O`, with whatever the model does to the output of attention before it is added: a norm of Gemma's,
+        a multiplier of Granite's.
 
         Args:
             heads: the senders.
             z: of the other run, at the positions that are run.
+
+        Raises:
+            ModelCheckError: this architecture does not show what its attention adds.
         """
         found: dict[Head, Tensor] = {}
         for layer, group in groupby(sorted(heads), key=lambda head: head.layer):
             senders = list(group)
-            hooks: list[tuple[str, Any]] = [
-                (f"blocks.{layer}.attn.hook_z", partial(_patch, heads=[head.head for head in senders], z=z[layer]))
-            ]
-            if (mlp := f"blocks.{layer}.hook_mlp_out") in self.run.runner.model.hook_dict:
-                hooks.append((mlp, _hold))
-            left = self._block(layer, self.run.residual(layer).expand(len(senders) + 1, -1, -1), hooks)
-            found.update(zip(senders, left[1:] - left[:1], strict=True))
+            patch = partial(_patch, heads=[head.head for head in senders], z=z[layer])
+            entering = self.run.residual(layer).expand(len(senders) + 1, -1, -1)
+            # Of the attention alone: a difference of whole residual streams would lose a small write in bfloat16.
+            added = self._read(layer, "hook_attn_out", entering, [("attn.hook_z", patch)]).float()
+            found.update(zip(senders, (added[1:] - added[:1]).to(self.run.runner.device), strict=True))
         return torch.stack([found[head] for head in heads])
 
     @torch.inference_mode()
@@ -74,17 +74,17 @@ class DirectPaths:
         """
         parts = [part for part in into if part != "resid"]
         found: dict[Into, list[Tensor]] = {part: [] for part in into}
-        for chunk in written.split(_ROWS):
+        for chunk in written.split(max(1, self.run.batch_size // (1 + len(parts)))):
             n = len(chunk)
             # The first rows read the write into everything; those of a part take that part from them.
-            entering = self.run.residual(layer).expand((1 + len(parts)) * n, -1, -1).clone()
-            entering[:n] += chunk
+            entering = self.run.residual(layer).expand((1 + len(parts)) * n + 1, -1, -1).clone()
+            entering[:n] += chunk.to(entering)
             fired: set[str] = set()
-            hooks: list[tuple[str, Any]] = [
-                (f"blocks.{layer}.attn.hook_{part}", partial(_take, n=n, place=place, part=part, fired=fired))
+            hooks = [
+                (f"attn.hook_{part}", partial(_take, n=n, place=place, part=part, fired=fired))
                 for place, part in enumerate(parts, start=1)
             ]
-            z = self._z(layer, entering, hooks)
+            z = self._changed(layer, entering, hooks)
             if missing := set(parts) - fired:
                 raise ModelCheckError(
                     f"patch_paths: hook_{min(missing)} does not fire in this architecture, so that what its heads read "
@@ -107,8 +107,8 @@ class DirectPaths:
             ModelCheckError: this architecture does not obey what is written into its attention scores.
         """
         check_attention_writes("patch_paths", self.run.runner.model)
-        hooks = [(f"blocks.{layer}.attn.hook_attn_scores", partial(_blind, spans=spans))]
-        return self._z(layer, self.run.residual(layer).expand(len(spans), -1, -1), hooks)
+        entering = self.run.residual(layer).expand(len(spans) + 1, -1, -1)
+        return self._changed(layer, entering, [("attn.hook_attn_scores", partial(_blind, spans=spans))])
 
     @torch.inference_mode()
     def pattern(self, layer: int) -> Float[Tensor, "head query key"]:
@@ -118,17 +118,14 @@ class DirectPaths:
             ModelCheckError: the attention that is recomputed is not this model's own.
         """
         check_attention_reads("pattern", self.run.runner.model)
-        kept: list[Tensor] = []
-        hooks = [(f"blocks.{layer}.attn.hook_pattern", partial(_keep, kept=kept))]
-        self._block(layer, self.run.residual(layer), hooks)
-        return kept[0][0].float()
+        return self._read(layer, "attn.hook_pattern", self.run.residual(layer), [])[0].float()
 
     @torch.inference_mode()
     def to_logits(self, written: Float[Tensor, "sender pos d_model"]) -> Float64[Tensor, "sender pos"]:
         """The objective at each response position when the senders' writes reach the final norm, and nothing else."""
         run, last, losses = self.run, self.run.runner.cfg.n_layers - 1, []
         for chunk in written.split(run.batch_size):
-            starts = {last + 1: self.final + chunk}
+            starts = {last + 1: self.final + chunk.to(self.final)}
             logits = run.runner.resume(starts, run.tokens, prompt=run.prompt_cache, keep=len(run.targets))
             losses.append(run.measured(logits))
         return torch.cat(losses)
@@ -136,22 +133,51 @@ class DirectPaths:
     @cached_property
     def final(self) -> Float[Tensor, "1 pos d_model"]:
         """The clean residual stream behind the last layer."""
-        last = self.run.runner.cfg.n_layers - 1
-        with torch.inference_mode():
-            return self._block(last, self.run.residual(last), [])
+        run, last = self.run, self.run.runner.cfg.n_layers - 1
+        with torch.inference_mode(), native_attention(run.runner.model):
+            return run.runner.block(last, run.residual(last), run.tokens, prompt=run.prompt_cache)
 
-    def _z(
-        self, layer: int, entering: Tensor, hooks: Sequence[tuple[str, Any]]
-    ) -> Float[Tensor, "row pos head d_head"]:
-        kept: list[Tensor] = []
-        self._block(layer, entering, [*hooks, (f"blocks.{layer}.attn.hook_z", partial(_keep, kept=kept))])
-        return kept[0]
+    def _changed(
+        self, layer: int, entering: Float[Tensor, "row pos d_model"], hooks: Sequence[tuple[str, Any]]
+    ) -> Float[Tensor, "changed pos head d_head"]:
+        """The run's own z, with what each row changes of it; the last row is clean.
 
-    def _block(self, layer: int, entering: Tensor, hooks: Sequence[tuple[str, Any]]) -> Tensor:
-        """One block with the attention that TransformerLens recomputes, in which q, k, v and scores have hooks."""
-        run = self.run
-        with Hooks(run.runner.model, hooks):
-            return run.runner.block(layer, entering, run.tokens, prompt=run.prompt_cache)
+        The attention whose inputs have hooks is not the one that the run was made with: their difference would show as
+        an effect of rows that change nothing.
+        """
+        assert self.run.z is not None
+        z = self._read(layer, "attn.hook_z", entering, hooks)
+        return self.run.z[layer].to(z) + (z[:-1] - z[-1:])
+
+    def _read(self, layer: int, name: str, entering: Tensor, hooks: Sequence[tuple[str, Any]]) -> Tensor:
+        """What one hook point of a block shows, with the attention that TransformerLens recomputes, in which q, k, v
+        and scores have hooks; the block is left there.
+
+        Raises:
+            ModelCheckError: it has no such point, or shows nothing there.
+        """
+        run, point = self.run, f"blocks.{layer}.{name}"
+        named = [(f"blocks.{layer}.{one}", hook) for one, hook in hooks]
+        missing = [one for one, _ in (*named, (point, None)) if one not in run.runner.model.hook_dict]
+        try:
+            if not missing:
+                with Hooks(run.runner.model, [*named, (point, _leave)]):
+                    run.runner.block(layer, entering, run.tokens, prompt=run.prompt_cache)
+        except _SeenError as seen:
+            return seen.value
+        raise ModelCheckError(f"{missing[0] if missing else point} does not fire in this architecture; paths need it")
+
+
+class _SeenError(Exception):
+    """Carries what a hook point shows out of a block."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+def _leave(value: Tensor, hook: object) -> None:
+    raise _SeenError(value.detach().clone())
 
 
 def _patch(own: Tensor, hook: object, *, heads: Sequence[int], z: Tensor) -> Tensor:
@@ -159,10 +185,6 @@ def _patch(own: Tensor, hook: object, *, heads: Sequence[int], z: Tensor) -> Ten
     patched = own.clone()
     patched[torch.arange(1, len(heads) + 1), :, heads] = z[:, heads].transpose(0, 1).to(own)
     return patched
-
-
-def _hold(out: Tensor, hook: object) -> Tensor:
-    return out[:1].expand_as(out).clone()
 
 
 def _take(activation: Tensor, hook: object, *, n: int, place: int, part: str, fired: set[str]) -> Tensor:
@@ -177,7 +199,3 @@ def _blind(scores: Tensor, hook: object, *, spans: Sequence[tuple[int, int]]) ->
     for row, (start, stop) in enumerate(spans):
         blinded[row, :, :, start:stop] = torch.finfo(scores.dtype).min
     return blinded
-
-
-def _keep(z: Tensor, hook: object, *, kept: list[Tensor]) -> None:
-    kept.append(z.detach().clone())

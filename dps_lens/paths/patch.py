@@ -20,11 +20,11 @@ from dps_lens.errors import ScoreError
 from dps_lens.found import FoundHeads
 from dps_lens.heads import Head, HeadSet
 from dps_lens.literals import AGAINST, Against
-from dps_lens.model import HookedModel, ModelConfig, check_attention_writes, runner_of
+from dps_lens.model import HookedModel, ModelConfig, check_attention_writes, has_weights, runner_of
 from dps_lens.paths.direct import INTO, DirectPaths, Into
 from dps_lens.paths.result import PathEffects, measured
 from dps_lens.scoring import CleanRun
-from dps_lens.selection import check_held_out
+from dps_lens.selection import HeadSource, check_held_out, inherited
 from dps_lens.work import BatchSize, Engine, Run, RunConfig, Work
 
 _CALL = "patch_paths"
@@ -63,21 +63,26 @@ def patch_paths(
         into: what of a receiver is patched: `"q"`, `"k"`, `"v"`, one at a time, or `"resid"`, all three at once.
         against: where the other output comes from: a run with another user's profile, or without one.
         n_donors: other users, for `"other_user"`.
-        n_random: random other heads of each layer, measured in the place of every sender and of every cut-off head.
+        n_random: random other heads of each layer, measured in the place of every sender and of every cut-off head;
+            senders and receivers only where a layer has no others.
         max_examples: the newest so many evaluation examples of each user.
-        prompt_config: how prompts are built.
+        prompt_config: how prompts are built; by default as for the heads, where they were found.
         seed: of donors and random heads.
         out: a run folder; a run that is started again there resumes.
         engine: as in `score_heads`.
         run_config: force, rows of a batch, progress bars.
 
     Raises:
-        ScoreError: the settings do not fit together, or heads were found on one of these examples.
+        ScoreError: the settings do not fit together, or heads were found on one of these examples, or with other
+            prompts.
         HeadError: a head lies outside the model.
         ModelCheckError: the architecture's attention cannot be read or edited.
         RunError: `out` holds a run with other settings.
     """
     run = Run(model, PathEffects, out, engine, run_config)
+    given: dict[str, HeadSource] = {"senders": senders, "receivers": receivers}
+    found = {name: family for name, family in given.items() if isinstance(family, FoundHeads)}
+    shared = inherited(_CALL, found, prompt_config=prompt_config, uses=("prompt_config",))
     work = PathWork(
         model,
         list(users),
@@ -88,19 +93,25 @@ def patch_paths(
         n_donors=n_donors,
         n_random=n_random,
         max_examples=max_examples,
-        prompt_config=prompt_config or PromptConfig(),
+        prompt_config=shared.prompt_config,
         seed=seed,
         batch_size=run.config.batch_size,
     )
-    for family in (senders, receivers):
-        if isinstance(family, FoundHeads):
-            check_held_out(_CALL, family, work.examples)
+    for family in found.values():
+        check_held_out(_CALL, family, work.examples)
     run.open(work.fingerprint)
     return run.keep(work.run(run))
 
 
 def _heads(given: HeadSet | FoundHeads) -> HeadSet:
-    return given.heads if isinstance(given, FoundHeads) else given
+    if isinstance(given, FoundHeads):
+        return given.heads
+    if not isinstance(given, HeadSet):
+        raise ScoreError(
+            f"{_CALL}: senders and receivers are a HeadSet, such as scores.top(10) or HeadSet.parse('L14H3'), or what "
+            f"find_heads found; got a {type(given).__name__}"
+        )
+    return given
 
 
 @dataclass
@@ -136,7 +147,8 @@ class PathWork(Work):
             ScoreError, f"{_CALL}: n_random", self.n_random, least=1, why="edges are compared with random heads"
         )
         self.nodes.mask(self.model.cfg)
-        check_attention_writes(_CALL, self.model)
+        if has_weights(self.model):
+            check_attention_writes(_CALL, self.model)
 
     @property
     def nodes(self) -> HeadSet:

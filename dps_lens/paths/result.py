@@ -13,7 +13,7 @@ from dps_lens.checks import check_number
 from dps_lens.heads import Head, HeadSet
 from dps_lens.result import Result
 from dps_lens.stats.intervals import columns, interval
-from dps_lens.stats.significance import MIN_USERS, max_t_p
+from dps_lens.stats.significance import MIN_USERS, max_t_p, smallest_p
 
 if TYPE_CHECKING:
     import pandas
@@ -22,12 +22,13 @@ LOGITS = "logits"
 
 
 class _Edge(NamedTuple):
-    """One edge: who writes, who reads, into what, and the effects `[example]` of the edge and of its controls
-    `[example control]`."""
+    """One edge: who writes, who reads, into what, the names of its controls, and the effects, `[example]` of the edge
+    and `[example control]` of its controls."""
 
     source: str
     target: str
     into: str
+    beside: tuple[str, ...]
     effect: np.ndarray
     controls: np.ndarray
 
@@ -41,7 +42,7 @@ class PathEffects(Result):
     Attributes:
         senders: heads whose output is followed, and where it goes to.
         receivers: heads that read it.
-        controls: of each of these heads, random other heads of its layer.
+        controls: of each of these heads, random other heads of its layer; nodes only where it has no others.
         into: `"q"`, `"k"`, `"v"` or `"resid"`, as asked for.
         user_ids: owner of each example.
         example_ids: evaluation examples.
@@ -103,17 +104,20 @@ class PathEffects(Result):
         Args:
             alpha: how often a graph may hold any false edge. An edge's p is the larger of two: that its effect is 0,
                 and that it is as that of its controls; 1 where the two differ in sign. Both are two-sided and
-                family-wise over all edges, by sign flips of whole users of the largest |t|. NaN below six users, and
-                where a layer has one head only.
+                family-wise over both tests of all edges, by sign flips of whole users of the largest |t|, exact where
+                effects are symmetric about 0. NaN below six users, and where a layer has one head only.
             least: an edge whose effect is smaller than this does not survive, whatever its p.
             level: of the intervals over users.
             n_flips: random sign flips.
             seed: of the flips.
 
+        Raises:
+            ScoreError: no p of so few users and flips can reach alpha.
+
         Returns:
             `source`, `target`, `into`; `effect` with its interval; `control`, the mean of the controls in the place of
-            the source (of a cut, of the head that is cut off); `difference` with its interval; `p` and `survives`.
-            Documents that some example lacks are left out.
+            the source (of a cut, of the head that is cut off); `controls`, their names; `difference` with its interval;
+            `p` and `survives`. Documents that some example lacks are left out.
         """
         import pandas as pd
 
@@ -123,11 +127,18 @@ class PathEffects(Result):
         effects = np.stack([self._by_user(edge.effect) for edge in edges], 1)
         controls = np.stack([self._by_user(_mean(edge.controls)) for edge in edges], 1)
         differences, tested = effects - controls, ~np.isnan(controls).any(0)
-        p = np.full(len(edges), np.nan)
+        p, least_p = np.full(len(edges), np.nan), smallest_p(len(effects), n_flips)
+        if len(effects) >= MIN_USERS and least_p > alpha:
+            raise self.error(
+                f"edges: no p of {len(effects)} users and n_flips={n_flips} lies below {least_p:.2g}, which is above "
+                f"alpha={alpha:g}; use more of both, or a larger alpha"
+            )
         if len(effects) >= MIN_USERS and tested.any():
-            both = [max_t_p(of[:, tested], n_flips=n_flips, seed=seed) for of in (effects, differences)]
+            # One family of both, or other edges might break the one and the other.
+            both = np.concatenate([effects[:, tested], differences[:, tested]], 1)
+            larger = max_t_p(both, n_flips=n_flips, seed=seed).reshape(2, -1).max(0)
             agree = np.sign(effects.mean(0)) == np.sign(differences.mean(0))
-            p[tested] = np.where(agree[tested], np.maximum(*both), 1.0)
+            p[tested] = np.where(agree[tested], larger, 1.0)
         rows = [
             {
                 "source": edge.source,
@@ -135,6 +146,7 @@ class PathEffects(Result):
                 "into": edge.into,
                 **columns("effect", interval(effects[:, index], level)),
                 "control": controls[:, index].mean(),
+                "controls": ",".join(edge.beside),
                 **columns("difference", interval(differences[:, index], level)),
                 "p": p[index],
                 "survives": bool(p[index] <= alpha and abs(effects[:, index].mean()) >= least),
@@ -160,27 +172,20 @@ class PathEffects(Result):
 
     def _edges(self) -> Iterator[_Edge]:
         paths, direct, documents = self.paths.numpy(), self.direct.numpy(), self.documents.numpy()
+        names = {head: tuple(map(str, self.controls[str(head)])) for head in self.nodes}
         for place, sender in enumerate(self.senders):
             beside = [self.writers.index(head) for head in self.controls[str(sender)]]
             for number, receiver in enumerate(self.receivers):
-                if sender.layer >= receiver.layer:
-                    continue
-                for part, into in enumerate(self.into):
-                    yield _Edge(
-                        str(sender), str(receiver), into, paths[:, part, place, number], paths[:, part, beside, number]
-                    )
+                for part, into in enumerate(self.into if sender.layer < receiver.layer else ()):
+                    effect, controls = paths[:, part, place, number], paths[:, part, beside, number]
+                    yield _Edge(str(sender), str(receiver), into, names[sender], effect, controls)
         for place, head in enumerate(self.nodes):
             beside = self._beside(head)
-            yield _Edge(str(head), LOGITS, "resid", direct[:, place], direct[:, beside])
-            for document in range(documents.shape[2]):
-                if not np.isnan(documents[:, place, document]).any():
-                    yield _Edge(
-                        f"document {document + 1}",
-                        str(head),
-                        "attention",
-                        documents[:, place, document],
-                        documents[:, beside, document],
-                    )
+            yield _Edge(str(head), LOGITS, "resid", names[head], direct[:, place], direct[:, beside])
+            for number in range(documents.shape[2]):
+                effect, controls = documents[:, place, number], documents[:, beside, number]
+                if not np.isnan(effect).any():
+                    yield _Edge(f"document {number + 1}", str(head), "attention", names[head], effect, controls)
 
     def _beside(self, head: Head) -> list[int]:
         """Places of a head's controls among `heads`."""

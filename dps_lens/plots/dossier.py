@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dps_lens.dossier import Dossier
 
-_PANELS = {"reads": "share of attention", "writes": "nats per token", "per token": "nats per token"}
+_PANELS = {"reads": "share of attention", "writes": "nats, or logits, per token", "per token": "nats per token"}
 
 
 def dossier(found: "Dossier", *, title: str | None = None, **options: Any) -> go.Figure:

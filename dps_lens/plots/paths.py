@@ -38,6 +38,8 @@ def paths(effects: "PathEffects", *, title: str | None = None, **options: Any) -
         _draw(figure, places, edge, _THINNEST + (_WIDEST - _THINNEST) * abs(edge["difference"]) / widest)
     _nodes(figure, effects, places)
     count = f"{len(kept)} of {len(frame)} paths survive" if len(kept) else "no path survives"
+    if frame["p"].isna().all():
+        count = "no claim about any, it takes six users"
     figure.update_layout(
         template=TEMPLATE,
         title=title or f"Paths that carry the profile: {count}",

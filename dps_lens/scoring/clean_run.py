@@ -130,6 +130,7 @@ class CleanRun:
         return other
 
     def measured(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float64[Tensor, "row pos"]:
+        """The objective at each response position, of logits of this response."""
         return losses_of_rows(self.objective, logits, self.targets, self.logits)
 
     def _rows_per_batch(self, batch_size: BatchSize) -> int:

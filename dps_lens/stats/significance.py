@@ -158,7 +158,12 @@ def max_t_p(
 ) -> Float[np.ndarray, " test"]:
     """Two-sided p-values of means over users, family-wise over tests: the `"max_t"` of `significant_heads`."""
     p = _max_t(effects, n_flips, np.random.default_rng(seed))
-    return np.maximum(p, _smallest_p("max_t", len(effects), n_flips))
+    return np.maximum(p, smallest_p(len(effects), n_flips))
+
+
+def smallest_p(n_users: int, n_flips: int) -> float:
+    """Below which no p of `max_t_p` can lie."""
+    return _smallest_p("max_t", n_users, n_flips)
 
 
 def _smallest_p(correction: Correction, n_users: int, n_flips: int) -> float:

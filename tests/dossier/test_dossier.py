@@ -1,5 +1,7 @@
 """Dossiers of heads: of planted ones, and each number against a plain computation or transformer-lens."""
 
+from dataclasses import replace
+
 import plants
 import pytest
 import torch
@@ -244,6 +246,27 @@ def test_ranks_say_what_other_kind_of_head_it_is(planted):
     assert ranks["preference"]["rank"] == 1
     assert ranks["preference"]["heads"] == plants.N_LAYERS * plants.N_HEADS
     assert ranks["preference"]["score"] > ranks["preference"]["median"]
+
+
+def test_without_another_profile_nothing_is_said_of_it(planted):
+    one = planted("one")
+    found = rows(dps.describe_head(one.model, one.users, "L1H2", against="no_profile", n_random=1))
+    assert found.loc["another user's profile", ["mean", "low", "high"]].isna().all()
+    assert found.loc["patched", "low"] > 1
+
+
+def test_roles_follow_the_interval(dossiers):
+    assert dossiers("chain", "L1H1").role == "facilitating"
+    assert dossiers("harmful", "L0H3").role in ("undecided", "interfering")
+
+
+def test_characters_of_several_tokens_stay_whole(tinies, probe):
+    model = tinies("llama").hooked
+    prompt = dps.build_prompt(model, replace(probe[0].examples[0], reference="né 漢字, ja!"))
+    pieces = pieces_of(model, prompt)
+    assert len(pieces) == len(prompt.response_tokens)
+    assert "".join(pieces) == "né 漢字, ja!"
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -99,7 +99,7 @@ def test_the_graph_is_kept_resumed_and_drawn(graphs, planted, tmp_path):
         dps.patch_paths(*asked, out=tmp_path / "run", seed=1)
     assert first.edges()["p"].isna().all(), "two users allow no claim"
     assert not first.edges()["survives"].any()
-    assert "no path survives" in first.plot().layout.title.text
+    assert "it takes six users" in first.plot().layout.title.text
     assert "L0H2" not in {str(head) for head in first.controls["L0H2"]}
 
 
@@ -130,6 +130,29 @@ def test_what_cannot_be_right_is_refused(planted, change, said):
     asked = {"senders": HeadSet.parse("L0H0"), "receivers": HeadSet.parse("L1H2")} | change
     with pytest.raises(ScoreError, match=said):
         dps.patch_paths(one.model, users, **asked)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_scores_and_lists_are_no_sets(planted):
+    one = planted("one")
+    for wrong in (["L1H2"], Head(1, 2), dps.score_heads(one.model, one.users[:2], max_examples=1)):
+        with pytest.raises(ScoreError, match=r"scores\.top"):
+            dps.patch_paths(one.model, one.users[:2], wrong, HeadSet.parse("L1H2"))
+
+
+def test_found_heads_bring_their_prompts(planted):
+    one, short = planted("one"), dps.PromptConfig(items=2, profile_tokens=40)
+    found = dps.find_heads(one.model, one.users[:3], 1, max_examples=1, prompt_config=short)
+    effects = dps.patch_paths(one.model, one.users[:2], found, found)
+    assert effects.manifest["prompt_config"]["items"] == 2
+    assert effects.documents.shape[-1] == 2
+    with pytest.raises(ScoreError, match="prompt_config"):
+        dps.patch_paths(one.model, one.users[:2], found, found, prompt_config=dps.PromptConfig(items=3))
+
+
+def test_a_level_that_no_p_reaches_is_refused(graphs):
+    with pytest.raises(ScoreError, match="lies below"):
+        graphs("one").edges(alpha=1e-4)
 
 
 def test_heads_outside_the_model_and_heads_found_here_are_refused(planted):

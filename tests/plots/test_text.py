@@ -118,6 +118,7 @@ def dossier():
         ((EVIL,), (EVIL,)),
         ((0.1,), (0.2,)),
         {EVIL: (0.5, 0.1, 0.2)},
+        torch.rand(3, 4),
         ((EVIL, "q", 0.3),),
         (EVIL,),
         (EVIL,),
