@@ -103,7 +103,14 @@ def found(case: plants.Planted, method: FindMethod) -> str:
     """How many carriers the set holds, who else does, and how many resamples of users hold exactly the carriers."""
     n = len(case.carriers)
     result = dps.find_heads(
-        case.model, case.users, n, method=method, max_examples=2, run_config=dps.RunConfig(progress=False)
+        case.model,
+        case.users,
+        n,
+        method=method,
+        max_task_cost=None,
+        max_neutral_cost=None,
+        max_examples=2,
+        run_config=dps.RunConfig(progress=False),
     )
     wrong = [str(head) for head in result.heads if head not in case.carriers]
     exact = sum({*heads} == case.carriers for heads in result.resampled)

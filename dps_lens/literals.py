@@ -1,4 +1,4 @@
-"""The words that settings are chosen from, said once for the library, the command line and its help."""
+"""The words that settings are chosen from, and defaults, said once for the library, the command line and its help."""
 
 from typing import Literal, TypeAlias, get_args
 
@@ -47,3 +47,7 @@ CONDITIONS = ("own", *AGAINST, "neutral")
 
 PATCHED = ("noising_other", "denoising_other")
 """Heads patched between two runs: another user's z into the own run, or the reverse."""
+
+MAX_TASK_COST, MAX_NEUTRAL_COST = 0.2, 0.05
+"""Bounds of `find_heads`, nats per token, where nobody asks for others: those that finders were compared with
+(docs/finders.md)."""

@@ -1,5 +1,6 @@
 """`dps-lens find`."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from dps_lens.cli.options import (
     Users,
 )
 from dps_lens.cli.tables import print_found
-from dps_lens.literals import Counterfactual, Discovery
+from dps_lens.literals import MAX_NEUTRAL_COST, MAX_TASK_COST, Counterfactual, Discovery
 
 
 @app.command()
@@ -37,16 +38,16 @@ def find(
     method: Annotated[
         str,
         typer.Option(
-            help="rank (top of the integrated scores, minutes), greedy (forward selection), conditional (effects "
-            "given the others), gates (fitted by gradient), or one of your own: file.py:Name."
+            help="gates (fitted by gradient), rank (top of the integrated scores; the quickest), greedy (forward "
+            "selection), conditional (effects given the others), or one of your own: file.py:Name."
         ),
-    ] = "rank",
+    ] = "gates",
     against: Annotated[Counterfactual, typer.Option(help="What the own profile is patched from.")] = "other_user",
     max_task_cost: Annotated[
-        float | None,
-        typer.Option(help="Most that zeroing the set may cost without a profile, nats per token."),
-    ] = None,
-    max_neutral_cost: Annotated[float | None, typer.Option(help="The same on neutral text.")] = None,
+        float,
+        typer.Option(help="Most that zeroing the set may cost without a profile, nats per token; inf for no bound."),
+    ] = MAX_TASK_COST,
+    max_neutral_cost: Annotated[float, typer.Option(help="The same on neutral text.")] = MAX_NEUTRAL_COST,
     max_examples: Annotated[
         int | None, typer.Option(min=1, help="Newest discovery examples of each user; all by default.")
     ] = None,
@@ -86,8 +87,8 @@ def find(
             k,
             method=finder_of(method),
             against=against,
-            max_task_cost=max_task_cost,
-            max_neutral_cost=max_neutral_cost,
+            max_task_cost=None if math.isinf(max_task_cost) else max_task_cost,
+            max_neutral_cost=None if math.isinf(max_neutral_cost) else max_neutral_cost,
             max_examples=max_examples,
             prompt_config=dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs)),
             find_config=dps.FindConfig(

@@ -104,7 +104,9 @@ class FindWork(Work):
         if self.against != "no_profile" and len(self.users) < 2:
             raise ScoreError(f"find_heads: against={self.against!r} needs at least two users; use 'no_profile'")
         if self.bounds.neutral_cost is not None and not self.texts:
-            raise ScoreError("find_heads: max_neutral_cost needs neutral texts; give FindConfig(neutral=…) some")
+            raise ScoreError(
+                "find_heads: max_neutral_cost needs neutral texts; give FindConfig(neutral=…) some, or no bound"
+            )
 
     @cached_property
     def texts(self) -> list[str]:

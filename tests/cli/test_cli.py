@@ -117,7 +117,7 @@ def test_score_writes_a_run_and_resumes(scored, model):
 
 def test_find_prints_the_set_with_its_inclusion_and_costs(model, tmp_path):
     options = ("--model", model, "--max-users", 3, "--max-examples", 1, "--n-donors", 1, "--k", 2)
-    done = run("find", "--out", tmp_path / "a", *options, "--n-bootstraps", 4, "--max-task-cost", 9)
+    done = run("find", "--out", tmp_path / "a", *options, "--method", "rank", "--n-bootstraps", 4, "--max-task-cost", 9)
     assert done.returncode == 0, done.stderr
     found = dps.FoundHeads.load(tmp_path / "a")
     assert len(found.heads) == 2
@@ -129,7 +129,9 @@ def test_find_prints_the_set_with_its_inclusion_and_costs(model, tmp_path):
     for row in found.evidence().to_dict("records"):
         assert any(row["measure"] in line and f"{row['mean']:.3f}" in line for line in done.stdout.splitlines())
     assert (tmp_path / "a" / "found.csv").is_file()
-    again = run("find", "--out", tmp_path / "a", *options, "--n-bootstraps", 4, "--max-task-cost", 9)
+    again = run(
+        "find", "--out", tmp_path / "a", *options, "--method", "rank", "--n-bootstraps", 4, "--max-task-cost", 9
+    )
     assert again.stdout == done.stdout
     own = tmp_path / "mine.py"
     own.write_text("import dps_lens as dps\nclass Few(dps.Greedy):\n    name = 'few'\n")
@@ -225,7 +227,20 @@ def test_vectors_are_made_and_steered_with(model, tmp_path):
 
 def test_a_found_set_is_tested_and_steered_with(model, tmp_path):
     options = ("--model", model, "--max-users", 3, "--max-examples", 1)
-    done = run("find", "--out", tmp_path / "found", *options, "--n-donors", 1, "--k", 2, "--n-bootstraps", 0)
+    done = run(
+        "find",
+        "--out",
+        tmp_path / "found",
+        *options,
+        "--method",
+        "rank",
+        "--n-donors",
+        1,
+        "--k",
+        2,
+        "--n-bootstraps",
+        0,
+    )
     assert done.returncode == 0, done.stderr
     found = dps.FoundHeads.load(tmp_path / "found")
     tested = ("--run", tmp_path / "found", *options, "--kinds", "induction", "--n-random", 2)

@@ -124,6 +124,10 @@ class Plain:
         return np.mean([np.mean(of, axis=0) for of in by_user.values()], axis=0)
 
 
+RANK = {"method": "rank", "max_task_cost": None, "max_neutral_cost": None}
+"""The finder that the oracles are of."""
+
+
 @pytest.fixture(scope="module")
 def people(probe):
     """Three users; the last one has a single discovery example, the others two."""
@@ -138,6 +142,7 @@ def plain(tinies, people):
 
 def find(llama, people, k=3, **options):
     config = options.pop("find_config", CONFIG)
+    options = RANK | options
     return dps.find_heads(llama.hooked, people, k, max_examples=2, prompt_config=SHORT, find_config=config, **options)
 
 
@@ -286,7 +291,7 @@ def users_in(heads):
 def test_fits_look_at_the_users_that_they_say(toy_model, toy_users):
     users = [replace(user, history=user.history[: 5 + number % 3]) for number, user in enumerate(toy_users)]
     assert len({len(user.discovery_examples()) for user in users}) > 1, "users differ in examples"
-    found = dps.find_heads(toy_model, users, 8, method=Weighing(), seed=3)
+    found = dps.find_heads(toy_model, users, 8, method=Weighing(), seed=3, max_task_cost=None, max_neutral_cost=None)
     assert found.values.flatten()[:6].tolist() == pytest.approx([1 / 6] * 6), "users weigh equally"
     everybody = {user.id for user in users}
     assert users_in(found.heads) == everybody
@@ -301,7 +306,9 @@ def test_fits_look_at_the_users_that_they_say(toy_model, toy_users):
     assert len({str(heads) for heads in found.resampled}) > 10
     for head, one in found.inclusion.items():
         assert one.chosen == sum(head in heads for heads in found.resampled)
-    again = dps.find_heads(toy_model, users[::-1], 8, method=Weighing(), seed=3)
+    again = dps.find_heads(
+        toy_model, users[::-1], 8, method=Weighing(), seed=3, max_task_cost=None, max_neutral_cost=None
+    )
     assert [str(heads) for heads in again.resampled] == [str(heads) for heads in found.resampled]
 
 
@@ -455,7 +462,7 @@ def test_without_neutral_texts_there_is_no_neutral_cost(llama, people):
 
 def test_both_counterfactuals_weigh_the_same_whatever_the_donors(llama, people):
     config = dps.FindConfig(n_donors=2, n_bootstraps=0, folds=False)
-    found = dps.find_heads(llama.hooked, people, 2, against="both", find_config=config, max_examples=1)
+    found = dps.find_heads(llama.hooked, people, 2, against="both", find_config=config, max_examples=1, **RANK)
     scores = dps.score_heads(
         llama.hooked, people, against="both", max_examples=1, score_config=dps.ScoreConfig(n_donors=2)
     )
@@ -482,7 +489,7 @@ def test_rank_cuts_the_last_penalty_that_has_heads():
 
 def test_units_of_other_examples_are_not_read(llama, people, tmp_path):
     """Fits that were made without an example, which an engine gave up, are made again when it is there."""
-    options = {"max_examples": 1, "find_config": dps.FindConfig(n_donors=1, n_bootstraps=0)}
+    options = {"max_examples": 1, "find_config": dps.FindConfig(n_donors=1, n_bootstraps=0), **RANK}
     whole = dps.find_heads(llama.hooked, people, 2, **options)
     with_one_lost = LoseFirst()
     with pytest.warns(UserWarning, match="given up"):

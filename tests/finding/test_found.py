@@ -13,7 +13,14 @@ from dps_lens.heads import Head, HeadSet
 from dps_lens.selection import rankings
 
 SHORT = dps.PromptConfig(items=3, profile_tokens=60, task_tokens=30, response_tokens=8)
-OPTIONS = {"max_examples": 1, "prompt_config": SHORT, "find_config": dps.FindConfig(n_donors=1, n_bootstraps=8)}
+FREE = {"max_task_cost": None, "max_neutral_cost": None}
+OPTIONS = {
+    "method": "rank",
+    **FREE,
+    "max_examples": 1,
+    "prompt_config": SHORT,
+    "find_config": dps.FindConfig(n_donors=1, n_bootstraps=8),
+}
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_scores_and_lists_are_no_sets(planted):
 
 def test_found_heads_bring_their_prompts(planted):
     one, short = planted("one"), dps.PromptConfig(items=2, profile_tokens=40)
-    found = dps.find_heads(one.model, one.users[:3], 1, max_examples=1, prompt_config=short)
+    found = dps.find_heads(one.model, one.users[:3], 1, method="rank", max_examples=1, prompt_config=short)
     effects = dps.patch_paths(one.model, one.users[:2], found, found)
     assert effects.manifest["prompt_config"]["items"] == 2
     assert effects.documents.shape[-1] == 2
