@@ -2,7 +2,7 @@
 
 from dps_lens.plots.ablation import ablation
 from dps_lens.plots.attention import attention, attention_html
-from dps_lens.plots.dossier import dossier
+from dps_lens.plots.dossier import dossier, token_effects
 from dps_lens.plots.evaluation import evaluation
 from dps_lens.plots.export import browser, export
 from dps_lens.plots.faithfulness import faithfulness
@@ -37,5 +37,6 @@ __all__ = [
     "paths",
     "stability_curve",
     "steering",
+    "token_effects",
     "token_shift",
 ]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dps_lens.plots.painted import painted
 from dps_lens.plots.text import plain
 from dps_lens.plots.theme import LINES, TEMPLATE
 
@@ -44,6 +45,29 @@ def dossier(found: "Dossier", *, title: str | None = None, **options: Any) -> go
         legend={"orientation": "h", "y": -0.2},
     )
     return figure
+
+
+def token_effects(found: "Dossier", row: int = 0, *, title: str | None = None) -> go.Figure:
+    """The tokens of one response, coloured by how much likelier the head makes them.
+
+    Args:
+        found: of `dps_lens.describe_head`.
+        row: which example.
+        title: by default the head and the example.
+    """
+    pieces, changes = found.pieces[row], found.changes[row]
+    hover = [
+        f"<b>{plain(piece)}</b><br>patched, its loss changes by {change:+.3f} nats"
+        for piece, change in zip(pieces, changes, strict=True)
+    ]
+    about = f"{plain(found.user_ids[row])}, {plain(found.example_ids[row])}"
+    return painted(
+        changes,
+        pieces,
+        hover,
+        title=title or f"What {found.head} does for each token: {about}",
+        scale="loss patched − own<br>(nats)",
+    )
 
 
 def _panel(figure: go.Figure, rows: "pandas.DataFrame", head: str, place: int) -> None:

@@ -174,6 +174,7 @@ FIGURES = {
         pd.DataFrame({"units": [2], "jaccard": [0.5], "low": [0.4], "high": [0.6], "chance": [0.1]}), units=EVIL
     ),
     "steering": lambda: plots.steering(sweep()),
+    "token_effects": lambda: plots.token_effects(dossier()),
     "token_shift": lambda: plots.token_shift(generation()),
 }
 UNNAMED = {"dossier", "k_sweep", "paths"}
