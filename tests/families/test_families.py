@@ -438,7 +438,15 @@ def test_a_single_shot_cannot_be_shuffled(translating):
 def test_unknown_kind_names_the_kinds(llama):
     with pytest.raises(ScoreError, match=f"'nonsense' is unknown; use one of {', '.join(KINDS)}"):
         reference_heads(llama.hooked, ("nonsense",), cache=False)
-    assert KINDS == ("induction", "previous_token", "duplicate_token", "retrieval", "function_vector")
+    assert KINDS == (
+        "induction",
+        "previous_token",
+        "duplicate_token",
+        "copying",
+        "copy_suppression",
+        "retrieval",
+        "function_vector",
+    )
 
 
 def test_a_family_is_scored_once_in_a_call(llama):
