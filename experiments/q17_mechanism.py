@@ -24,11 +24,10 @@ edges; else undecided. Three hypotheses, each reported; no further correction.
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 import dps_lens as dps
-from dps_lens.stats.intervals import columns, interval
+from dps_lens.stats.intervals import columns, interval, user_means
 from experiments.lib.harness import Claim, Config, Findings, Lab, Outcome, above_zero, main
 
 COPIES = ("token that is written", "what it looks at")
@@ -128,9 +127,8 @@ def tokens_of(dossiers: dict[str, dps.Dossier]) -> pd.DataFrame:
 def directly(effects: dps.PathEffects, heads: dps.HeadSet) -> dict[str, float]:
     """Direct less half of the total effect, summed over heads; by user."""
     places = [effects.nodes.heads.index(head) for head in heads]
-    values = (effects.direct[:, places] - effects.total[:, places] / 2).sum(1).numpy()
-    owners = np.array(effects.user_ids)
-    return interval(np.array([values[owners == user].mean() for user in dict.fromkeys(effects.user_ids)]))
+    values = (effects.direct[:, places] - effects.total[:, places] / 2).sum(1)
+    return interval(user_means(values, effects.user_ids))
 
 
 def copying(lines: pd.DataFrame) -> Claim:

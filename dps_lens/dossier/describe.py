@@ -2,21 +2,18 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dps_lens.checks import check_whole
-from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
-from dps_lens.data.conditions import prompts_in
-from dps_lens.data.examples import by_key, held_out_examples, unit_key
-from dps_lens.data.identity import describe_inputs
+from dps_lens.data import Prompt, PromptConfig, User, build_prompt
 from dps_lens.dossier.circuits import output_circuit, readers
 from dps_lens.dossier.measures import Look, attributed, looked_at, per_token, stacked
 from dps_lens.dossier.result import Dossier
@@ -24,14 +21,15 @@ from dps_lens.dossier.words import WordKinds
 from dps_lens.errors import ScoreError
 from dps_lens.families.profile import nulled
 from dps_lens.heads import Head, HeadSet
-from dps_lens.literals import AGAINST, Against
+from dps_lens.literals import Against
 from dps_lens.model import HookedModel, check_attention_reads, has_weights, runner_of
 from dps_lens.model.final_norm import FinalNorm
 from dps_lens.paths.direct import DirectPaths
-from dps_lens.paths.patch import others_of
+from dps_lens.paths.pairs import PairWork
 from dps_lens.scores import HeadScores
-from dps_lens.scoring import CleanRun
-from dps_lens.work import BatchSize, Engine, Run, RunConfig, Work
+from dps_lens.selection import random_beside
+from dps_lens.stats.intervals import user_means
+from dps_lens.work import Engine, Run, RunConfig
 
 _CALL = "describe_head"
 _TOKENS = 10
@@ -85,9 +83,9 @@ def describe_head(
     """  # noqa: E501
     run = Run(model, Dossier, out, engine, run_config)
     work = DossierWork(
-        model,
-        list(users),
-        Head.parse(head) if isinstance(head, str) else Head(*head),
+        model=model,
+        users=list(users),
+        head=Head.parse(head) if isinstance(head, str) else Head(*head),
         against=against,
         n_random=n_random,
         max_examples=max_examples,
@@ -99,25 +97,17 @@ def describe_head(
     return run.keep(work.run(run, families or {}))
 
 
-@dataclass
-class DossierWork(Work):
-    """The run of `describe_head`, an example a unit."""
+@dataclass(kw_only=True)
+class DossierWork(PairWork):
+    """The run of `describe_head`."""
 
-    model: HookedModel
-    users: Sequence[User]
+    call: ClassVar[str] = _CALL
+
     head: Head
-    against: Against = "other_user"
     n_random: int = 4
-    max_examples: int | None = 1
-    prompt_config: PromptConfig = field(default_factory=PromptConfig)
-    seed: int = 0
-    batch_size: BatchSize = "auto"
 
     def __post_init__(self) -> None:
-        if self.against not in AGAINST:
-            raise ScoreError(f"{_CALL}: against {self.against!r} is unknown; use 'other_user' or 'no_profile'")
-        if self.against == "other_user" and len(self.users) < 2:
-            raise ScoreError(f"{_CALL}: against='other_user' needs at least two users; use 'no_profile'")
+        super().__post_init__()
         check_whole(ScoreError, f"{_CALL}: n_random", self.n_random, least=0)
         HeadSet([self.head]).mask(self.model.cfg)
         if not has_weights(self.model):
@@ -127,48 +117,25 @@ class DossierWork(Work):
     @cached_property
     def controls(self) -> HeadSet:
         """Random other heads of the layer."""
-        return others_of(self.head, HeadSet([self.head]), self.model.cfg, self.n_random, self.seed)
+        return random_beside(self.model, self.head, self.n_random, seed=self.seed)
 
     @property
     def heads(self) -> tuple[Head, ...]:
         return (self.head, *self.controls)
 
     @cached_property
-    def examples(self) -> list[Example]:
-        """Evaluation examples, user by user."""
-        return held_out_examples(_CALL, self.users, self.max_examples)
-
-    @cached_property
-    def by_key(self) -> dict[str, Example]:
-        return by_key(self.examples)
-
-    @cached_property
     def kinds(self) -> WordKinds:
         return WordKinds(self.users)
 
-    def owner(self, key: str) -> str:
-        return self.by_key[key].user_id
-
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the result, for the run folder and the manifest."""
-        return {
-            "call": _CALL,
-            "head": str(self.head),
-            "against": self.against,
-            "n_random": self.n_random,
-            "max_examples": self.max_examples,
-            "seed": self.seed,
-            **describe_inputs(self.model, self.users, self.examples, self.prompt_config),
-            "examples": [unit_key(example) for example in self.examples],
-        }
+        return super().fingerprint() | {"head": str(self.head), "n_random": self.n_random}
 
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
         """`values` [head measure], `change` [pos] of the head itself, and, own minus other, `z` [head d_head] and what
         the head adds to the residual stream, `write` [d_model]."""
-        example, layer = self.by_key[key], self.head.layer
-        prompt = build_prompt(self.model, example, config=self.prompt_config)
-        (asked,) = prompts_in(self.model, example, self.against, self.users, seed=self.seed, config=self.prompt_config)
-        own, other = DirectPaths(self._clean(prompt)), DirectPaths(self._clean(asked))
+        layer = self.head.layer
+        prompt, (asked,) = self.prompts(self.by_key[key])
+        own, other = DirectPaths(self.clean_run(prompt)), DirectPaths(self.clean_run(asked))
         assert own.run.z is not None
         assert other.run.z is not None
         look = Look.of(own, layer, self.heads)
@@ -203,11 +170,8 @@ class DossierWork(Work):
             return torch.full((len(self.heads),), torch.nan)
         return Look.of(other, self.head.layer, self.heads).profile
 
-    def _clean(self, prompt: Prompt) -> CleanRun:
-        return CleanRun(runner_of(self.model), prompt, keep_z=True, batch_size=self.batch_size)
-
     def _look(self, prompt: Prompt) -> Look:
-        return Look.of(DirectPaths(self._clean(prompt)), self.head.layer, self.heads)
+        return Look.of(DirectPaths(self.clean_run(prompt)), self.head.layer, self.heads)
 
     def _shuffled(self, prompt: Prompt) -> Prompt:
         """The same prompt with the tokens of its profile in a random order."""
@@ -226,16 +190,13 @@ class DossierWork(Work):
         prompts = [build_prompt(self.model, example, config=self.prompt_config) for example in examples]
         circuits = [output_circuit(self.model, head) for head in self.heads]
         z = torch.stack([unit["z"] for unit in made])
-        owners = [example.user_id for example in examples]
-        of_users = [
-            [unit["write"] for unit, owner in zip(made, owners, strict=True) if owner == user]
-            for user in dict.fromkeys(owners)
-        ]
-        up, down = self._lens(torch.stack([torch.stack(writes).mean(0) for writes in of_users]).mean(0))
+        owners = tuple(example.user_id for example in examples)
+        write = user_means(torch.stack([unit["write"] for unit in made]).double(), owners).mean(0)
+        up, down = self._lens(torch.from_numpy(write).float())
         return Dossier(
             self.head,
             self.controls,
-            tuple(example.user_id for example in examples),
+            owners,
             tuple(example.id for example in examples),
             torch.stack([unit["values"] for unit in made]),
             z,

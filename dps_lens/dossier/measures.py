@@ -96,7 +96,7 @@ class Look:
 def looked_at(
     look: Look, write: Float[Tensor, "head pos d_model"], norm: FinalNorm, w_u: Float[Tensor, "d_model vocab"]
 ) -> Float[Tensor, " head"]:
-    """How much heads raise the logits of the tokens that they attend to, above the mean logit; nats per token."""
+    """How much heads raise the logits of the tokens that they attend to, above the mean logit, mean over queries."""
     keys = look.prompt.tokens[: look.pattern.shape[-1]]
     logits = norm(write) @ w_u
     above = logits[..., keys.to(logits.device)] - logits.mean(-1, keepdim=True)
@@ -109,7 +109,7 @@ def attributed(
     w_u: Float[Tensor, "d_model vocab"],
     targets: Int[Tensor, " pos"],
 ) -> Float[Tensor, "head pos"]:
-    """Direct logit attribution to the response's own tokens, above the mean logit."""
+    """Direct logit attribution to the logits of the response's own tokens, above the mean logit."""
     direction = (w_u[:, targets] - w_u.mean(1, keepdim=True)).T
     return (norm(write) * direction).sum(-1)
 

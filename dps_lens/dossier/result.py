@@ -12,7 +12,7 @@ from torch import Tensor
 from dps_lens.dossier.measures import MEASURES, SECTIONS
 from dps_lens.heads import Head, HeadSet
 from dps_lens.result import Result
-from dps_lens.stats.intervals import columns, interval
+from dps_lens.stats.intervals import columns, interval, user_means
 
 if TYPE_CHECKING:
     import pandas
@@ -81,7 +81,7 @@ class Dossier(Result):
     def role(self) -> str:
         """`"facilitating"` where patching the head raises the NLL of the own text, its 95% interval over users above 0;
         `"interfering"` where it lowers it; else `"undecided"`."""
-        found = interval(self._by_user(self.values.numpy())[:, 0, MEASURES.index("patched")])
+        found = interval(user_means(self.values, self.user_ids)[:, 0, MEASURES.index("patched")])
         if found["low"] > 0:
             return "facilitating"
         return "interfering" if found["high"] < 0 else "undecided"
@@ -95,7 +95,7 @@ class Dossier(Result):
         """
         import pandas as pd
 
-        values = np.concatenate([self._by_user(self.values.numpy()), self._directions()[:, :, None]], axis=2)
+        values = np.concatenate([user_means(self.values, self.user_ids), self._directions()[:, :, None]], axis=2)
         names = [*MEASURES, DIRECTION]
         sections = {name: section for section, inside in SECTIONS.items() for name in inside} | {DIRECTION: "writes"}
         rows = []
@@ -131,13 +131,9 @@ class Dossier(Result):
         rows = [{"family": name, **found} for name, found in self.ranks.items()]
         return pd.DataFrame(rows, columns=["family", "score", "rank", "heads", "median"])
 
-    def _by_user(self, values: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "user ..."]:
-        owners = np.array(self.user_ids)
-        return np.stack([values[owners == user].mean(0) for user in dict.fromkeys(self.user_ids)])
-
     def _directions(self) -> Float[np.ndarray, "user head"]:
         """Cosine of each user's mean difference with that of all other users, by head."""
-        means = torch.from_numpy(self._by_user(self.z.double().numpy()))
+        means = torch.from_numpy(user_means(self.z.double(), self.user_ids))
         if len(means) < 2:
             return np.full(means.shape[:2], np.nan)
         others = (means.sum(0) - means) / (len(means) - 1)

@@ -56,7 +56,7 @@ class Copying:
         engine: Engine | None = None,
         progress: bool = True,
     ) -> HeadScores:
-        """Scores `[part layer head]`, in parts of 64 tokens.
+        """Scores `[token layer head]`, 0 or 1, so that intervals are over tokens.
 
         Raises:
             ScoreError: no token, or a reach beyond the vocabulary.
@@ -69,17 +69,16 @@ class Copying:
         work = FamilyWork(model, self)
         parts = [str(part) for part in range(-(-min(self.n_tokens, size) // _PART))]
         found = work.run(parts, folder=folder, engine=engine, what=self.name, unit="part", progress=progress)
-        ids = [f"part {part}" for part in found]
-        values = torch.stack([unit["score"] for unit in found.values()])
+        tokens = drawn(model, self.n_tokens, self.seed).split(_PART)
+        ids = [f"token {token}" for part in found for token in tokens[int(part)].tolist()]
+        values = torch.cat([unit["score"] for unit in found.values()])
         return HeadScores(values, example_ids=ids, user_ids=ids, manifest=work.left_out)
 
     def measure(self, model: HookedModel, key: str, given: object = None) -> dict[str, Tensor]:
-        """Scores on one part of the tokens."""
-        tokens = drawn(model, self.n_tokens, self.seed)[int(key) * _PART :][:_PART]
-        ranks = own_ranks(model, tokens)
-        if self.name == "copying":
-            return {"score": (ranks.above < self.reach).float().mean(-1)}
-        return {"score": (ranks.below < self.reach).float().mean(-1)}
+        """Scores of one part of the tokens."""
+        ranks = own_ranks(model, drawn(model, self.n_tokens, self.seed).split(_PART)[int(key)])
+        places = ranks.above if self.name == "copying" else ranks.below
+        return {"score": (places < self.reach).float().permute(2, 0, 1)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,7 +117,7 @@ class DirectPaths:
         Raises:
             ModelCheckError: the attention that is recomputed is not this model's own.
         """
-        check_attention_reads("pattern", self.run.runner.model)
+        check_attention_reads("describe_head", self.run.runner.model)
         return self._read(layer, "attn.hook_pattern", self.run.residual(layer), [])[0].float()
 
     @torch.inference_mode()

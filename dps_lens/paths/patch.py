@@ -1,31 +1,28 @@
 """Who feeds a head, and what it hands on: direct path patching between chosen heads, on held-out examples."""
 
-import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from dps_lens.checks import check_whole
-from dps_lens.data import Example, PromptConfig, User, build_prompt
-from dps_lens.data.conditions import prompts_in
-from dps_lens.data.examples import by_key, held_out_examples, unit_key
-from dps_lens.data.identity import describe_inputs
+from dps_lens.data import PromptConfig, User
 from dps_lens.errors import ScoreError
 from dps_lens.found import FoundHeads
 from dps_lens.heads import Head, HeadSet
-from dps_lens.literals import AGAINST, Against
-from dps_lens.model import HookedModel, ModelConfig, check_attention_writes, has_weights, runner_of
+from dps_lens.literals import Against
+from dps_lens.model import HookedModel, check_attention_writes, has_weights
 from dps_lens.paths.direct import INTO, DirectPaths, Into
+from dps_lens.paths.pairs import PairWork
 from dps_lens.paths.result import PathEffects, measured
 from dps_lens.scoring import CleanRun
-from dps_lens.selection import HeadSource, check_held_out, inherited
-from dps_lens.work import BatchSize, Engine, Run, RunConfig, Work
+from dps_lens.selection import HeadSource, check_held_out, inherited, random_beside
+from dps_lens.work import Engine, Run, RunConfig
 
 _CALL = "patch_paths"
 
@@ -84,10 +81,10 @@ def patch_paths(
     found = {name: family for name, family in given.items() if isinstance(family, FoundHeads)}
     shared = inherited(_CALL, found, prompt_config=prompt_config, uses=("prompt_config",))
     work = PathWork(
-        model,
-        list(users),
-        _heads(senders),
-        _heads(receivers),
+        model=model,
+        users=list(users),
+        senders=_heads(senders),
+        receivers=_heads(receivers),
         into=(into,) if isinstance(into, str) else tuple(into),
         against=against,
         n_donors=n_donors,
@@ -114,35 +111,25 @@ def _heads(given: HeadSet | FoundHeads) -> HeadSet:
     return given
 
 
-@dataclass
-class PathWork(Work):
-    """The run of `patch_paths`, an example a unit."""
+@dataclass(kw_only=True)
+class PathWork(PairWork):
+    """The run of `patch_paths`."""
 
-    model: HookedModel
-    users: Sequence[User]
+    call: ClassVar[str] = _CALL
+
     senders: HeadSet
     receivers: HeadSet
     into: tuple[Into, ...]
-    against: Against = "other_user"
-    n_donors: int = 1
     n_random: int = 2
-    max_examples: int | None = None
-    prompt_config: PromptConfig = field(default_factory=PromptConfig)
-    seed: int = 0
-    batch_size: BatchSize = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         unknown = [one for one in self.into if one not in INTO]
         if unknown or not self.into:
             named = f"into {unknown[0]!r} is unknown" if unknown else "into= is empty"
             raise ScoreError(f"{_CALL}: {named}; use one or several of {', '.join(INTO)}")
-        if self.against not in AGAINST:
-            raise ScoreError(f"{_CALL}: against {self.against!r} is unknown; use 'other_user' or 'no_profile'")
-        if self.against == "other_user" and len(self.users) < 2:
-            raise ScoreError(f"{_CALL}: against='other_user' needs at least two users; use 'no_profile'")
         if not len(self.senders) or not len(self.receivers):
             raise ScoreError(f"{_CALL}: give at least one sender and one receiver")
-        check_whole(ScoreError, f"{_CALL}: n_donors", self.n_donors, least=1)
         check_whole(
             ScoreError, f"{_CALL}: n_random", self.n_random, least=1, why="edges are compared with random heads"
         )
@@ -157,56 +144,27 @@ class PathWork(Work):
     @cached_property
     def controls(self) -> dict[str, HeadSet]:
         """Of each node, random other heads of its layer."""
-        return {str(head): others_of(head, self.nodes, self.model.cfg, self.n_random, self.seed) for head in self.nodes}
-
-    @cached_property
-    def examples(self) -> list[Example]:
-        """Evaluation examples, user by user."""
-        return held_out_examples(_CALL, self.users, self.max_examples)
-
-    @cached_property
-    def by_key(self) -> dict[str, Example]:
-        return by_key(self.examples)
-
-    def owner(self, key: str) -> str:
-        return self.by_key[key].user_id
+        return {
+            str(head): random_beside(self.model, head, self.n_random, avoid=self.nodes, seed=self.seed)
+            for head in self.nodes
+        }
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the result, for the run folder and the manifest."""
-        return {
-            "call": _CALL,
+        return super().fingerprint() | {
             "senders": str(self.senders),
             "receivers": str(self.receivers),
             "into": list(self.into),
-            "against": self.against,
-            "n_donors": self.n_donors,
             "n_random": self.n_random,
-            "max_examples": self.max_examples,
-            "seed": self.seed,
-            **describe_inputs(self.model, self.users, self.examples, self.prompt_config),
-            "examples": [unit_key(example) for example in self.examples],
         }
 
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
-        """Effects on one example: `paths` [into sender receiver], `direct` and `total` [head], `documents` [head
+        """Effects on one example: `paths` [into writer receiver], `direct` and `total` [head], `documents` [head
         document]."""
-        example, config = self.by_key[key], self.prompt_config
-        own = self._clean(build_prompt(self.model, example, config=config))
-        others = prompts_in(
-            self.model,
-            example,
-            self.against,
-            self.users,
-            n_donors=self.n_donors,
-            seed=self.seed,
-            config=config,
-        )
-        effects = [self._between(own, self._clean(prompt)) for prompt in others]
+        prompt, others = self.prompts(self.by_key[key])
+        own = self.clean_run(prompt)
+        effects = [self._between(own, self.clean_run(other)) for other in others]
         made = {name: torch.stack([one[name] for one in effects]).mean(0) for name in effects[0]}
         return made | {"documents": self._documents(own)}
-
-    def _clean(self, prompt: Any) -> CleanRun:
-        return CleanRun(runner_of(self.model), prompt, keep_z=True, batch_size=self.batch_size)
 
     def _between(self, own: CleanRun, other: CleanRun) -> dict[str, Tensor]:
         heads, writers = measured(self.nodes, self.controls), measured(self.senders, self.controls)
@@ -273,11 +231,3 @@ class PathWork(Work):
 
 def layers_of(heads: Iterable[Head]) -> list[int]:
     return sorted({head.layer for head in heads})
-
-
-def others_of(head: Head, nodes: HeadSet, cfg: ModelConfig, n: int, seed: int) -> HeadSet:
-    """At most `n` random other heads of a head's layer; nodes only where there are no others left."""
-    layer = [Head(head.layer, index) for index in range(cfg.n_heads) if index != head.head]
-    rng = random.Random(f"{_CALL}|{seed}|{head.layer}")
-    shuffled = rng.sample(layer, len(layer))
-    return HeadSet(sorted(shuffled, key=lambda one: one in nodes)[:n], "random", (cfg.n_layers, cfg.n_heads))

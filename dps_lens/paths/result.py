@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 from dps_lens.checks import check_number
 from dps_lens.heads import Head, HeadSet
 from dps_lens.result import Result
-from dps_lens.stats.intervals import columns, interval
+from dps_lens.stats.intervals import columns, interval, user_means
 from dps_lens.stats.significance import MIN_USERS, max_t_p, smallest_p
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ class _Edge(NamedTuple):
     target: str
     into: str
     beside: tuple[str, ...]
-    effect: np.ndarray
-    controls: np.ndarray
+    effect: Tensor
+    controls: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -164,14 +163,14 @@ class PathEffects(Result):
         rows = []
         for place, head in enumerate(self.nodes):
             row: dict[str, Any] = {"head": str(head)}
-            for name, values in (("total", self.total.numpy()), ("direct", self.direct.numpy())):
+            for name, values in (("total", self.total), ("direct", self.direct)):
                 row |= columns(name, interval(self._by_user(values[:, place]), level))
                 row[f"{name}_control"] = self._by_user(_mean(values[:, self._beside(head)])).mean()
             rows.append(row)
         return pd.DataFrame(rows)
 
     def _edges(self) -> Iterator[_Edge]:
-        paths, direct, documents = self.paths.numpy(), self.direct.numpy(), self.documents.numpy()
+        paths, direct, documents = self.paths, self.direct, self.documents
         names = {head: tuple(map(str, self.controls[str(head)])) for head in self.nodes}
         for place, sender in enumerate(self.senders):
             beside = [self.writers.index(head) for head in self.controls[str(sender)]]
@@ -184,19 +183,15 @@ class PathEffects(Result):
             yield _Edge(str(head), LOGITS, "resid", names[head], direct[:, place], direct[:, beside])
             for number in range(documents.shape[2]):
                 effect, controls = documents[:, place, number], documents[:, beside, number]
-                if not np.isnan(effect).any():
+                if not effect.isnan().any():
                     yield _Edge(f"document {number + 1}", str(head), "attention", names[head], effect, controls)
 
     def _beside(self, head: Head) -> list[int]:
         """Places of a head's controls among `heads`."""
         return [self.heads.index(one) for one in self.controls[str(head)]]
 
-    @cached_property
-    def _owners(self) -> np.ndarray:
-        return np.array(self.user_ids)
-
-    def _by_user(self, values: Float[np.ndarray, " example"]) -> Float[np.ndarray, " user"]:
-        return np.array([values[self._owners == user].mean() for user in dict.fromkeys(self.user_ids)])
+    def _by_user(self, values: Float64[Tensor, " example"]) -> Float[np.ndarray, " user"]:
+        return user_means(values, self.user_ids)
 
 
 def measured(heads: HeadSet, controls: Mapping[str, HeadSet]) -> tuple[Head, ...]:
@@ -205,5 +200,6 @@ def measured(heads: HeadSet, controls: Mapping[str, HeadSet]) -> tuple[Head, ...
     return (*heads, *(HeadSet(beside) - heads))
 
 
-def _mean(values: Float[np.ndarray, "example control"]) -> Float[np.ndarray, " example"]:
-    return values.mean(1) if values.shape[1] else np.full(len(values), np.nan)
+def _mean(values: Float64[Tensor, "example control"]) -> Float64[Tensor, " example"]:
+    """NaN where there is no control."""
+    return values.mean(1)

@@ -1,6 +1,6 @@
 """Families × users → sets of heads: rankings, folds, exclusions, random sets, held-out checks, inherited settings."""
 
-from dps_lens.selection.controls import draw_seed, random_heads, random_rankings, random_sets
+from dps_lens.selection.controls import draw_seed, random_beside, random_heads, random_rankings, random_sets
 from dps_lens.selection.rankings import HeadSource, Rankings, check_held_out, folds, rankings, undefined_of
 from dps_lens.selection.settings import SHARED, Settings, inherited, score_settings
 
@@ -13,6 +13,7 @@ __all__ = [
     "draw_seed",
     "folds",
     "inherited",
+    "random_beside",
     "random_heads",
     "random_rankings",
     "random_sets",

@@ -53,6 +53,23 @@ def random_heads(
     return HeadSet(chosen, "random", (cfg.n_layers, cfg.n_heads))
 
 
+def random_beside(model: HookedModel, head: Head, n: int, *, avoid: HeadSet | None = None, seed: int = 0) -> HeadSet:
+    """At most `n` random other heads of one head's layer, the control of single heads.
+
+    Args:
+        model: the heads are drawn from its config.
+        head: the head that is controlled for.
+        n: how many, where the layer has as many.
+        avoid: heads that are taken only where the layer has no others left.
+        seed: of the order, which all heads of a layer share.
+    """
+    cfg = model.cfg
+    layer = [Head(head.layer, index) for index in range(cfg.n_heads) if index != head.head]
+    shuffled = random.Random(f"random_beside|{seed}|{head.layer}").sample(layer, len(layer))
+    ranked = sorted(shuffled, key=lambda one: avoid is not None and one in avoid)
+    return HeadSet(ranked[:n], "random", (cfg.n_layers, cfg.n_heads))
+
+
 def draw_seed(seed: int, draw: int) -> int:
     """The seed of one draw, so that runs with other seeds share no random set."""
     return seed * 1_000_003 + draw

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     import pandas
 
 
-def user_means(values: Float64[Tensor, " example"], user_ids: Sequence[str]) -> np.ndarray:
+def user_means(values: Float64[Tensor, "example ..."], user_ids: Sequence[str]) -> np.ndarray:
     """Mean of each user's examples, in order of appearance."""
     owners = np.array(user_ids)
-    return np.array([values.numpy()[owners == user].mean() for user in dict.fromkeys(user_ids)])
+    return np.array([values.numpy()[owners == user].mean(0) for user in dict.fromkeys(user_ids)])
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> dict[str, float]:
