@@ -106,7 +106,8 @@ def load_atlas(source: str | Path) -> Atlas:
     if str(source) in names and not Path(source).is_dir():
         return Atlas.load(Path(str(shipped)) / str(source))
     if not Path(source).is_dir():
-        raise ScoreError(f"load_atlas: there is no folder {str(source)!r}; with the package come {', '.join(names)}")
+        shipped_too = f"; with the package come {', '.join(names)}" if names else ""
+        raise ScoreError(f"load_atlas: there is no folder {str(source)!r}{shipped_too}")
     return Atlas.load(source)
 
 
