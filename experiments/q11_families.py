@@ -12,10 +12,10 @@ Measure. As in q03_causality, also in copied tokens and in the rest. Heads are c
 an author of abstracts), by users of other folds, and tested on the newest (at most 4 and 1); 16 authors; responses are
 cut at 48 tokens. `main`: families × K, and Preference Heads without the top 2% of induction heads. `variants`: heads of
 each user, of a cluster by text, of the authors, and output slices; `equal_data`: slices beside heads of one example a
-user. `across`: the bloggers' heads on abstracts. `patching`: also preference vectors. `where`: edits at the response,
-the profile, everywhere, and attention from the response. `writing`: greedy headlines without the heads. `harmless`,
-half an hour more and not among the default steps: Preference Heads without those that cost over 0.05 nats where there
-is no profile, and heads scored against another blogger's profile.
+user. `across`: the bloggers' heads on abstracts. `patching`: also preference vectors and head vectors. `where`: edits
+at the response, the profile, everywhere, and attention from the response. `writing`: greedy headlines without the
+heads. `harmless`, half an hour more and not among the default steps: Preference Heads without those that cost over 0.05
+nats where there is no profile, and heads scored against another blogger's profile.
 
 Control. Random sets of the same layers for every family and K: 50 in `main`; 20, and the newest 2 headlines, in
 `variants`, `equal_data` and `harmless`; 10, and the newest 2 headlines, in `patching`; 10 in `across`; 3 in `writing`;
@@ -182,15 +182,18 @@ def across(given: Given) -> Tables:
 
 
 def patching(given: Given) -> Tables:
-    """Necessity, sufficiency, and preference vectors."""
+    """Necessity, sufficiency, preference vectors, and differences at the heads."""
     config, families = given.config, {OURS: given.scores, **given.refs}
     options: dict[str, Any] = {"ks": config.patched_ks, "n_random": config.few_random, "seed": config.seed}
     options |= {"max_examples": config.side_held_out}
     model, users, out = given.lab.model, given.users, given.lab.out
     patched = dps.patch_heads(model, users, families, out=out / "patching", **options)
-    vectors = dps.vector_recovery(model, users, families, out=out / "vectors", **options)
     tables = {"patching, full model": full(patched), "patching": shown(patched, patched.measures)}
-    return tables | {"vectors": shown(vectors, vectors.measures)}
+    forms = {"vectors": dps.VectorConfig(), "differences": dps.VectorConfig(against="other_user")}
+    for name, form in forms.items():
+        made = dps.vector_recovery(model, users, families, vector_config=form, out=out / name, **options)
+        tables[name] = shown(made, made.measures)
+    return tables
 
 
 def where(given: Given) -> Tables:

@@ -1,10 +1,10 @@
-"""Preference vectors added to held-out examples without profile: what of the gain comes back."""
+"""Vectors of heads added to held-out examples without profile: what of the gain comes back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -15,8 +15,8 @@ from dps_lens.data import Example, PromptConfig, User
 from dps_lens.data.conditions import donors_of
 from dps_lens.data.examples import key_of
 from dps_lens.errors import HeadError, ScoreError
-from dps_lens.intervene import Zero
-from dps_lens.literals import Select
+from dps_lens.intervene import Ablation, Zero
+from dps_lens.literals import VECTOR_AGAINST, Select, VectorAgainst
 from dps_lens.model import HookedModel, native_attention
 from dps_lens.scoring import CleanRun
 from dps_lens.scoring.objectives import losses_of_rows
@@ -24,26 +24,35 @@ from dps_lens.selection import HeadSource
 from dps_lens.validation.edits import Condition, EditWork
 from dps_lens.validation.effects import SetEffects
 from dps_lens.validation.work import HeldOutConfig
+from dps_lens.vectors.heads import every_difference
 from dps_lens.vectors.preference import head_outputs
 from dps_lens.work import Engine, Run, RunConfig
 
 
 @dataclass(frozen=True)
 class VectorConfig:
-    """How preference vectors are made and added.
+    """How vectors are made and added, at the response positions.
 
     Attributes:
-        layer: the vector is added to the residual stream that enters this layer, at the response positions; a
-            third of the way up by default, as for function vectors.
+        against: None adds the preference vector, the summed mean outputs of the heads, to the residual stream. A
+            counterfactual, as in `head_vectors`, adds the difference of means at each head's own z.
+        layer: which layer's residual stream the preference vector enters; a third of the way up by default, as for
+            function vectors.
         scale: of the vector.
         examples: the newest so many discovery examples a vector is the mean of.
     """
 
+    against: VectorAgainst | None = None
     layer: int | None = None
     scale: float = 1.0
     examples: int | None = 4
 
     def __post_init__(self) -> None:
+        if self.against not in (None, *VECTOR_AGAINST):
+            allowed = ", ".join(VECTOR_AGAINST)
+            raise ScoreError(f"VectorConfig: against {self.against!r} is unknown; use None or one of {allowed}")
+        if self.against is not None and self.layer is not None:
+            raise ScoreError("VectorConfig: with against=… vectors are added at their own heads; leave out layer=")
         check_number(ScoreError, "VectorConfig: scale", self.scale)
         if self.examples is not None:
             check_whole(ScoreError, "VectorConfig: examples", self.examples, least=1)
@@ -66,17 +75,19 @@ def vector_recovery(
     engine: Engine | None = None,
     run_config: RunConfig | None = None,
 ) -> SetEffects:
-    """Add preference vectors to evaluation examples without profile: how much of the gain comes back.
+    """Add vectors of heads to evaluation examples without profile: how much of the gain comes back.
 
     A head that abstracts a user should bring it back; one that copies from the profile should not. Beside
     them: vectors of random heads, and of another user. Other arguments as in `ablation_curve`.
 
     Args:
-        vector_config: layer, scale, and the examples that a vector is the mean of.
+        vector_config: mean outputs in one layer, or differences at the heads; scale, and the examples that a vector
+            is the mean of.
 
     Raises:
         HeadError: the layer is not in the model.
         ScoreError: as `ablation_curve`, or a user without discovery examples.
+        SteeringError: differences to other users, and one user only.
     """
     config, n_layers = vector_config or VectorConfig(), model.cfg.n_layers
     layer = n_layers // 3 if config.layer is None else config.layer
@@ -102,13 +113,27 @@ def vector_recovery(
     return work.run(run)
 
 
+@dataclass(frozen=True, eq=False)
+class Shift(Ablation):
+    """z := z + a vector of the head."""
+
+    name: ClassVar[str] = "shift"
+    z: Float[Tensor, "layer head d_head"]
+
+    def replace(self, activation: Tensor, values: Tensor | None) -> Tensor:
+        return activation if values is None else activation + values
+
+    def standalone(self, call: str, *, decoding: bool = True) -> Tensor:
+        return self.z
+
+
 @dataclass
 class VectorWork(EditWork):
-    """The run of `vector_recovery`; the users' mean head outputs are units of their own."""
+    """The run of `vector_recovery`; the users' vectors are units of their own."""
 
     layer: int = 0
     vector: VectorConfig = field(default_factory=VectorConfig)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,10 +142,8 @@ class VectorWork(EditWork):
 
     def run(self, run: Run) -> SetEffects:
         run.open(self.fingerprint)
-        outputs = run.units(
-            self, [_key(user.id) for user in self.users], "preference vectors", unit="user", split=False
-        )
-        self.outputs = {key: unit["outputs"] for key, unit in outputs.made.items()}
+        made = run.units(self, [_key(user.id) for user in self.users], "vectors", unit="user", split=False)
+        self.vectors = {key: unit["vector"] for key, unit in made.made.items()}
         return self.collect_run(run)
 
     def given(self, key: str) -> Any:
@@ -129,31 +152,42 @@ class VectorWork(EditWork):
             return None
         example = self.by_key[key]
         owners = [example.user_id, *(donor.id for donor in donors_of(example, self.users, 1, self.seed))]
-        return {_key(owner): self.outputs[_key(owner)] for owner in owners}
+        return {_key(owner): self.vectors[_key(owner)] for owner in owners}
 
     def make(self, key: str, given: Any = None) -> dict[str, Tensor]:
         for user in self.users:
             if key == _key(user.id):
                 config = self.settings.prompt_config
-                outputs = head_outputs(self.model, user, max_examples=self.vector.examples, prompt_config=config)
-                return {"outputs": self.vector.scale * outputs}
-        self.outputs |= given or {}
+                options: dict[str, Any] = {"max_examples": self.vector.examples, "prompt_config": config}
+                if self.vector.against is None:
+                    vector = head_outputs(self.model, user, **options)
+                else:
+                    against = self.vector.against
+                    vector = every_difference(self.model, self.users, user, against, seed=self.seed, **options)
+                return {"vector": self.vector.scale * vector}
+        self.vectors |= given or {}
         return super().make(key, given)
 
     def conditions(self, key: str, example: Example) -> dict[str, Condition]:
         clean = self.clean_run(self.build(example, "none"), "no_profile")
         donor = donors_of(example, self.users, 1, self.seed)
-        add = partial(added, clean, self.layer)
-        own = partial(add, self.outputs[_key(example.user_id)])
+        own = self._adding(clean, example.user_id)
         conditions = {"vector": Condition("no_profile", clean, own, drawn=True)}
         if donor:
-            other = partial(add, self.outputs[_key(donor[0].id)])
-            conditions["vector_other"] = Condition("no_profile", clean, other)
+            conditions["vector_other"] = Condition("no_profile", clean, self._adding(clean, donor[0].id))
         conditions["own"] = Condition("own", self.clean_run(self.build(example, "own"), "own"))
         return conditions
 
+    def _adding(self, clean: CleanRun, user: str) -> Callable[[Bool[Tensor, "row layer head"]], Tensor]:
+        vector = self.vectors[_key(user)]
+        if self.vector.against is None:
+            return partial(added, clean, self.layer, vector)
+        return clean.with_values(Shift(vector)).ablated_losses
+
     def more(self) -> dict[str, Any]:
-        return {"layer": self.layer, "scale": self.vector.scale, "vector_examples": self.vector.examples}
+        vector = self.vector
+        layer = self.layer if vector.against is None else None
+        return {"against": vector.against, "layer": layer, "scale": vector.scale, "vector_examples": vector.examples}
 
 
 def _key(user: str) -> str:

@@ -16,7 +16,7 @@ from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.conditions import DONORS, prompts_in
 from dps_lens.data.examples import by_key, choosing_examples, unit_key
 from dps_lens.data.identity import describe_inputs
-from dps_lens.errors import SteeringError
+from dps_lens.errors import ScoreError, SteeringError
 from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import record_z
@@ -204,11 +204,11 @@ class VectorWork(Work):
         owners = [example.user_id for example in examples]
         users = tuple(dict.fromkeys(owners))
         units = list(made.values())
-        differences = torch.stack([unit["own"].mean(0) - unit["other"].mean(0) for unit in units])
+        differences = torch.stack([difference(unit) for unit in units])
         values = []
         for user in users:
             own = [unit for unit, owner in zip(units, owners, strict=True) if owner == user]
-            mean = torch.stack([unit["own"].mean(0) - unit["other"].mean(0) for unit in own]).mean(0)
+            mean = torch.stack([difference(unit) for unit in own]).mean(0)
             if self.recipe == "probe":
                 values.append(probed(torch.cat([one["own"] for one in own]), torch.cat([one["other"] for one in own])))
             elif self.recipe == "persona":
@@ -237,6 +237,24 @@ class VectorWork(Work):
             wanted = (delta.double() @ w_o[head] @ persona) * persona
             rows.append(torch.linalg.lstsq(w_o[head].T, wanted[:, None]).solution[:, 0].float())
         return torch.stack(rows)
+
+
+def difference(unit: Mapping[str, Tensor]) -> Float[Tensor, "chosen d_head"]:
+    """The difference of means of what `VectorWork.make` gives of one example."""
+    return unit["own"].mean(0) - unit["other"].mean(0)
+
+
+def every_difference(
+    model: HookedModel, users: Sequence[User], user: User, against: VectorAgainst, **settings: Any
+) -> Float[Tensor, "layer head d_head"]:
+    """A user's difference of means at every head of the model; settings as in `head_vectors`."""
+    cfg = model.cfg
+    heads = HeadSet([(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)])
+    work = VectorWork(model, users, heads, against=against, **settings)
+    units = [work.z_of(example) for example in work.examples if example.user_id == user.id]
+    if not units:
+        raise ScoreError(f"head_vectors: user {user.id!r} has no discovery example; leave the user out")
+    return torch.stack([difference(unit) for unit in units]).mean(0).unflatten(0, (cfg.n_layers, cfg.n_heads))
 
 
 def probed(

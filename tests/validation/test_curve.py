@@ -643,6 +643,7 @@ def test_a_folder_of_another_run_is_refused(toy_model, toy_users, tmp_path):
                 ("layer", {"vector_config": dps.VectorConfig(layer=1)}),
                 ("scale", {"vector_config": dps.VectorConfig(scale=2.0)}),
                 ("vector_examples", {"vector_config": dps.VectorConfig(examples=1)}),
+                ("against", {"vector_config": dps.VectorConfig(against="other_user")}),
             ],
         ),
     ],

@@ -13,7 +13,7 @@ from oracles import attention_modules, columns_replaced, nll, output_projection,
 from scipy.optimize import minimize
 
 import dps_lens as dps
-from dps_lens.data.conditions import prompts_in
+from dps_lens.data.conditions import donors_of, prompts_in
 from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.errors import HeadError, ScoreError, SteeringError
 from dps_lens.heads import Head, HeadSet
@@ -322,6 +322,56 @@ def test_a_planted_user_is_brought_back_by_the_carriers_vector(toy_model, toy_us
         written = vectors[one.id].residuals(toy_model)[1][8:16]
         assert int(written.argmax()) == toy.SIGNATURES.index(word)
         assert float(written.max()) > 5 * float(written.abs().sort().values[-2])
+
+
+@pytest.mark.parametrize("against", ["other_user", "no_profile"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_differences_bring_back_is_what_plain_passes_give(tinies, users, architecture, against):
+    tiny, options = tinies(architecture), {"max_examples": 1, "prompt_config": PROMPT}
+    config = dps.VectorConfig(against=against, scale=1.5, examples=2)
+    effects = dps.vector_recovery(
+        tiny.hooked, users, {"p": HEADS}, ks=(0, 3), n_random=1, vector_config=config, **options
+    )
+    random = dps.random_heads(tiny.hooked, HEADS, match="nearest", seed=0)
+    made = {
+        heads: dps.head_vectors(tiny.hooked, users, heads, against=against, max_examples=2, prompt_config=PROMPT)
+        for heads in (HEADS, random)
+    }
+    for row, user in enumerate(users):
+        example = user.examples[-1]
+        none = dps.build_prompt(tiny.hooked, example, "none", config=PROMPT)
+        donor = donors_of(example, users, 1, 0)[0]
+        start, stop = none.spans["response"]
+        for vector, got in (
+            (made[HEADS][user.id], effects.chosen["vector"][row, 0, 1, 0]),
+            (made[HEADS][donor.id], effects.chosen["vector_other"][row, 0, 1, 0]),
+            (made[random][user.id], effects.draws["vector"][0, row, 0, 1, 0]),
+        ):
+            with added(tiny.plain, vector, 1.5, slice(start - 1, stop - 1), tiny.hooked.cfg.d_head):
+                change = nll(tiny.plain, none)
+            assert float(got) == pytest.approx(change - nll(tiny.plain, none), abs=GAP)
+        assert float(effects.chosen["vector"][row, 0, 0].abs().max()) < 1e-6
+    assert float(effects.chosen["vector"].abs().max()) > 10 * GAP, "the vector changes nothing"
+    assert effects.manifest["against"] == against
+    assert no_hooks_left(tiny.hooked)
+
+
+def test_the_carriers_difference_brings_the_own_user_back_and_nobody_elses(toy_model, toy_users):
+    families = {"carrier": HeadSet.parse("L1H2"), "other": HeadSet.parse("L1H0")}
+    effects = dps.vector_recovery(
+        toy_model,
+        toy_users,
+        families,
+        ks=(1,),
+        n_random=20,
+        max_examples=1,
+        vector_config=dps.VectorConfig(against="no_profile"),
+    )
+    frame = effects.to_frame().set_index(["family", "measure"])
+    assert frame.loc[("carrier", "recovered"), "percent"] == pytest.approx(100, abs=5)
+    assert frame.loc[("carrier", "recovered_other"), "high"] < 0
+    assert abs(frame.loc[("other", "recovered"), "percent"]) < 2
+    assert frame.loc[("carrier", "recovered"), "p"] == pytest.approx(1 / 21)
 
 
 def test_vectors_are_kept_added_and_compared(llama, users, tmp_path):
