@@ -1,5 +1,6 @@
 """What the weights of a head say: its output circuit, and which later heads read where it writes."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,18 +37,19 @@ class Reader(NamedTuple):
 
 
 @torch.inference_mode()
-def output_circuit(model: HookedModel, head: Head) -> OutputCircuit:
-    """The output circuit of one head."""
-    w_v, w_o = _input(model, head, "V"), _output(model, head)
+def output_circuits(model: HookedModel, heads: Sequence[Head]) -> list[OutputCircuit]:
+    """The output circuit of each head."""
     w_u, w_e = (weight.detach().double() for weight in (model.W_U, model.W_E))
-    values = torch.linalg.eigvals((w_o @ w_u) @ (w_e @ w_v))
-    spectrum = torch.linalg.svdvals(torch.linalg.qr(w_v).R @ w_o)
-    square = spectrum**2
-    return OutputCircuit(
-        float(values.real.sum() / values.abs().sum().clamp(min=1e-30)),
-        spectrum.float(),
-        float(square.sum() ** 2 / (square**2).sum().clamp(min=1e-30)),
-    )
+    found = []
+    for head in heads:
+        w_v, w_o = _input(model, head, "V"), _output(model, head)
+        values = torch.linalg.eigvals((w_o @ w_u) @ (w_e @ w_v))
+        spectrum = torch.linalg.svdvals(torch.linalg.qr(w_v).R @ w_o)
+        square = spectrum**2
+        copying = float(values.real.sum() / values.abs().sum().clamp(min=1e-30))
+        dimensions = float(square.sum() ** 2 / (square**2).sum().clamp(min=1e-30))
+        found.append(OutputCircuit(copying, spectrum.float(), dimensions))
+    return found
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dps_lens.checks import check_whole
 from dps_lens.data import Prompt, PromptConfig, User, build_prompt
-from dps_lens.dossier.circuits import output_circuit, readers
+from dps_lens.dossier.circuits import output_circuits, readers
 from dps_lens.dossier.measures import Look, attributed, looked_at, per_token, stacked
 from dps_lens.dossier.result import Dossier
 from dps_lens.dossier.words import WordKinds
@@ -24,7 +24,7 @@ from dps_lens.heads import Head, HeadSet
 from dps_lens.literals import Against
 from dps_lens.model import HookedModel, check_attention_reads, has_weights, runner_of
 from dps_lens.model.final_norm import FinalNorm
-from dps_lens.paths.direct import DirectPaths
+from dps_lens.paths.direct import DirectPaths, Glance
 from dps_lens.paths.pairs import PairWork
 from dps_lens.scores import HeadScores
 from dps_lens.selection import random_beside
@@ -135,28 +135,27 @@ class DossierWork(PairWork):
         the head adds to the residual stream, `write` [d_model]."""
         layer = self.head.layer
         prompt, (asked,) = self.prompts(self.by_key[key])
-        own, other = DirectPaths(self.clean_run(prompt)), DirectPaths(self.clean_run(asked))
+        own, other = DirectPaths(self.clean_run(prompt)), self._glance(asked)
         assert own.run.z is not None
-        assert other.run.z is not None
-        look = Look.of(own, layer, self.heads)
+        look = Look.of(prompt, own.pattern(layer), self.heads)
         norm, w_u = FinalNorm(self.model, own.final[0]), self.model.W_U.detach().float()
-        written = own.writes(self.heads, other.run.z)
+        written = own.writes(self.heads, {layer: other.z})
         # From nothing: the whole write of a head, not its difference.
-        whole = -own.writes(self.heads, torch.zeros_like(own.run.z))
-        patched = torch.stack([other.run.z[head.layer, :, head.head] for head in self.heads])
-        change = own.run.replaced_losses(self.heads, patched) - own.run.losses
+        whole = -own.writes(self.heads, {layer: torch.zeros_like(other.z)})
+        chosen = [head.head for head in self.heads]
+        change = own.run.replaced_losses(self.heads, other.z[:, chosen].transpose(0, 1)) - own.run.losses
         found = {
             **look.reads(self.model),
-            "profile, beyond a null response": look.profile - self._look(nulled(self.model, prompt)).profile,
-            "another user's profile": self._elsewhere(other),
-            "profile, words shuffled": self._look(self._shuffled(prompt)).profile,
+            "profile, beyond a null response": look.profile - self._profile(nulled(self.model, prompt)),
+            "another user's profile": self._elsewhere(asked, other),
+            "profile, words shuffled": self._profile(self._shuffled(prompt)),
             "own text": attributed(-written, norm, w_u, own.run.targets).mean(-1),
             "what it looks at": looked_at(look, whole, norm, w_u),
             "directly": own.to_logits(written).mean(-1) - own.run.value,
             "patched": change.mean(-1),
             **per_token(change, prompt, pieces_of(self.model, prompt), self.kinds),
         }
-        z = (own.run.z - other.run.z)[layer, :, [head.head for head in self.heads]].mean(0)
+        z = (own.run.z[layer] - other.z)[:, chosen].mean(0)
         return {
             "values": stacked(found),
             "change": change[0],
@@ -164,14 +163,18 @@ class DossierWork(PairWork):
             "write": -written[0].mean(0).float().cpu(),
         }
 
-    def _elsewhere(self, other: DirectPaths) -> Tensor:
+    def _elsewhere(self, asked: Prompt, other: Glance) -> Tensor:
         """Attention to the profile of the other run; NaN where it shows none."""
         if self.against == "no_profile":
             return torch.full((len(self.heads),), torch.nan)
-        return Look.of(other, self.head.layer, self.heads).profile
+        return Look.of(asked, other.pattern, self.heads).profile
 
-    def _look(self, prompt: Prompt) -> Look:
-        return Look.of(DirectPaths(self.clean_run(prompt)), self.head.layer, self.heads)
+    def _profile(self, prompt: Prompt) -> Tensor:
+        """Attention to the profile of a prompt."""
+        return Look.of(prompt, self._glance(prompt).pattern, self.heads).profile
+
+    def _glance(self, prompt: Prompt) -> Glance:
+        return Glance.of(runner_of(self.model), prompt, self.head.layer)
 
     def _shuffled(self, prompt: Prompt) -> Prompt:
         """The same prompt with the tokens of its profile in a random order."""
@@ -188,7 +191,7 @@ class DossierWork(PairWork):
         units = run.units(self, list(self.by_key), "describing a head").made
         examples, made = [self.by_key[key] for key in units], list(units.values())
         prompts = [build_prompt(self.model, example, config=self.prompt_config) for example in examples]
-        circuits = [output_circuit(self.model, head) for head in self.heads]
+        circuits = output_circuits(self.model, self.heads)
         z = torch.stack([unit["z"] for unit in made])
         owners = tuple(example.user_id for example in examples)
         write = user_means(torch.stack([unit["write"] for unit in made]).double(), owners).mean(0)

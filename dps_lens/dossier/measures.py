@@ -13,7 +13,6 @@ from dps_lens.dossier.words import KINDS, WordKinds
 from dps_lens.heads import Head
 from dps_lens.model import HookedModel
 from dps_lens.model.final_norm import FinalNorm
-from dps_lens.paths.direct import DirectPaths
 from dps_lens.validation.attention import targets_of
 
 NGRAM = 2
@@ -51,9 +50,9 @@ class Look:
     pattern: Float[Tensor, "head query key"]
 
     @classmethod
-    def of(cls, paths: DirectPaths, layer: int, heads: Sequence[Head]) -> "Look":
-        pattern = paths.pattern(layer)[[head.head for head in heads]].cpu()
-        return cls(paths.run.prompt, pattern)
+    def of(cls, prompt: Prompt, pattern: Float[Tensor, "every_head query key"], heads: Sequence[Head]) -> "Look":
+        """Of some heads of a layer's pattern."""
+        return cls(prompt, pattern[[head.head for head in heads]].cpu())
 
     def share(self, keys: Bool[Tensor, "*query key"]) -> Float[Tensor, " head"]:
         """Attention to marked positions, mean over queries."""

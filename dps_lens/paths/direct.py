@@ -5,19 +5,28 @@ stays as it was (path patching, Wang et al. 2022, arXiv 2211.00593). Of a patche
 differs, so that all that follows is a patch of this z.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from dps_lens.data import Prompt
 from dps_lens.errors import ModelCheckError
 from dps_lens.heads import Head
-from dps_lens.model import Hooks, check_attention_reads, check_attention_writes, native_attention
+from dps_lens.model import (
+    HookedModel,
+    Hooks,
+    Residuals,
+    Runner,
+    check_attention_reads,
+    check_attention_writes,
+    native_attention,
+)
 from dps_lens.scoring import CleanRun
 
 Into: TypeAlias = Literal["q", "k", "v", "resid"]
@@ -36,7 +45,9 @@ class DirectPaths:
 
     @torch.inference_mode()
     def writes(
-        self, heads: Sequence[Head], z: Float[Tensor, "layer pos head d_head"]
+        self,
+        heads: Sequence[Head],
+        z: Float[Tensor, "layer pos head d_head"] | Mapping[int, Float[Tensor, "pos head d_head"]],
     ) -> Float[Tensor, "sender pos d_model"]:
         """What a head adds to the residual stream when its z is that of another run, minus what it adds.
 
@@ -45,7 +56,7 @@ class DirectPaths:
 
         Args:
             heads: the senders.
-            z: of the other run, at the positions that are run.
+            z: of the other run, at the positions that are run; at least of the senders' layers.
 
         Raises:
             ModelCheckError: this architecture does not show what its attention adds.
@@ -151,21 +162,53 @@ class DirectPaths:
 
     def _read(self, layer: int, name: str, entering: Tensor, hooks: Sequence[tuple[str, Any]]) -> Tensor:
         """What one hook point of a block shows, with the attention that TransformerLens recomputes, in which q, k, v
-        and scores have hooks; the block is left there.
+        and scores have hooks; the block is left there."""
+        run, named = self.run, [(f"blocks.{layer}.{one}", hook) for one, hook in hooks]
+        step = partial(run.runner.block, layer, entering, run.tokens, prompt=run.prompt_cache)
+        return _seen(run.runner.model, f"blocks.{layer}.{name}", step, named)
+
+
+class Glance(NamedTuple):
+    """What one layer does in a run that goes no further, at the positions that give the response."""
+
+    z: Float[Tensor, "pos head d_head"]
+    pattern: Float[Tensor, "head query key"]
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, runner: Runner, prompt: Prompt, layer: int) -> "Glance":
+        """Run a prompt up to a layer.
 
         Raises:
-            ModelCheckError: it has no such point, or shows nothing there.
+            ModelCheckError: the attention that is recomputed is not this model's own.
         """
-        run, point = self.run, f"blocks.{layer}.{name}"
-        named = [(f"blocks.{layer}.{one}", hook) for one, hook in hooks]
-        missing = [one for one, _ in (*named, (point, None)) if one not in run.runner.model.hook_dict]
-        try:
-            if not missing:
-                with Hooks(run.runner.model, [*named, (point, _leave)]):
-                    run.runner.block(layer, entering, run.tokens, prompt=run.prompt_cache)
-        except _SeenError as seen:
-            return seen.value
-        raise ModelCheckError(f"{missing[0] if missing else point} does not fire in this architecture; paths need it")
+        start, stop = prompt.spans["response"]
+        tokens = prompt.tokens[None, : stop - 1].to(runner.device)
+        entering: Residuals = {layer: None}
+        with native_attention(runner.model):
+            passing = partial(runner.logits, tokens, keep=1, record=entering)
+            z = _seen(runner.model, f"blocks.{layer}.attn.hook_z", passing)
+        step = partial(runner.block, layer, entering[layer], tokens)
+        pattern = _seen(runner.model, f"blocks.{layer}.attn.hook_pattern", step)
+        return cls(z[0, start - 1 :], pattern[0, :, start - 1 :].float())
+
+
+def _seen(
+    model: HookedModel, point: str, passing: Callable[[], Tensor], hooks: Sequence[tuple[str, Any]] = ()
+) -> Tensor:
+    """What one hook point shows in a pass, which is left there.
+
+    Raises:
+        ModelCheckError: there is no such point, or nothing is shown there.
+    """
+    missing = [one for one, _ in (*hooks, (point, None)) if one not in model.hook_dict]
+    try:
+        if not missing:
+            with Hooks(model, [*hooks, (point, _leave)]):
+                passing()
+    except _SeenError as seen:
+        return seen.value
+    raise ModelCheckError(f"{missing[0] if missing else point} does not fire in this architecture; paths need it")
 
 
 class _SeenError(Exception):

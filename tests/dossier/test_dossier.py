@@ -9,7 +9,7 @@ from conftest import ARCHITECTURES, make_hf_model, make_tokenizer, no_hooks_left
 from direct import Case
 
 import dps_lens as dps
-from dps_lens.dossier.circuits import output_circuit, readers
+from dps_lens.dossier.circuits import output_circuits, readers
 from dps_lens.dossier.describe import pieces_of, ranks_of
 from dps_lens.dossier.measures import MEASURES, Look, attributed
 from dps_lens.dossier.result import DIRECTION
@@ -155,7 +155,7 @@ def test_attention_is_that_of_the_plain_model(tinies, case, architecture):
     start, stop = one.own.spans["response"]
     tokens = one.own.tokens.tolist()
     heads = [Head(layer, index) for index in range(one.cfg.n_heads)]
-    reads = Look.of(one.paths, layer, heads).reads(one.tiny.hooked)
+    reads = Look.of(one.run.prompt, one.paths.pattern(layer), heads).reads(one.tiny.hooked)
     for head in range(one.cfg.n_heads):
         shares = dict.fromkeys(("profile", "same", "after", "written", "marks"), 0.0)
         for query in range(start - 1, stop - 1):
@@ -178,7 +178,7 @@ def test_the_output_circuit_is_that_of_the_whole_vocabulary(tinies, architecture
     """The eigenvalues of the vocabulary's own matrix, 600 × 600; its rank is d_head."""
     model = tinies(architecture).hooked
     for head in (Head(0, 1), Head(2, 3)):
-        found = output_circuit(model, head)
+        (found,) = output_circuits(model, [head])
         attention = model.blocks[head.layer].attn
         w_v = attention.W_V[head.head * len(attention.W_V) // model.cfg.n_heads]
         whole = (model.W_E @ w_v @ attention.W_O[head.head] @ model.W_U).detach().double()

@@ -7,7 +7,7 @@ from direct import SENDERS, Case, add_write, blocks_of, hooked, written_by_hand
 from oracles import attention_modules, nll
 
 from dps_lens.heads import Head
-from dps_lens.paths.direct import INTO
+from dps_lens.paths.direct import INTO, Glance
 
 TINY = 1e-5
 
@@ -33,6 +33,19 @@ def test_a_write_is_what_the_block_leaves_with_its_mlp_held(case, architecture):
         # A sliding window of Gemma's first layer does not reach the profile.
         assert expected.norm() > 1e-2 or (head.layer == 0 and architecture.startswith("gemma"))
         assert torch.allclose(write, expected, atol=TINY), head
+    assert no_hooks_left(one.tiny.hooked)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_glance_shows_what_the_whole_run_shows(case, architecture):
+    one = case(architecture)
+    for layer in (0, 2):
+        glance = Glance.of(one.run.runner, one.other, layer)
+        for head in range(one.cfg.n_heads):
+            assert torch.allclose(glance.z[:, head], one.other_z(Head(layer, head)), atol=TINY)
+        own = Glance.of(one.run.runner, one.own, layer).pattern
+        assert torch.allclose(own, one.paths.pattern(layer), atol=TINY)
+        assert torch.allclose(own.sum(-1), torch.ones(own.shape[:2]), atol=TINY)
     assert no_hooks_left(one.tiny.hooked)
 
 
