@@ -97,6 +97,7 @@ class Prompt:
         condition: `"own"`, `"none"`, `"note"`, or the id of the user whose profile is shown.
         shown: ids of the documents in the profile.
         items: `(start, stop)` of each of these documents.
+        bodies: `(start, stop)` of the text of each, without its title, date and labels.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -107,6 +108,7 @@ class Prompt:
     user_id: str
     shown: tuple[str, ...]
     items: tuple[tuple[int, int], ...] = ()
+    bodies: tuple[tuple[int, int], ...] = ()
 
     def __repr__(self) -> str:
         about = f"{self.example_id!r}, profile: {self.condition}, {len(self.shown)} documents"
@@ -147,7 +149,8 @@ def build_prompt(
     tokenizer = PromptTokenizer(model, config.chat_template_kwargs)
     documents = _documents(example, profile, config)
     own = tokenizer.cut(tokenizer.defuse(example.input.strip()), config.task_tokens).strip()
-    pieces = [tokenizer.defuse(piece) for piece in _snippets(tokenizer, example, documents, config.profile_tokens)]
+    snippets = _snippets(tokenizer, example, documents, config.profile_tokens)
+    pieces = [tokenizer.defuse("".join(parts)) for parts in snippets]
     header = _HEADER + "\n".join(pieces) + _BETWEEN if pieces else ""
     if isinstance(profile, Note):
         if not profile.text.strip():
@@ -178,11 +181,22 @@ def build_prompt(
         )
     condition = profile.id if isinstance(profile, User) else "note" if isinstance(profile, Note) else profile
     shown = tuple(document.id for document in documents[: len(pieces)])
-    items, begin = [], offset + len(_HEADER)
-    for piece in pieces:
+    items, bodies, begin = [], [], offset + len(_HEADER)
+    for piece, (before, body, _) in zip(pieces, snippets, strict=True):
         items.append(span(offsets, begin, begin + len(piece)))
+        bodies.append(span(offsets, begin + len(before), begin + len(before) + len(body)))
         begin += len(piece) + 1
-    return Prompt(torch.tensor(ids + answer), spans, text, condition, example.id, example.user_id, shown, tuple(items))
+    return Prompt(
+        torch.tensor(ids + answer),
+        spans,
+        text,
+        condition,
+        example.id,
+        example.user_id,
+        shown,
+        tuple(items),
+        tuple(bodies),
+    )
 
 
 def chat_prompt(
@@ -240,8 +254,10 @@ def _documents(example: Example, profile: Shown, config: PromptConfig) -> tuple[
     )
 
 
-def _snippets(tokenizer: PromptTokenizer, example: Example, documents: Sequence[Document], budget: int) -> list[str]:
-    """The documents as text, their bodies cut so that all fit the budget.
+def _snippets(
+    tokenizer: PromptTokenizer, example: Example, documents: Sequence[Document], budget: int
+) -> list[tuple[str, str, str]]:
+    """The documents as text before their bodies, the bodies, cut so that all fit the budget, and the text behind.
 
     The last documents are left out when not even the first words of all would fit; one always stays.
     """
@@ -257,7 +273,7 @@ def _snippets(tokenizer: PromptTokenizer, example: Example, documents: Sequence[
     ):
         # One token of slack for a merge across the cut.
         kept = body if share >= want else tokenizer.cut(body, max(share - frame - 1, 0))
-        snippets.append(before + kept + after)
+        snippets.append((before, kept, after))
     return snippets
 
 

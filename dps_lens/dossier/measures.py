@@ -19,6 +19,8 @@ NGRAM = 2
 READS = (
     "profile",
     "largest document",
+    "texts of documents",
+    "titles and labels",
     "task",
     "response",
     "first token",
@@ -60,7 +62,9 @@ class Look:
 
     @property
     def profile(self) -> Float[Tensor, " head"]:
-        start, stop = self.prompt.spans["profile"]
+        return self._within(*self.prompt.spans["profile"])
+
+    def _within(self, start: int, stop: int) -> Float[Tensor, " head"]:
         return self.pattern[..., start:stop].sum(-1).mean(-1)
 
     def reads(self, model: HookedModel) -> dict[str, Float[Tensor, " head"]]:
@@ -78,9 +82,12 @@ class Look:
         marks = torch.tensor([not any(letter.isalnum() or letter == "\ufffd" for letter in piece) for piece in pieces])
         marks[0] = False
         nothing = torch.zeros(len(self.pattern))
+        texts = sum((self._within(*body) for body in self.prompt.bodies), nothing)
         return {
             "profile": self.profile,
             "largest document": torch.stack(documents).amax(0) if documents else nothing,
+            "texts of documents": texts,
+            "titles and labels": sum(documents, nothing) - texts,
             "task": places["task"],
             "response": places["response"],
             "first token": places["first token"],

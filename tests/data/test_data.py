@@ -363,6 +363,20 @@ def _squash(text):
     return "".join(str(text).split())
 
 
+def test_a_documents_text_lies_within_it_and_its_title_outside(llama, probe):
+    example = probe[0].examples[0]
+    prompt = build_prompt(llama.hooked, example, config=dps.PromptConfig(items=3, profile_tokens=300))
+    shown = {document.id: document.fields for document in example.profile}
+    assert len(prompt.bodies) == len(prompt.items) == len(prompt.shown) == 3
+    for name, (start, stop), (first, last) in zip(prompt.shown, prompt.items, prompt.bodies, strict=True):
+        assert start <= first < last <= stop
+        body = _squash(llama.hooked.tokenizer.decode(prompt.tokens[first:last]))
+        # A token may hold the quotation mark before a text and its first letters, or the last ones and the mark.
+        assert body.strip('"')[:-1] in _squash(shown[name]["text"])
+        around = torch.cat([prompt.tokens[start:first], prompt.tokens[last:stop]])
+        assert _squash(shown[name]["title"]) in _squash(llama.hooked.tokenizer.decode(around))
+
+
 def test_profile_keeps_to_its_budget(llama, probe):
     for budget in (80, 150, 300):
         prompt = build_prompt(llama.hooked, probe[2].examples[0], config=dps.PromptConfig(profile_tokens=budget))

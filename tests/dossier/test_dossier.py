@@ -157,7 +157,7 @@ def test_attention_is_that_of_the_plain_model(tinies, case, architecture):
     heads = [Head(layer, index) for index in range(one.cfg.n_heads)]
     reads = Look.of(one.run.prompt, one.paths.pattern(layer), heads).reads(one.tiny.hooked)
     for head in range(one.cfg.n_heads):
-        shares = dict.fromkeys(("profile", "same", "after", "written", "marks"), 0.0)
+        shares = dict.fromkeys(("profile", "same", "after", "written", "marks", "texts", "titles"), 0.0)
         for query in range(start - 1, stop - 1):
             for key in range(query + 1):
                 weight = float(pattern[head, query, key]) / (stop - start)
@@ -168,7 +168,11 @@ def test_attention_is_that_of_the_plain_model(tinies, case, architecture):
                 shares["written"] += weight * (tokens[key] == tokens[query + 1])
                 piece = one.tiny.hooked.tokenizer.decode([tokens[key]])
                 shares["marks"] += weight * (key > 0 and not any(map(str.isalnum, piece)))
+                inside = any(a <= key < b for a, b in one.own.bodies)
+                shares["texts"] += weight * inside
+                shares["titles"] += weight * (any(a <= key < b for a, b in one.own.items) and not inside)
         names = ["profile", "same token", "token after the same token", "token that is written", "delimiters"]
+        names += ["texts of documents", "titles and labels"]
         for name, expected in zip(names, shares.values(), strict=True):
             assert float(reads[name][head]) == pytest.approx(expected, abs=1e-5), name
 
