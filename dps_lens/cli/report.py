@@ -12,10 +12,16 @@ from dps_lens.cli.options import Device, Dtype, Model, Outputs, Users
 
 if TYPE_CHECKING:
     from dps_lens.data import User
+    from dps_lens.dossier import Dossier
     from dps_lens.explorer import Exploration
+    from dps_lens.paths import PathEffects
 
 Folder = Annotated[Path, typer.Argument(help="Run folder of 'score' or 'demo'.")]
 Effects = Annotated[Path | None, typer.Option(help="Run folder of 'ablate', for the ablation tab.")]
+Mechanism = Annotated[
+    list[Path] | None,
+    typer.Option("--with", help="Run folder of 'describe' or 'paths', for a tab of what heads do; may be repeated."),
+]
 Kinds = Annotated[
     str, typer.Option(help="Families to compare with, such as induction,retrieval,function_vector; minutes once.")
 ]
@@ -34,6 +40,7 @@ def report(
     users: Users = "probe",
     outputs: Outputs = None,
     ablation: Effects = None,
+    mechanism: Mechanism = None,
     kinds: Kinds = "",
     k: TopK = 10,
     gammas: Gammas = "0.5,1,2",
@@ -51,8 +58,8 @@ def report(
     if not force:
         check_page(out)
     exploration, _, _ = _explored(
-        "report", run, users, outputs, ablation, kinds, k, gammas, ks, shown_users, max_new_tokens, model, device,
-        dtype, force,
+        "report", run, users, outputs, ablation, mechanism, kinds, k, gammas, ks, shown_users, max_new_tokens, model,
+        device, dtype, force,
     )  # fmt: skip
     typer.echo(f"report: {exploration.write(out, force=force)}")
 
@@ -64,6 +71,7 @@ def explore(
     users: Users = "probe",
     outputs: Outputs = None,
     ablation: Effects = None,
+    mechanism: Mechanism = None,
     kinds: Kinds = "",
     k: TopK = 10,
     gammas: Gammas = "0.5,1,2",
@@ -84,8 +92,8 @@ def explore(
     from werkzeug.serving import make_server
 
     exploration, loaded, people = _explored(
-        "explore", run, users, outputs, ablation, kinds, k, gammas, ks, shown_users, max_new_tokens, model, device,
-        dtype, force,
+        "explore", run, users, outputs, ablation, mechanism, kinds, k, gammas, ks, shown_users, max_new_tokens, model,
+        device, dtype, force,
     )  # fmt: skip
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = make_server(HOST, port, make_app(loaded, people, exploration), threaded=True)
@@ -104,6 +112,7 @@ def _explored(
     users: str,
     outputs: Path | None,
     ablation: Path | None,
+    mechanism: list[Path] | None,
     kinds: str,
     k: int,
     gammas: str,
@@ -126,6 +135,7 @@ def _explored(
             "dps_lens.explore with the found set among its families"
         )
     effects = dps.SetEffects.load(ablation) if ablation is not None else None
+    beside = [_mechanism(folder) for folder in mechanism or ()]
     people = [user for user in dps.load_users(users, outputs=outputs) if user.id in {*scores.users}]
     if not people:
         raise DataError(
@@ -141,7 +151,14 @@ def _explored(
         out=_folder(run, strengths, sizes, shown_users, max_new_tokens),
         run_config=dps.RunConfig(force=force),
     )  # fmt: skip
-    return exploration, loaded, people
+    return exploration.showing(*beside), loaded, people
+
+
+def _mechanism(folder: Path) -> "Dossier | PathEffects":
+    import dps_lens as dps
+
+    kind = dps.PathEffects if (folder / f"{dps.PathEffects.stem}.json").is_file() else dps.Dossier
+    return kind.load(folder)
 
 
 def _folder(run: Path, *settings: Any) -> Path:

@@ -132,7 +132,7 @@ const first = data.tops.length ? data.tops[0] : nameOf(0);
 const fresh = {
   tab: "heads", user: EVERYBODY, map: data.main, head: first, view: views.length ? views[0].key : "",
   text: texts.length ? texts[0][0] : "", gamma: grid ? String(grid.gammas[Math.floor(grid.gammas.length / 2)]) : "0",
-  k: grid ? String(grid.ks[grid.ks.length - 1]) : "0", overlap: "", ablation: "",
+  k: grid ? String(grid.ks[grid.ks.length - 1]) : "0", overlap: "", ablation: "", mechanism: "",
 };
 let state = read();
 
@@ -281,6 +281,7 @@ function drawFigures(tab) {
   const panel = $(tab === "texts" ? "texts-figures" : tab), figures = data.figures[tab], names = Object.keys(figures);
   panel.replaceChildren();
   if (tab === "ablation") drawCost(panel);
+  if (tab === "mechanism") panel.append(element("p", "Held-out examples, 95% intervals over users; grey squares are random other heads of the same layer.", { class: "hint" }));
   if (!names.length) {
     if (!panel.children.length) panel.append(element("p", "Nothing of this kind was measured for this page.", { class: "hint" }));
     return;

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,11 +18,13 @@ from plotly.colors import get_colorscale
 from torch import Tensor
 
 from dps_lens.data.examples import key_of
+from dps_lens.dossier import Dossier
 from dps_lens.errors import RunError, ScoreError, reason
 from dps_lens.evaluation import SteeringGrid
 from dps_lens.files import write_text
 from dps_lens.heads import Head, HeadSet
-from dps_lens.plots import ablation, families, k_sweep, overlap, pareto
+from dps_lens.paths import PathEffects
+from dps_lens.plots import ablation, dossier, families, k_sweep, overlap, pareto, paths
 from dps_lens.plots.theme import SIGNED
 from dps_lens.scores import HeadScores, t_quantile
 from dps_lens.stats.overlap import Overlap
@@ -73,6 +75,7 @@ class Exploration:
         cost: of `ablation_cost`.
         views: attention on some held-out examples.
         grid: steered texts.
+        mechanism: what heads do, and who feeds them.
         title: of the page.
     """
 
@@ -86,7 +89,22 @@ class Exploration:
     cost: SetEffects | None = None
     views: tuple[ExampleView, ...] = ()
     grid: SteeringGrid | None = None
+    mechanism: tuple[Dossier | PathEffects, ...] = ()
     title: str = "Preference Heads"
+
+    def showing(self, *results: Dossier | PathEffects) -> "Exploration":
+        """The same with a tab of dossiers and paths, of `describe_head` and `patch_paths`.
+
+        Raises:
+            ScoreError: something else was given, or one of another model.
+        """
+        for one in results:
+            if not isinstance(one, (Dossier, PathEffects)):
+                raise ScoreError(f"showing: give what describe_head or patch_paths found, not a {type(one).__name__}")
+            theirs, ours = (of.manifest.get("model", {}) for of in (one, self.scores))
+            if theirs and ours and theirs["name"] != ours["name"]:
+                raise ScoreError(f"showing: {theirs['name']!r} is not the model of this page, {ours['name']!r}")
+        return replace(self, mechanism=(*self.mechanism, *results))
 
     def write(self, path: str | Path, *, force: bool = False) -> Path:
         """Write one HTML file that opens without a network and runs no script but its own.
@@ -146,6 +164,7 @@ def page(found: Exploration, *, live: bool = False) -> str:
         connect="'self'" if live else "'none'",
         data=Markup(_json(content(found) | {"live": live})),
         facts=facts(found),
+        mechanism=bool(found.mechanism),
     )
 
 
@@ -205,7 +224,7 @@ def _family(family: HeadScores) -> dict[str, Any]:
 
 def _figures(found: Exploration) -> dict[str, Any]:
     """Figures of `dps_lens.plots`, by tab and name."""
-    drawn: dict[str, dict[str, Any]] = {"overlap": {}, "ablation": {}, "texts": {}}
+    drawn: dict[str, dict[str, Any]] = {"overlap": {}, "ablation": {}, "texts": {}, "mechanism": {}}
     if found.between_users is not None:
         drawn["overlap"]["users"] = overlap(found.between_users)
     if found.between_families is not None:
@@ -223,6 +242,11 @@ def _figures(found: Exploration) -> dict[str, Any]:
             drawn["texts"]["style against fluency"] = pareto(found.grid)
         for measure in found.grid.measures:
             drawn["texts"][f"{measure} by K"] = k_sweep(found.grid, measure=measure)
+    for number, one in enumerate(found.mechanism):
+        if isinstance(one, Dossier):
+            drawn["mechanism"][str(one.head)] = dossier(one)
+        else:
+            drawn["mechanism"][f"paths {number}" if "paths" in drawn["mechanism"] else "paths"] = paths(one)
     return {tab: {name: json.loads(one.to_json()) for name, one in of.items()} for tab, of in drawn.items()}
 
 

@@ -579,7 +579,9 @@ def test_report_shows_a_run(scored, model, tmp_path):
     assert run("ablate", "--run", out, "--out", tmp_path / "ablation", *common).returncode == 0
     arguments = ["report", out, "--out", tmp_path / "report.html", "--ablation", tmp_path / "ablation"]
     arguments += ["--k", 3, "--ks", "1,2", "--gammas", "0.5,2", "--max-new-tokens", 4, "--kinds", "induction"]
-    done = run(*arguments, "--model", model)
+    few = ["--max-users", 2, "--n-random", 1, "--model", model]
+    assert run("describe", "L1H2", "--out", tmp_path / "dossier", *few).returncode == 0
+    done = run(*arguments, "--model", model, "--with", tmp_path / "dossier")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
@@ -588,6 +590,7 @@ def test_report_shows_a_run(scored, model, tmp_path):
     assert next(iter(figures)) == "gain beside costs"
     assert [*found["families"]] == ["induction"]
     assert found["grid"]["gammas"] == [0.5, 2.0]
+    assert [*found["figures"]["mechanism"]] == ["L1H2"]
     units = [unit for folder in out.glob("page-*") for unit in folder.rglob("*.safetensors")]
     assert units
     before = [unit.stat().st_mtime_ns for unit in units]

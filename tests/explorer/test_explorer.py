@@ -201,6 +201,27 @@ def test_overlap_and_ablation_are_figures_of_the_run(explored, report, open_page
     assert not opened.problems
 
 
+def test_what_heads_do_has_a_tab_where_it_was_asked(explored, report, llama, probe, tmp_path, open_page, unchecked):
+    options = {"prompt_config": PROMPT, "max_examples": 1, "n_random": 1}
+    head, model = dps.Head(1, 2), llama.hooked
+    dossier = dps.describe_head(model, probe[:6], head, **options)
+    paths = dps.patch_paths(model, probe[:6], HeadSet.parse("L0H1"), HeadSet([head]), into="q", **options)
+    opened = open_page(explored.showing(dossier, paths).write(tmp_path / "page.html").as_uri() + "#tab=mechanism")
+    page = opened.page
+    page.wait_for_selector("#mechanism .js-plotly-plot")
+    assert page.locator("#mechanism select option").all_inner_texts() == [str(head), "paths"]
+    expect(page.locator("#mechanism .gtitle")).to_contain_text(str(head))
+    page.select_option("#mechanism select", "paths")
+    expect(page.locator("#mechanism .js-plotly-plot")).to_contain_text("logits")
+    assert "mechanism=paths" in page.url
+    assert not opened.problems
+    assert not open_page(report.as_uri()).page.locator("#tab-mechanism").count()
+    with pytest.raises(ScoreError, match="not a HeadScores"):
+        explored.showing(explored.scores)
+    with pytest.raises(ScoreError, match="'another' is not the model of this page"):
+        explored.showing(replace(paths, manifest={"model": {"name": "another"}}))
+
+
 def test_no_text_of_users_runs(explored, tmp_path, open_page):
     """Names, documents, references and generated tokens that are markup stay text, in every tab."""
     scores = explored.scores
