@@ -25,6 +25,7 @@ method does not reach this KL). Every other method is reported beside, without a
 """
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ import pandas as pd
 import dps_lens as dps
 from dps_lens.data import User
 from dps_lens.errors import SteeringError
+from dps_lens.heads import HeadSet
 from dps_lens.intervene import Uniform
 from dps_lens.stats.intervals import interval
 from experiments.lib.harness import Config, Findings, Lab, above_zero, main
@@ -108,8 +110,9 @@ class Corpus:
         if "retrieval" in refs:
             methods["decore"] = ("decore", refs["retrieval"])
         heads = {VECTOR: found.heads} | {f"{VECTOR}, {name}": one.top(self.config.k) for name, one in refs.items()}
+        every = self.head_vectors("differences", reduce(HeadSet.__or__, heads.values()))
         for name, chosen in heads.items():
-            methods |= self._with_control(name, "head_vector", self.head_vectors(name, chosen))
+            methods |= self._with_control(name, "head_vector", every.only(chosen))
         for recipe, settings in {
             "generic": {"against": "generic"},
             "probe": {"recipe": "probe"},
@@ -120,7 +123,7 @@ class Corpus:
         methods["head_vector+cad"] = ("head_vector+cad", methods[VECTOR][1])
         return methods | self._with_control(STYLE, "vector", self.style_vectors())
 
-    def head_vectors(self, name: str, heads: dps.HeadSet, **settings: Any) -> Mapping[str, dps.HeadVector]:
+    def head_vectors(self, name: str, heads: dps.HeadSet, **settings: Any) -> dps.HeadVectors:
         return dps.head_vectors(
             self.lab.model,
             self.users,

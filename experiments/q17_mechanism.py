@@ -11,7 +11,8 @@ more than half of what patching them one by one changes. (3) An induction head t
 Measure. K heads, found on the newest discovery example of each user, described on the newest evaluation example
 (`describe_head`), against another user's profile. A head copies if it attends to the token that it is written next, and
 raises the logits of what it attends to, both more than the other heads of its layer do. Paths (`patch_paths`) into
-queries, keys and values of the found heads, from the found heads and as many induction heads.
+queries, keys and values of the found heads, from the found heads and as many induction heads. Beside them: overlap with
+every known family.
 
 Control. Other heads of the same layer, at random, in every dossier and in the place of every sender.
 
@@ -27,6 +28,7 @@ from typing import Any
 import pandas as pd
 
 import dps_lens as dps
+from dps_lens.families import KINDS
 from dps_lens.stats.intervals import columns, interval, user_means
 from experiments.lib.harness import Claim, Config, Findings, Lab, Outcome, above_zero, main
 
@@ -38,7 +40,7 @@ class Mechanism(Config):
     k: int = 10
     n_random: int = 4
     n_beside: int = 2
-    kinds: tuple[str, ...] = ("induction",)
+    kinds: tuple[str, ...] = KINDS
 
 
 def measure(config: Mechanism, lab: Lab) -> Findings:
@@ -54,6 +56,8 @@ def measure(config: Mechanism, lab: Lab) -> Findings:
         out=lab.out / "found",
     )
     references = lab.references(config.kinds)
+    retrieval = dps.ProfileRetrieval(users, items=max(1, prompt.items // 2), prompt_config=prompt, seed=config.seed)
+    references |= dps.reference_heads(lab.model, (retrieval,), cache=lab.out / "families")
     dossiers = {
         str(head): dps.describe_head(
             lab.model,
@@ -67,7 +71,7 @@ def measure(config: Mechanism, lab: Lab) -> Findings:
         )
         for head in found.heads
     }
-    induction = next(iter(references.values())).top(config.k)
+    induction = references["induction"].top(config.k)
     effects = dps.patch_paths(
         lab.model,
         users,
@@ -80,11 +84,15 @@ def measure(config: Mechanism, lab: Lab) -> Findings:
     )
     edges, heads = effects.edges(seed=config.seed), effects.heads_frame()
     lines = described(dossiers, 1 - 0.05 / config.k)
+    sets: dict[str, dps.FoundHeads | dps.HeadScores] = {"preference": found, **references}
+    between = dps.overlap(sets, k=config.k, seed=config.seed)
+    between.save(lab.out / "overlap")
     tables = {
         "heads": lines.assign(induction=[name in map(str, induction) for name in lines["head"]]),
         "edges": edges[edges["survives"]] if edges["survives"].any() else edges.head(20),
         "totals": heads,
         "tokens": tokens_of(dossiers),
+        "families": between.to_frame(),
     }
     claims = [
         copying(lines),

@@ -33,6 +33,7 @@ EXPERIMENTS = {
     "moonshot": "finders",
     "race": "race",
     "mechanism": "mechanism",
+    "relatives": "mechanism",
 }
 """Script → run folder of its experiment."""
 

@@ -188,6 +188,15 @@ class HeadVector(Vector):
         each = torch.tensor([float(weights.get(head, 0.0)) for head in self.heads])
         return replace(self, values=self.values * each[:, None].to(self.values))
 
+    def only(self, heads: HeadSet) -> "HeadVector":
+        """The rows of some of its heads.
+
+        Raises:
+            HeadError: it has no such head, or none is given.
+        """
+        rows, chosen = rows_of(self.heads, heads), HeadSet(heads, heads.label, self.heads.shape)
+        return replace(self, values=self.values[rows], heads=chosen)
+
     def summary(self) -> str:
         return f"{self.label or 'vector'} of {len(self.heads)} heads, norm {float(self.values.norm()):.3g}"
 
@@ -229,3 +238,17 @@ class HeadVector(Vector):
                 f"{call}: a vector of heads of {self.heads.shape} with d_head {self.values.shape[1]} is not of this "
                 f"model, {(cfg.n_layers, cfg.n_heads)} with d_head {cfg.d_head}"
             )
+
+
+def rows_of(heads: HeadSet, chosen: HeadSet) -> list[int]:
+    """Places of some heads among others.
+
+    Raises:
+        HeadError: one is not there, or none is chosen.
+    """
+    if strangers := list(chosen - heads):
+        raise HeadError(f"only: there is no {strangers[0]} among its heads, {heads}")
+    if not len(chosen):
+        raise HeadError("only: give at least one head")
+    places = {head: row for row, head in enumerate(heads)}
+    return [places[head] for head in chosen]

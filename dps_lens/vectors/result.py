@@ -1,7 +1,7 @@
 """Head vectors: what users' own texts add to the z of heads, beyond a counterfactual."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from dps_lens.data.examples import key_of
 from dps_lens.errors import SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.result import Result
-from dps_lens.steering.vector import HeadVector
+from dps_lens.steering.vector import HeadVector, rows_of
 
 if TYPE_CHECKING:
     import pandas
@@ -83,6 +83,21 @@ class HeadVectors(Result, Mapping[str, HeadVector]):
             )
         rows = torch.stack([self.vectors[self.users.index(user)] for user in chosen])
         return HeadVector(rows.mean(0), self.heads, label, self._about(chosen))
+
+    def only(self, heads: HeadSet) -> "HeadVectors":
+        """The same of some of its heads.
+
+        Raises:
+            HeadError: there are no vectors of such a head, or none is given.
+        """
+        rows, chosen = rows_of(self.heads, heads), HeadSet(heads, heads.label, self.heads.shape)
+        return replace(
+            self,
+            heads=chosen,
+            vectors=self.vectors[:, rows],
+            differences=self.differences[:, rows],
+            manifest={**self.manifest, "heads": str(chosen)},
+        )
 
     def made_of(self, user: str, example_ids: Sequence[str]) -> HeadVector:
         """The user's vector of some examples alone, to test it on others.

@@ -396,6 +396,18 @@ def test_vectors_are_kept_added_and_compared(llama, users, tmp_path):
     part = first.weighted({HEADS[1]: 0.5})
     assert float(part.values[0].norm()) == 0
     torch.testing.assert_close(part.values[1], 0.5 * first.values[1])
+    few = HeadSet([HEADS[2], HEADS[0]])
+    alone = dps.head_vectors(model, users, few, **options)
+    for chosen in (vectors.only(few), again.only(few)):
+        assert chosen.heads == alone.heads
+        assert torch.equal(chosen.vectors, alone.vectors)
+        assert torch.equal(chosen.differences, alone.differences)
+        assert chosen.manifest["heads"] == alone.manifest["heads"]
+    assert torch.equal(first.only(few).values, alone[users[0].id].values)
+    with pytest.raises(HeadError, match="there is no L2H2 among its heads"):
+        vectors.only(HeadSet.parse("L2H2"))
+    with pytest.raises(HeadError, match="at least one head"):
+        first.only(HeadSet([]))
     frame = vectors.to_frame()
     assert len(frame) == len(users) * len(HEADS)
     # What the heads add to the residual stream, from the plain weights.
