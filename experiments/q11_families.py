@@ -193,7 +193,24 @@ def patching(given: Given) -> Tables:
     for name, form in forms.items():
         made = dps.vector_recovery(model, users, families, vector_config=form, out=out / name, **options)
         tables[name] = shown(made, made.measures)
+        tables[f"{name}, beyond another's"] = beyond_another(made)
     return tables
+
+
+def beyond_another(effects: dps.SetEffects) -> pd.DataFrame:
+    """What a user's vector brings back more than another user's, over the same users; level corrected for the rows."""
+    rows = [(family, k) for k in effects.ks for family in effects.families]
+    return pd.DataFrame(
+        {
+            "family": family,
+            "k": k,
+            **interval(
+                by_user(effects, family, k, "recovered") - by_user(effects, family, k, "recovered_other"),
+                1 - 0.05 / len(rows),
+            ),
+        }
+        for family, k in rows
+    )
 
 
 def where(given: Given) -> Tables:
