@@ -41,7 +41,7 @@ def steer(
         str,
         typer.Option(
             help="dps, dps-entropy, dps-js, dps-patch, decore, cad, cos, adacad, dola, amplify, head_vector, vector, "
-            "stacked: dps+cad, or file.py:Name."
+            "stacked: dps+cad, head_vector+dps; or file.py:Name."
         ),
     ] = "dps",
     vectors: Annotated[
@@ -53,7 +53,9 @@ def steer(
         typer.Option("--vector-of", help="The user whose vector is added; by default the one who asks."),
     ] = None,
     gamma: Annotated[float, typer.Option(help="Strength of the heads; 0 is the model's own decoding.")] = 1.0,
-    alpha: Annotated[float, typer.Option(help="Strength of the profile, for cad and cos.")] = 0.5,
+    alpha: Annotated[
+        float, typer.Option(help="Strength of the profile, for cad and cos, and of dps beside a vector.")
+    ] = 0.5,
     min_p: Annotated[float | None, typer.Option(help="Rule out tokens with p under this share of the largest.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Cap on KL(steered || full) at every step, nats.")] = None,
     target_kl: Annotated[

@@ -22,6 +22,9 @@ from dps_lens.steering.vector import Vector
 Weights: TypeAlias = Mapping[Head, float]
 """Heads and how much of the edit each gets, from 0 to 1."""
 
+Added: TypeAlias = Mapping[str, Float[Tensor, "1 ..."]]
+"""By hook, what is added to every position there."""
+
 
 class Forced:
     """Logits of one prompt's response, also with heads edited or a vector added."""
@@ -41,11 +44,17 @@ class Forced:
         with attention_for(runner.model, Zero()):
             self.cache = runner.prefill(tokens[:, :shared]) if shared else None
 
-    def logits(self, edit: Edit | Scale | None = None, record: Residuals | None = None) -> Float[Tensor, "pos d_vocab"]:
-        """Of the full model, or under an edit; `record` as in `Runner.logits`."""
+    def logits(
+        self, edit: Edit | Scale | None = None, record: Residuals | None = None, added: Added | None = None
+    ) -> Float[Tensor, "pos d_vocab"]:
+        """Of the full model, or under an edit and with what is added behind it; `record` as in `Runner.logits`."""
         model, keep = self.runner.model, len(self.targets)
         ablation = edit.ablation if isinstance(edit, Edit) else Zero()
-        with attention_for(model, ablation), edit.on(model) if edit else nullcontext():
+        with (
+            attention_for(model, ablation),
+            edit.on(model) if edit else nullcontext(),
+            model.hooks(fwd_hooks=adding(added or {})),
+        ):
             return self.runner.logits(self.tokens, prompt=self.cache, keep=keep, record=record)[0].float()
 
     def z(self) -> Float[Tensor, "layer pos head d_head"]:
@@ -54,32 +63,31 @@ class Forced:
             self.runner.logits(self.tokens, prompt=self.cache, keep=1)
         return torch.stack([recorded[layer][0] for layer in sorted(recorded)])
 
-    def ablated(self, ablation: Ablation, heads: Weights) -> Float[Tensor, "pos d_vocab"]:
+    def ablated(self, ablation: Ablation, heads: Weights, added: Added | None = None) -> Float[Tensor, "pos d_vocab"]:
         """Without heads, as a rule leaves them out; `Patch` holds the z of the other run."""
         if isinstance(ablation, Zero):
-            return self.scaled(heads, -1.0)
+            return self.scaled(heads, -1.0, added)
         masks = HeadSet(heads).mask(self.runner.cfg)[None]
-        if isinstance(ablation, Patch):
-            return self.logits(Edit(masks, ablation, self.where, ablation.z))
-        return self.logits(Edit(masks, ablation, self.where, ablation.standalone("steering_sweep")))
+        values = ablation.z if isinstance(ablation, Patch) else ablation.standalone("steering_sweep")
+        return self.logits(Edit(masks, ablation, self.where, values), added=added)
 
-    def scaled(self, heads: Weights, strength: float) -> Float[Tensor, "pos d_vocab"]:
+    def scaled(self, heads: Weights, strength: float, added: Added | None = None) -> Float[Tensor, "pos d_vocab"]:
         """With the z of each head multiplied by 1 + weight · strength."""
         factors = torch.ones(self.runner.cfg.n_layers, self.runner.cfg.n_heads)
         for head, weight in heads.items():
             factors[head] += weight * strength
-        return self.logits(Scale(factors[None], self.where))
+        return self.logits(Scale(factors[None], self.where), added=added)
 
-    def shifted(self, vector: Vector, strength: float) -> Float[Tensor, "pos d_vocab"]:
-        """With strength times a vector added, from the last prompt token on."""
-        added = {name: values[None].to(self.runner.device) for name, values in vector.additions(strength).items()}
-        with self.runner.model.hooks(fwd_hooks=adding(added)):
-            return self.logits()
+    def added(self, vector: Vector, strength: float) -> Added:
+        """What strength times a vector adds, from the last prompt token on."""
+        return {name: values[None].to(self.runner.device) for name, values in vector.additions(strength).items()}
 
-    def early(self, full: Float[Tensor, "pos d_vocab"], layers: Sequence[int]) -> Float[Tensor, "pos d_vocab"]:
+    def early(
+        self, full: Float[Tensor, "pos d_vocab"], layers: Sequence[int], added: Added | None = None
+    ) -> Float[Tensor, "pos d_vocab"]:
         """Log-probabilities read off the layer, of these, that DoLa contrasts `full` with at each position."""
         record: Residuals = dict.fromkeys(layers)
-        self.logits(record=record)
+        self.logits(record=record, added=added)
         kept = torch.cat([record[layer][:, -len(full) :] for layer in layers])
         early = self.runner.resume({self.runner.cfg.n_layers: kept}, self.tokens[:, -len(full) :]).float()
         return farthest_early(full, early)

@@ -179,7 +179,7 @@ def steering_grid(
         EvaluationError: no users, several tasks, or a user without evaluation examples.
     """
     chosen = find_rule(rule)
-    if not chosen.needs_heads or chosen.needs_negative:
+    if not chosen.needs_heads or chosen.needs_negative or chosen.needs_vectors:
         raise SteeringError(f"steering_grid: rule {chosen.name!r} must work with heads alone, such as 'dps'")
     if not users or len({user.task.name for user in users}) > 1 or not all(user.examples for user in users):
         raise EvaluationError("steering_grid: give users of one task, each with an evaluation example")

@@ -33,9 +33,11 @@ from dps_lens.work import Engine, Run, RunConfig
 if TYPE_CHECKING:
     from dps_lens.model import HookedModel
 
-SweepMethod: TypeAlias = RuleLike | tuple[RuleLike, HeadSource | Mapping[str, Vector]]
-"""A rule, such as `"cad"`; a rule of heads with its heads, `("dps", scores)`; or `("vector", {user: vector})`,
-`("head_vector", head_vectors(…))`."""
+Vectors: TypeAlias = Mapping[str, Vector]
+
+SweepMethod: TypeAlias = RuleLike | tuple[RuleLike, HeadSource | Vectors | tuple[Vectors, HeadSource]]
+"""A rule, such as `"cad"`; a rule of heads with its heads, `("dps", scores)`; `("vector", {user: vector})` or
+`("head_vector", head_vectors(…))`; or both, `("head_vector+dps", (head_vectors(…), scores))`."""
 
 
 def steering_sweep(
@@ -141,7 +143,15 @@ def _taken_apart(
     for name, method in methods.items():
         asked, given = apart(method)
         rule = rules[name] = find_rule(asked)
-        if (rule.edited is not None) != (given is not None):
+        if rule.needs_vectors and rule.needs_heads:
+            if not (isinstance(given, tuple) and len(given) == 2):
+                raise SteeringError(
+                    f"steering_sweep: the rule of method {name!r} needs vectors and heads, such as "
+                    f"({rule.name!r}, (head_vectors(model, users, heads), scores))"
+                )
+            vectors[name], families[name] = given
+            continue
+        if rule.takes_gamma != (given is not None):
             wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
             if rule.needs_vectors:
                 wanted = "needs a vector a user, ('vector', {user.id: style_vector(model, user)})"
@@ -210,14 +220,13 @@ class SweepWork(HeldOutWork):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.config.weighted:
-            term = self.rules[name].edited if name in self.rules else None
-            parted = term is not None and self.ablation_of(self.rules[name]).name == "zero"
+            parted = name in self.rules and self.ablation_of(self.rules[name]).name == "zero"
             if not isinstance(self.families.get(name), HeadScores) or not parted:
                 raise SteeringError(
                     f"steering_sweep: method {name!r} cannot be weighted; it needs scores, and a rule but decore"
                 )
         for rule in self.rules.values():
-            check_patch("steering_sweep", rule.edited.ablation if rule.edited else None)
+            check_patch("steering_sweep", rule.ablating.ablation if rule.ablating else None)
         if self.settings.positions != "response" and any(rule.patched for rule in self.rules.values()):
             raise SteeringError("steering_sweep: heads are patched where the two runs align; use positions='response'")
         for name, vectors in self.vectors.items():
@@ -234,7 +243,7 @@ class SweepWork(HeldOutWork):
 
     def ablation_of(self, rule: Rule) -> Ablation:
         """What the masked branch of a rule does."""
-        term = rule.edited
+        term = rule.ablating
         return find_ablation(term.ablation if term is not None and term.ablation is not None else "zero")
 
     def fingerprint(self) -> dict[str, Any]:
@@ -279,16 +288,20 @@ class SweepWork(HeldOutWork):
                 measured = []
                 for heads in chosen:
                     others = dict(shared)
-                    if rule.has("ablated"):
-                        ablation = patch if rule.patched else self.ablation_of(rule)
+                    ablation = patch if rule.patched else self.ablation_of(rule)
+                    if rule.ablating and not rule.in_place:
                         others["ablated"] = forced.ablated(ablation, heads)
                     for strength in self.strengths:
                         base = full
                         if rule.has("scaled"):
                             base = others["scaled"] = forced.scaled(heads, strength)
-                        elif rule.edited is not None and rule.needs_vectors:
-                            vector = self.vector(name, example)
-                            base = others[rule.edited.branch] = forced.shifted(vector, strength)
+                        elif rule.in_place:
+                            added = forced.added(self.vector(name, example), strength)
+                            base = others[rule.in_place.branch] = forced.logits(added=added)
+                            if rule.ablating:
+                                others["ablated"] = forced.ablated(ablation, heads, added)
+                            if rule.has("early"):
+                                others["early"] = forced.early(base, layers_to_contrast(self.model), added)
                         given_all: dict[Branch, Any] = {term.branch: strength for term in rule.terms}
                         steered = combine(rule.terms, base, others, given_all)
                         loss = token_losses(steered, forced.targets).double().mean().cpu()

@@ -91,10 +91,20 @@ class Method:
 
 def takes_heads(asked: RuleLike) -> bool:
     """Whether a method is given with heads, `(method, scores)`."""
+    rule, vector = _rule_of(asked)
+    return vector == "heads" or rule.needs_heads
+
+
+def _rule_of(asked: RuleLike) -> tuple[Rule, Kind | None]:
+    """The rule of a method, and the kind of vector that it adds."""
     word = asked if isinstance(asked, str) else ""
-    if word in _SHOWN or word.removeprefix("rag+") in VECTORS:
-        return VECTORS.get(word.removeprefix("rag+")) == "heads"
-    return find_rule(asked).needs_heads
+    if word in _SHOWN:
+        return RULES["greedy"], None
+    name, _, contrast = word.removeprefix("rag+").partition("+")
+    if not (vector := VECTORS.get(name)):
+        return find_rule(asked), None
+    added = "head_vector" if vector == "heads" else "vector"
+    return find_rule(f"{added}+{contrast}" if contrast else added), vector
 
 
 def find_method(
@@ -104,22 +114,21 @@ def find_method(
 
     `plain` answers greedily without a profile, `rag` with it, `prompt` with a description in its place. `stylevector`,
     `steerx` and `head_vector` add their vector without a profile, `lora` adds a trained change to the weights;
-    `rag+stylevector` and the like do so with the profile. Rules that have no strength (`dola`, adaptive ones) have no
-    grid of strengths.
+    `rag+stylevector` and the like do so with the profile; vectors stack with contrasts, `rag+head_vector+dps`. Rules
+    that have no strength (`dola`, adaptive ones) have no grid of strengths.
 
     Raises:
         EvaluationError: the method is unknown, or lacks its heads.
     """
     rule_asked, family = apart(asked)
     word = rule_asked if isinstance(rule_asked, str) else ""
-    rule, shows, vector = RULES["greedy"], _SHOWN.get(word, "own"), VECTORS.get(word.removeprefix("rag+"))
+    (rule, vector), shows = _rule_of(rule_asked), _SHOWN.get(word, "own")
     if vector:
         shows = "own" if word.startswith("rag+") else "none"
-        rule = RULES["head_vector" if vector == "heads" else "vector"]
-    elif word not in _SHOWN:
-        rule = find_rule(rule_asked)
-        if rule.needs_vectors:
-            raise EvaluationError(f"evaluate: method {name!r}: ask for {', '.join(VECTORS)}, or 'rag+stylevector'")
+        if rule.needs_negative and shows == "none":
+            raise EvaluationError(f"evaluate: method {name!r} contrasts with no profile; ask for 'rag+{word}'")
+    elif rule.needs_vectors:
+        raise EvaluationError(f"evaluate: method {name!r}: ask for {', '.join(VECTORS)}, or 'rag+stylevector'")
     needs_heads = takes_heads(rule_asked)
     if needs_heads != (family is not None):
         wanted = f"needs heads, such as ({word or 'dps'!r}, scores)" if needs_heads else "takes no heads"
@@ -134,7 +143,7 @@ def find_method(
     if needs_heads:
         grid = [Setting(one.strength, k) for one in grid for k in ks]
     if rule.has("shifted"):
-        grid = [Setting(one.strength, None, layer) for one in grid for layer in layers]
+        grid = [Setting(one.strength, one.k, layer) for one in grid for layer in layers]
     return Method(name, rule, shows, family, tuple(grid), vector, adapter)
 
 
@@ -175,14 +184,16 @@ def write(
         chosen = [writers[index] for index in members]
         strengths = [writer.setting.strength for writer in chosen]
         options: dict[str, Any] = {"rule": rule, "decode_config": DecodeConfig(stop_at_eos=stop_at_eos)}
-        if rule.edited is not None:
+        if rule.takes_gamma:
             options["gamma"] = strengths
         if rule.needs_heads:
             options["heads"] = [writer.heads for writer in chosen]
         if rule.needs_vectors:
             options["vectors"] = [writer.vector for writer in chosen]
+        if rule.takes_alpha:
+            options["alpha"] = strengths
         if rule.needs_negative:
-            options |= {"alpha": strengths, "negative_prompts": [prompts["none"]] * len(chosen)}
+            options["negative_prompts"] = [prompts["none"]] * len(chosen)
         adapter = chosen[0].adapter
         with adapter.on(model, strengths[0]) if adapter else nullcontext():
             written = generate(model, [prompts[shows]] * len(chosen), max_new_tokens=max_new_tokens, **options)

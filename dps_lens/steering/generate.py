@@ -160,6 +160,7 @@ def generate(
     | `vector` | of the model to whose residual stream γ times a steering vector is added; no second branch | |
     | `head_vector` | of the model to whose heads' z γ times a vector is added; no second branch | arXiv 2306.03341 |
     | `dps+cad` | `full + γ (full − masked) + α (full − negative)`; any rule of heads or vectors with `cad` | |
+    | `head_vector+dps` | `added + α (added − masked)`, γ times the vector in both; any vector with any contrast | |
     | `greedy` | of the model itself | |
 
     All branches run as rows of one batch with a KV cache; a row that ends leaves it.
@@ -176,7 +177,8 @@ def generate(
         rule: see above; or a `Term` of your own, or two terms that stack.
         negative_prompts: for `cad`, `cos` and `dps-patch`, each prompt without its profile:
             `build_prompt(…, profile="none")`; for `dps-patch` also with another user's.
-        alpha: strength of the negative prompt, one for all or one a prompt, at least 0.
+        alpha: strength of the negative prompt, and of the heads' contrast where a vector has γ; one for all or one a
+            prompt, at least 0.
         positions: `"response"` (from the last prompt token on; branches share the prompt's pass), `"all"` or
             `"profile"`.
         max_new_tokens: stop after so many.
@@ -194,8 +196,8 @@ def generate(
     """
     chosen, config = find_rule(rule), decode_config or DecodeConfig()
     batch = prompt_list(prompts)
-    gammas = per_row("gamma", gamma, len(batch)) if chosen.edited else [0.0] * len(batch)
-    alphas = per_row("alpha", alpha, len(batch)) if chosen.has("negative") else [0.0] * len(batch)
+    gammas = per_row("gamma", gamma, len(batch)) if chosen.takes_gamma else [0.0] * len(batch)
+    alphas = per_row("alpha", alpha, len(batch)) if chosen.takes_alpha else [0.0] * len(batch)
     ablation = _ablation(chosen, config)
     _check(chosen, config, max_new_tokens, gammas, alphas)
     most, why = model.cfg.d_vocab // 2, "half of the vocabulary"
@@ -272,8 +274,13 @@ def _lay_out(decoder: Decoder | Decoders, mixer: Mixer, running: Sequence[int]) 
 
 def _ablation(rule: Rule, config: DecodeConfig) -> Ablation:
     """What the masked branch does: as asked for, else as the rule wants it, else zero."""
-    term = rule.edited
-    if rule.alone and config.ablation is not None and not isinstance(find_ablation(config.ablation), Zero):
+    term = rule.ablating
+    if (
+        term is None
+        and rule.alone
+        and config.ablation is not None
+        and not isinstance(find_ablation(config.ablation), Zero)
+    ):
         raise SteeringError(f"generate: rule {rule.name!r} ablates nothing; it takes no ablation but the default")
     own = term.ablation if term is not None else None
     asked = config.ablation

@@ -38,24 +38,30 @@ def rows_of(
     ablation: Ablation,
     positions: Positions,
 ) -> list[Row]:
-    """Rows of the batch: the full model, then what it is contrasted with, for the requests that need it."""
+    """Rows of the batch: what is written from, then what it is contrasted with, for the requests that need it."""
     untouched = torch.ones(model.cfg.n_layers, model.cfg.n_heads)
-    edited = rule.edited
-    rows: dict[Branch, list[Row]] = {"full": [], "ablated": [], "negative": []}
+    in_place, ablating = rule.in_place, rule.ablating
+    rows: dict[Branch, list[Row]] = {"full": [], "scaled": [], "ablated": [], "negative": []}
     for request, (prompt, other, heads, vector) in enumerate(zip(batch, others, sets, added, strict=True)):
-        tokens, profile = _ids(model, prompt), _profile(prompt)
+        tokens, profile, gamma, alpha = _ids(model, prompt), _profile(prompt), gammas[request], alphas[request]
         # A strength of -1 leaves the masked model alone, where it is what was given.
-        only = rule.has("ablated") and not rule.adaptive and not rule.has("negative") and gammas[request] == -1
-        edits = edited is not None and gammas[request] != 0
-        if edits and positions == "profile" and profile[0] == profile[1]:
+        only = ablating is not None and not rule.adaptive and len(rule.terms) == 1 and gamma == -1
+        changed = in_place is not None and gamma != 0
+        masked = ablating is not None and (alpha if rule.by_alpha(ablating) else gamma) != 0
+        if (changed or masked) and positions == "profile" and profile[0] == profile[1]:
             raise SteeringError("generate: positions='profile' needs prompts that show a profile")
-        if not ((rule.alone or only) and edits):
+        if not changed and not only:
             rows["full"].append(Row(request, "full", tokens, profile, untouched))
-        factors = _factors(model, heads, gammas[request] if rule.has("scaled") else -1.0, ablation)
-        if edits and edited is not None:
-            additions = vector.additions(gammas[request]) if vector else {}
-            rows["ablated"].append(Row(request, edited.branch, tokens, profile, factors, additions))
-        if (rule.has("negative") and alphas[request]) or (isinstance(ablation, Patch) and edits):
+        scaled = rule.has("scaled")
+        factors = _factors(model, heads, gamma if scaled else -1.0, ablation)
+        additions = vector.additions(gamma) if vector and changed else {}
+        if changed and in_place is not None:
+            of_branch = factors if scaled else untouched
+            rows["scaled"].append(Row(request, in_place.branch, tokens, profile, of_branch, additions))
+        if masked:
+            # The model that is steered, with the vector that is added to it, without its heads.
+            rows["ablated"].append(Row(request, "ablated", tokens, profile, factors, additions))
+        if (rule.has("negative") and alpha) or (isinstance(ablation, Patch) and masked):
             ids = _ids(model, other)
             if ids.tolist() == tokens.tolist():
                 raise SteeringError(

@@ -26,8 +26,8 @@ class Mixer:
 
     Attributes:
         rule: what is contrasted.
-        gammas: strength of the heads, one a request.
-        alphas: strength of the prompt, one a request.
+        gammas: strength of the heads or vectors, one a request.
+        alphas: strength of the prompt, or of the heads where a vector has γ, one a request.
         max_gamma: cap of an adaptive strength.
         min_p: share of the largest probability under which tokens are ruled out.
         max_kl: cap on KL(steered ‖ full), nats.
@@ -59,7 +59,7 @@ class Mixer:
 
         cap = torch.inf if self.max_gamma is None else self.max_gamma
         self._given = {
-            term.branch: cap if term.adaptive else each(self.alphas if term.branch == "negative" else self.gammas)
+            term.branch: cap if term.adaptive else each(self.alphas if self.rule.by_alpha(term) else self.gammas)
             for term in self.rule.terms
         }
         if self.rule.has("early"):
@@ -73,11 +73,14 @@ class Mixer:
             branch: torch.where(self._present[branch], logits[rows], torch.nan) for branch, rows in self._rows.items()
         }
         full = of.pop("full")
-        edited = self.rule.edited
-        # Where the full model does not run, the edited one is what is steered.
-        base = full if edited is None else torch.where(self._present["full"], full, of[edited.branch])
+        # Where the full model does not run, the changed one, or the masked one alone, is what is steered.
+        changed = self.rule.in_place or self.rule.ablating
+        base, rows = full, self._rows["full"]
+        if changed is not None:
+            base = torch.where(self._present["full"], full, of[changed.branch])
+            rows = torch.where(self._present["full"][:, 0], rows, self._rows[changed.branch])
         if self.rule.has("early"):
-            of["early"] = farthest_early(full, early)
+            of["early"] = farthest_early(base, early[:, rows])
         steered = combine(self.rule.terms, base, of, self._given, self._present)
         if (share := max(self.min_p or 0.0, self.rule.min_p or 0.0)) > 0:
             steered = with_min_p(steered, base, share)

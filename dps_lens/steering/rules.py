@@ -1,6 +1,6 @@
 """Rules of decoding by name, and what a rule needs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,7 +10,8 @@ from dps_lens.extensions import settings_of
 from dps_lens.intervene import AblationLike, Patch, find_ablation
 from dps_lens.steering.terms import Branch, DivergenceTerm, EarlyTerm, EntropyTerm, InPlaceTerm, Term
 
-_EDITED: frozenset[Branch] = frozenset({"ablated", "scaled", "shifted", "heads_shifted"})
+_SHIFTED: frozenset[Branch] = frozenset({"shifted", "heads_shifted"})
+_IN_PLACE: frozenset[Branch] = _SHIFTED | {"scaled"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,29 @@ class Rule:
         return any(term.branch in branches for term in self.terms)
 
     @property
-    def edited(self) -> Term | None:
-        """The term whose branch is edited with strength γ, if any."""
-        return next((term for term in self.terms if term.branch in _EDITED), None)
+    def in_place(self) -> Term | None:
+        """The term that changes what is written from, with strength γ, if any."""
+        return self._first(_IN_PLACE)
+
+    @property
+    def ablating(self) -> Term | None:
+        """The term that contrasts with the model without heads, if any."""
+        return self._first({"ablated"})
+
+    def _first(self, branches: Collection[Branch]) -> Term | None:
+        return next((term for term in self.terms if term.branch in branches), None)
+
+    @property
+    def takes_gamma(self) -> bool:
+        return self.in_place is not None or self.ablating is not None
+
+    @property
+    def takes_alpha(self) -> bool:
+        return any(self.by_alpha(term) for term in self.terms)
+
+    def by_alpha(self, term: Term) -> bool:
+        """The strength of a term is α: it contrasts prompts, or heads of a model that γ times a vector is added to."""
+        return term.branch == "negative" or (term.branch == "ablated" and self.in_place is not None)
 
     @property
     def needs_heads(self) -> bool:
@@ -49,12 +70,12 @@ class Rule:
 
     @property
     def needs_vectors(self) -> bool:
-        return self.has("shifted", "heads_shifted")
+        return self.has(*_SHIFTED)
 
     @property
     def patched(self) -> bool:
         """Heads get the z of the run with the negative prompt."""
-        term = self.edited
+        term = self.ablating
         return term is not None and term.ablation is not None and isinstance(find_ablation(term.ablation), Patch)
 
     @property
@@ -63,8 +84,8 @@ class Rule:
 
     @property
     def alone(self) -> bool:
-        """The edited branch is what is written from; the full model does not run."""
-        return self.has("scaled") or self.needs_vectors
+        """A model that is changed in place is what is written from; the full model does not run."""
+        return self.in_place is not None
 
     @property
     def adaptive(self) -> bool:
@@ -73,7 +94,7 @@ class Rule:
 
 
 RuleLike: TypeAlias = str | Term | Sequence[Term] | Rule
-"""A rule by name, two stacked (`"dps+cad"`), a term of your own, or several."""
+"""A rule by name, two stacked (`"dps+cad"`, `"head_vector+dps"`), a term of your own, or several."""
 
 RULES = {
     rule.name: rule
@@ -117,13 +138,15 @@ def find_rule(asked: RuleLike) -> Rule:
         terms = tuple(term for part in parts for term in RULES[part].terms)
     else:
         terms, asked = tuple(asked), "+".join(type(term).__name__ for term in asked)
-    branches = [term.branch for term in terms]
-    edits = [branch for branch in branches if branch in _EDITED]
-    if len(terms) != 2 or len(edits) != 1 or "negative" not in branches:
+    branches = {term.branch for term in terms}
+    of_heads, vectors = branches & (_IN_PLACE | {"ablated"}), branches & _SHIFTED
+    two = len(terms) == len(branches) == 2
+    if not (two and ((of_heads and "negative" in branches) or (vectors and branches - _IN_PLACE))):
         raise SteeringError(
-            f"{asked!r} does not stack; give one rule of heads or vectors and one of prompts, 'dps+cad'"
+            f"{asked!r} does not stack; give one rule of heads or vectors and one of prompts, 'dps+cad', or one of "
+            "vectors and any contrast, 'head_vector+dps'"
         )
-    return Rule(asked, terms)
+    return Rule(asked, terms, RULES["dola"].min_p if "early" in branches else None)
 
 
 def check_patch(call: str, ablation: AblationLike | None) -> None:

@@ -29,7 +29,8 @@ class Term:
     """`steered + strength · (base − other)`; subclass it for a rule of your own.
 
     Attributes:
-        branch: which logits are `other`. Strengths are γ for edited branches, α for negative prompts.
+        branch: which logits are `other`. Strengths are γ for edited branches, α for negative prompts, and for heads
+            where a vector has γ.
         ablation: of the branch `"ablated"`, where the rule asks for one.
         adaptive: the term finds its strength at every step; what is given is its cap.
     """

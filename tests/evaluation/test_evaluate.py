@@ -42,6 +42,9 @@ METHODS = {
     "rag+steerx": "rag+steerx",
     "head_vector": ("head_vector", HEADS),
     "rag+head_vector": ("rag+head_vector", HEADS),
+    "rag+head_vector+dps": ("rag+head_vector+dps", HEADS),
+    "stylevector+dps": ("stylevector+dps", HEADS),
+    "rag+stylevector+cad": "rag+stylevector+cad",
     "prompt": "prompt",
 }
 FIXED = dps.EvaluateConfig(layers=(1,), choose_on=0, vector_examples=2)
@@ -84,6 +87,15 @@ def by_hand(model, users, user, name):
         "rag+steerx": (own, {"rule": "vector", "gamma": 0.5, **steerx}),
         "head_vector": (none, shift),
         "rag+head_vector": (own, shift),
+        "rag+head_vector+dps": (own, {**shift, "rule": "head_vector+dps", "heads": heads, "alpha": 0.5}),
+        "stylevector+dps": (
+            none,
+            {"rule": "vector+dps", "vectors": vector, "gamma": 0.5, "heads": heads, "alpha": 0.5},
+        ),
+        "rag+stylevector+cad": (
+            own,
+            {"rule": "vector+cad", "vectors": vector, "gamma": 0.5, "negative_prompts": none, "alpha": 0.5},
+        ),
     }
     prompt, options = how[name]
     return dps.generate(model, prompt, max_new_tokens=6, **options).texts[0].strip()
@@ -346,6 +358,8 @@ def test_bad_input_says_what_to_do(llama, probe):
         run({"x": ("cad", HEADS)})
     with pytest.raises(EvaluationError, match="ask for stylevector, steerx"):
         run({"x": "vector"})
+    with pytest.raises(EvaluationError, match="ask for 'rag\\+stylevector\\+cad'"):
+        run({"x": "stylevector+cad"})
     with pytest.raises(dps.DPSLensError, match="'nonsense' is unknown"):
         run({"x": "nonsense"})
     with pytest.raises(EvaluationError, match=r"nothing to choose them on \(choose_on=0, .*or raise choose_on"):

@@ -984,6 +984,8 @@ def test_bad_requests_are_named(llama, requests_of, unchecked):
         ({"rule": "dola+dps", **steer}, "does not stack"),
         ({"rule": "cad+cos", **contrast}, "does not stack"),
         ({"rule": "dps+amplify", **steer}, "does not stack"),
+        ({"rule": "vector+head_vector", **steer}, "does not stack"),
+        ({"rule": "head_vector+dps+cad", **steer, **contrast}, "does not stack"),
         ({"rule": "dps+cad+cos", **steer, **contrast}, "does not stack"),
         ({"rule": "dps"}, "needs heads="),
         ({"rule": "amplify+cad", **contrast}, "needs heads="),

@@ -3,6 +3,7 @@
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,6 +295,104 @@ def test_it_streams_stacks_with_cad_and_is_swept(llama, users):
         expected = nll(llama.plain, own)
     place = sweep.example_ids.index(example.id)
     assert float(sweep.change["own"][1, place]) == pytest.approx(expected - nll(llama.plain, own), abs=1e-4)
+
+
+@torch.no_grad()
+def changed(plain, tokens, start, vector, gamma, masked, d_head, layers=()):
+    """Logits from `start` on of a model to whose heads γ times a vector is added, some heads' z replaced before, by
+    `masked`, head → z; and the states that enter layers."""
+    rows = dict(zip(vector.heads, vector.values, strict=True))
+    with ExitStack() as stack:
+        for head in {*rows, *masked}:
+            columns = slice(head.head * d_head, (head.head + 1) * d_head)
+            own, delta = masked.get(head), gamma * rows.get(head, torch.zeros(d_head))
+
+            def new(z, columns=columns, own=own, delta=delta):
+                return (z[:, :, columns] if own is None else own) + delta
+
+            stack.enter_context(columns_replaced(plain, head.layer, head.head, d_head, slice(start, None), new))
+        out = plain(input_ids=tokens[None], output_hidden_states=bool(layers))
+    states = [out.hidden_states[layer][0, start:] for layer in layers]
+    return out.logits[0, start:].double(), states
+
+
+MASKED = HeadSet.parse("L1H2,L2H0,L0H3")
+
+
+@torch.no_grad()
+def stacked(tiny, rule, tokens, start, others, begin, vector, gamma, alpha):
+    """Steered logits of `head_vector` and a contrast, written down: what is contrasted holds the vector, too."""
+    plain, d_head = tiny.plain, tiny.hooked.cfg.d_head
+    base, states = changed(plain, tokens, start, vector, gamma, {}, d_head, (1, 2) if "dola" in rule else ())
+    if "dola" in rule:
+        norm = plain.model.norm if hasattr(plain, "model") else plain.transformer.ln_f
+        early = torch.stack([plain.lm_head(norm(one)).double() for one in states]).log_softmax(-1)
+        log_p = base.log_softmax(-1)
+        middle = torch.logaddexp(log_p, early) - np.log(2)
+        far = ((log_p.exp() * (log_p - middle)) + (early.exp() * (early - middle))).sum(-1).argmax(0)
+        steered = log_p - early[far, torch.arange(len(far))]
+        return steered.masked_fill(log_p < log_p.amax(-1, keepdim=True) + np.log(0.1), -torch.inf)
+    masked = {head: torch.zeros(1, len(tokens), d_head) for head in MASKED}
+    if "patch" in rule:
+        prompt = SimpleNamespace(tokens=others)
+        for head in MASKED:
+            columns = slice(head.head * d_head, (head.head + 1) * d_head)
+            masked[head][0, start:] = z_of(plain, prompt, head.layer)[begin:, columns]
+    without, _ = changed(plain, tokens, start, vector, gamma, masked, d_head)
+    return base + alpha * (base - without)
+
+
+@pytest.mark.parametrize("rule", ["head_vector+dps", "head_vector+dps-patch", "head_vector+dola"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_it_stacks_with_every_contrast(tinies, users, architecture, rule):
+    """In one batch with a row without the vector and one without the contrast; then teacher-forced."""
+    tiny = tinies(architecture)
+    model, people = tiny.hooked, users[:3]
+    own, none = (
+        [dps.build_prompt(model, u.examples[-1], which, config=PROMPT) for u in people] for which in ("own", "none")
+    )
+    vectors = {user.id: random_vector(model, HEADS, seed) for seed, user in enumerate(people)}
+    gammas, alphas = [0.7, 0.0, 1.2], [0.4, 0.8, 0.0]
+    options = {"negative_prompts": none} if "patch" in rule else {}
+    options |= {} if "dola" in rule else {"heads": MASKED, "alpha": alphas}
+    config = dps.DecodeConfig(stop_at_eos=False, early_layers=(1, 2) if "dola" in rule else None)
+    out = dps.generate(
+        model,
+        own,
+        rule=rule,
+        vectors=[*vectors.values()],
+        gamma=gammas,
+        max_new_tokens=3,
+        decode_config=config,
+        **options,
+    )
+    for row, (user, gamma, alpha) in enumerate(zip(people, gammas, alphas, strict=True)):
+        starts = [len(prompts[row].prompt_tokens) - 1 for prompts in (own, none)]
+        for step, token in enumerate(out.tokens[row].tolist()):
+            texts = [torch.cat([prompts[row].prompt_tokens, out.tokens[row][:step]]) for prompts in (own, none)]
+            steered = stacked(tiny, rule, texts[0], starts[0], texts[1], starts[1], vectors[user.id], gamma, alpha)[-1]
+            second, first = steered.sort().values[-2:]
+            assert first - second > GAP, "the reference itself is undecided here; use another prompt"
+            assert int(steered.argmax()) == token, (row, step)
+            assert float(out.logprobs[row][step]) == pytest.approx(float(steered.log_softmax(-1)[token]), abs=1e-3)
+    assert no_hooks_left(model)
+    method = (rule, vectors) if "dola" in rule else (rule, (vectors, MASKED))
+    if "dola" in rule:
+        return  # the likelihood of a text takes no tokens out
+    sweep = dps.steering_sweep(
+        model, people, {"own": method}, k=3, strengths=(0.5, 1.5), max_examples=1, n_random=0, prompt_config=PROMPT
+    )
+    for row, (user, prompts) in enumerate(zip(people, zip(own, none, strict=True), strict=True)):
+        starts = [len(prompt.prompt_tokens) - 1 for prompt in prompts]
+        texts = [prompt.tokens[:-1] for prompt in prompts]
+        for place, strength in enumerate((0.5, 1.5)):
+            vector = vectors[user.id]
+            steered = stacked(tiny, rule, texts[0], starts[0], texts[1], starts[1], vector, strength, strength)
+            loss = torch.nn.functional.cross_entropy(steered, prompts[0].response_tokens)
+            assert float(sweep.change["own"][place, row]) == pytest.approx(
+                float(loss) - nll(tiny.plain, prompts[0]), abs=1e-4
+            )
+    assert no_hooks_left(model)
 
 
 def test_a_planted_user_is_brought_back_by_the_carriers_vector(toy_model, toy_users):
