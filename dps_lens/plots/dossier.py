@@ -41,9 +41,11 @@ def dossier(found: "Dossier", *, title: str | None = None, **options: Any) -> go
     figure.update_layout(
         template=TEMPLATE,
         title=title or f"{found.head} beside {len(found.controls)} heads of its layer",
-        height=140 + 24 * most,
+        height=160 + 24 * most,
+        margin={"l": 210, "t": 76},
         legend={"orientation": "h", "y": -0.2},
     )
+    figure.update_annotations(font_size=12)
     return figure
 
 
@@ -66,7 +68,7 @@ def token_effects(found: "Dossier", row: int = 0, *, title: str | None = None) -
         pieces,
         hover,
         title=title or f"What {found.head} does for each token: {about}",
-        scale="loss patched − own<br>(nats)",
+        scale="loss patched − own (nats)",
     )
 
 

@@ -45,13 +45,24 @@ def painted(
             ygap=4,
             hoverongaps=False,
             hovertemplate="%{customdata}<extra></extra>",
-            colorbar={"title": {"text": scale}, "thickness": 12},
+            colorbar={
+                "title": {"text": scale, "side": "top"},
+                "orientation": "h",
+                "thickness": 10,
+                "len": 0.4,
+                "x": 0,
+                "xanchor": "left",
+                "y": 0,
+                "yanchor": "top",
+                "nticks": 5,
+            },
         )
     )
     figure.update_layout(
         template=TEMPLATE,
         title=title,
-        height=110 + 44 * lines,
+        height=150 + 44 * lines,
+        margin={"b": 64},
         xaxis={"visible": False},
         yaxis={"visible": False, "autorange": "reversed"},
     )

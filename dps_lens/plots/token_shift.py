@@ -33,7 +33,7 @@ def token_shift(generation: "Generation", row: int = 0, *, title: str | None = N
         pieces,
         [_hover(generation, row, step) for step in range(len(pieces))],
         title=title or f"{plain(generation.manifest['rule'])}: shift of each token; mean KL {kl:.3f} nats a step",
-        scale="log p steered − full<br>(nats)",
+        scale="log p steered − full (nats)",
     )
 
 
