@@ -121,6 +121,7 @@ class Corpus:
             name = f"{VECTOR}, {recipe}"
             methods |= self._with_control(name, "head_vector", self.head_vectors(name, found.heads, **settings))
         methods["head_vector+cad"] = ("head_vector+cad", methods[VECTOR][1])
+        methods["head_vector+dps"] = ("head_vector+dps", (methods[VECTOR][1], found))
         return methods | self._with_control(STYLE, "vector", self.style_vectors())
 
     def head_vectors(self, name: str, heads: dps.HeadSet, **settings: Any) -> dps.HeadVectors:
