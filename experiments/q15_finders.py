@@ -259,11 +259,13 @@ def chosen(table: pd.DataFrame, finders: list[str]) -> str:
 
 
 def effects_of(by_user: pd.DataFrame) -> pd.DataFrame:
-    """Every measure of every family and K over all users, and what random sets and copied tokens have of it."""
+    """Every measure of every family and K over all users, and what random sets, copied tokens and the rest have of
+    it."""
+    rest = {f"rest {name}": by_user[name] - by_user[f"copied {name}"] for name in COPIED}
     rows = []
-    for (family, k), of in by_user.groupby(["family", "K"], sort=False):
+    for (family, k), of in by_user.assign(**rest).groupby(["family", "K"], sort=False):
         row = {"family": family, "K": k}
-        for name in (name for name in COLUMNS if name in of):
+        for name in (name for name in (*COLUMNS, *rest) if name in of):
             row |= columns(name, interval(of[name].to_numpy(), 0.95))
         rows.append(row)
     return pd.DataFrame(rows)

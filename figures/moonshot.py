@@ -15,8 +15,9 @@ from figures.common import main, read
 
 COLUMN = "acl-wide"
 PANELS = {
-    "gain_removed_other": "gain over another user removed",
-    "copied gain_removed_other": "copied tokens' part of it",
+    "gain_removed_other": "gain removed",
+    "copied gain_removed_other": "of it, copied",
+    "rest gain_removed_other": "of it, the rest",
     "task_cost": "task cost",
     "neutral_cost": "neutral cost",
 }
