@@ -28,12 +28,13 @@ from typing import Any
 import pandas as pd
 
 import dps_lens as dps
+from dps_lens.dossier.result import DIRECTION
 from dps_lens.families import KINDS
 from dps_lens.stats.intervals import columns, interval, user_means
 from experiments.lib.harness import Claim, Config, Findings, Lab, Outcome, above_zero, main
 
 COPIES = ("token that is written", "what it looks at")
-SHOWN = (*COPIES, "copying eigenvalues", "profile, beyond a null response", "own text", "directly", "patched")
+SHOWN = (*COPIES, "copying eigenvalues", DIRECTION, "profile, beyond a null response", "own text", "directly", "patched")
 
 
 class Mechanism(Config):
@@ -84,7 +85,8 @@ def measure(config: Mechanism, lab: Lab) -> Findings:
     )
     edges, heads = effects.edges(seed=config.seed), effects.heads_frame()
     lines = described(dossiers, 1 - 0.05 / config.k)
-    sets: dict[str, dps.FoundHeads | dps.HeadScores] = {"preference": found, **references}
+    named = {name.replace("_", " "): scores for name, scores in references.items()}
+    sets: dict[str, dps.FoundHeads | dps.HeadScores] = {"preference": found, **named}
     between = dps.overlap(sets, k=config.k, seed=config.seed)
     between.save(lab.out / "overlap")
     tables = {
