@@ -34,7 +34,15 @@ from dps_lens.stats.intervals import columns, interval, user_means
 from experiments.lib.harness import Claim, Config, Findings, Lab, Outcome, above_zero, main
 
 COPIES = ("token that is written", "what it looks at")
-SHOWN = (*COPIES, "copying eigenvalues", DIRECTION, "profile, beyond a null response", "own text", "directly", "patched")
+SHOWN = (
+    *COPIES,
+    "copying eigenvalues",
+    DIRECTION,
+    "profile, beyond a null response",
+    "own text",
+    "directly",
+    "patched",
+)
 
 
 class Mechanism(Config):
