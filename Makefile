@@ -44,7 +44,7 @@ figures: $(VENV)/.dev
 	$(VENV)/bin/python -m figures
 
 atlas: $(VENV)/.run
-	$(VENV)/bin/dps-lens find --users probe --out runs/atlas
+	$(VENV)/bin/dps-lens find --users probe --force --out runs/atlas
 	$(VENV)/bin/dps-lens publish runs/atlas --out dps_lens/atlases/smollm2-135m
 
 docs: $(VENV)/.dev

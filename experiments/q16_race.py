@@ -25,7 +25,7 @@ method does not reach this KL). Every other method is reported beside, without a
 """
 
 from collections.abc import Mapping
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ import pandas as pd
 
 import dps_lens as dps
 from dps_lens.data import User
+from dps_lens.data.conditions import DONORS, donors_of
+from dps_lens.data.examples import newest
 from dps_lens.errors import SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Uniform
@@ -153,8 +155,27 @@ class Corpus:
         ids = [user.id for user in self.users]
         if missing := [user for user in ids if user not in vectors]:
             raise SteeringError(f"race: user {missing[0]!r} has no vector; leave the user out")
-        after = {user: vectors[other] for user, other in zip(ids, [*ids[1:], ids[0]], strict=True)}
+        after = {user: vectors[self.others[user]] for user in ids}
         return {name: (rule, vectors), another(name): (rule, after)}
+
+    @cached_property
+    def others(self) -> dict[str, str]:
+        """For each user another one, whose vector was not made against the user's profile, which it would take away;
+        the next one in the file where that cannot be."""
+        ids = [user.id for user in self.users]
+        against = {
+            user.id: {
+                donor.id
+                for example in newest(user.discovery_examples(), self.config.vector_examples)
+                for donor in donors_of(example, self.users, DONORS, self.config.seed)
+            }
+            for user in self.users
+        }
+        found = {}
+        for place, user in enumerate(ids):
+            after = ids[place + 1 :] + ids[:place]
+            found[user] = next((other for other in after if user not in against[other]), after[0])
+        return found
 
 
 def another(name: str) -> str:

@@ -29,6 +29,7 @@ import pandas as pd
 
 import dps_lens as dps
 from dps_lens.dossier.result import DIRECTION
+from dps_lens.errors import ScoreError
 from dps_lens.families import KINDS
 from dps_lens.stats.intervals import columns, interval, user_means
 from experiments.lib.harness import Claim, Config, Findings, Lab, Outcome, above_zero, main
@@ -65,6 +66,8 @@ def measure(config: Mechanism, lab: Lab) -> Findings:
         out=lab.out / "found",
     )
     references = lab.references(config.kinds)
+    if "induction" not in references:
+        raise ScoreError(f"mechanism: {lab.undefined.get('induction', 'kinds= leaves out induction heads')}")
     retrieval = dps.ProfileRetrieval(users, items=max(1, prompt.items // 2), prompt_config=prompt, seed=config.seed)
     references |= dps.reference_heads(lab.model, (retrieval,), cache=lab.out / "families")
     dossiers = {

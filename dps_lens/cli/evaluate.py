@@ -133,7 +133,7 @@ def _methods(
         takes = takes_heads(rule)
         if family and not takes:
             raise EvaluationError(f"evaluate: method {method!r}: {word} takes no heads")
-        usual = "retrieval" if word == "decore" else "preference"
+        usual = "retrieval" if "decore" in word.split("+") else "preference"
         methods[method] = (rule, made.of(method, family or usual)) if takes else rule
     return methods
 

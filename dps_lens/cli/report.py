@@ -143,7 +143,8 @@ def _explored(
         )
     sizes, strengths = numbers("ks", ks, int), numbers("gammas", gammas, float)
     loaded = dps.load_model(model, device=device, dtype=dtype)
-    check_same_model(command, scores, loaded)
+    for one in (scores, *beside):
+        check_same_model(command, one, loaded)
     references = dps.reference_heads(loaded, families(kinds)) if kinds else None
     exploration = dps.explore(
         loaded, people, scores, families=references, effects=effects, k=k, gammas=strengths, ks=sizes,

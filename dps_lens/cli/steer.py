@@ -46,7 +46,9 @@ def steer(
     ] = "dps",
     vectors: Annotated[
         Path | None,
-        typer.Option(help="Folder of 'vectors', for head_vector: each user's own; or of one vector, for all prompts."),
+        typer.Option(
+            help="Folder of 'vectors', for head_vector and its stacks: each user's own; or of one vector, for all."
+        ),
     ] = None,
     whose: Annotated[
         str | None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from dps_lens.checks import check_whole
 from dps_lens.data import Prompt, PromptConfig, User, build_prompt
 from dps_lens.dossier.circuits import output_circuits, readers
-from dps_lens.dossier.measures import Look, attributed, looked_at, per_token, stacked
+from dps_lens.dossier.measures import MEASURES, Look, attributed, looked_at, per_token, stacked
 from dps_lens.dossier.result import Dossier
 from dps_lens.dossier.words import WordKinds
 from dps_lens.errors import ScoreError
@@ -128,7 +128,8 @@ class DossierWork(PairWork):
         return WordKinds(self.users)
 
     def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint() | {"head": str(self.head), "n_random": self.n_random}
+        about = {"head": str(self.head), "n_random": self.n_random, "measures": list(MEASURES)}
+        return super().fingerprint() | about
 
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
         """`values` [head measure], `change` [pos] of the head itself, and, own minus other, `z` [head d_head] and what

@@ -10,6 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from dps_lens.dossier.measures import MEASURES, SECTIONS
+from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.result import Result
 from dps_lens.stats.intervals import columns, interval, user_means
@@ -65,6 +66,11 @@ class Dossier(Result):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "head", Head(*self.head))
+        if self.values.shape[-1] != len(MEASURES):
+            raise ScoreError(
+                f"this dossier of {self.head} holds {self.values.shape[-1]} measures, not {len(MEASURES)}: another "
+                "version made it; make it anew"
+            )
 
     def summary(self) -> str:
         rows = self.to_frame().set_index("measure")

@@ -16,7 +16,7 @@ from dps_lens.heads import HeadSet
 from dps_lens.literals import VectorAgainst
 from dps_lens.model import HookedModel
 from dps_lens.steering import HeadVector, SteeringVector, generate
-from dps_lens.vectors.heads import VectorWork
+from dps_lens.vectors.heads import HeadDifferences
 from dps_lens.vectors.steerx import NothingDrivenError, steerx_vectors
 from dps_lens.vectors.style import style_differences
 
@@ -50,10 +50,9 @@ class Artifacts:
     ) -> None:
         self.model, self.prompt_config, self.newest = model, prompt_config, newest
         self._users = {user.id: user for user in users}
-        every = HeadSet((layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads))
         # One user alone has no other, and a vector all the same.
         against: VectorAgainst = "other_user" if len(self._users) > 1 else "no_profile"
-        self._heads = VectorWork(model, list(users), every, against=against, prompt_config=prompt_config)
+        self._heads = HeadDifferences(model, list(users), against=against, prompt_config=prompt_config)
         self.made: dict[str, Part] = {}
 
     def parts(self, kind: Kind, user_id: str, leave_out: int = 0) -> dict[str, Callable[[], Part]]:
@@ -114,9 +113,7 @@ class Artifacts:
         return {"vector": style_differences(self.model, [example], prompt_config=self.prompt_config)[0]}
 
     def _head_difference(self, example: Example) -> Part:
-        z, cfg = self._heads.z_of(example), self.model.cfg
-        difference = z["own"].mean(0) - z["other"].mean(0)
-        return {"vector": difference.reshape(cfg.n_layers, cfg.n_heads, -1)}
+        return {"vector": self._heads.of(example)}
 
     def _driven(self, examples: Sequence[Example]) -> Part:
         try:

@@ -13,7 +13,7 @@ from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Ablation, Edit, Patch, Scale, Zero, attention_for, everywhere, recording_z, window
 from dps_lens.literals import Positions
-from dps_lens.model import Residuals, Runner
+from dps_lens.model import Hooks, Residuals, Runner
 from dps_lens.model.positions import check_switch
 from dps_lens.steering.decoder import adding
 from dps_lens.steering.terms import farthest_early
@@ -53,7 +53,7 @@ class Forced:
         with (
             attention_for(model, ablation),
             edit.on(model) if edit else nullcontext(),
-            model.hooks(fwd_hooks=adding(added or {})),
+            Hooks(model, adding(added or {})),
         ):
             return self.runner.logits(self.tokens, prompt=self.cache, keep=keep, record=record)[0].float()
 

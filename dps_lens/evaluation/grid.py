@@ -175,7 +175,7 @@ def steering_grid(
         run_config: force, progress bars.
 
     Raises:
-        SteeringError: the rule takes no heads, or needs a negative prompt.
+        SteeringError: the rule takes no heads, or needs a negative prompt or vectors.
         EvaluationError: no users, several tasks, or a user without evaluation examples.
     """
     chosen = find_rule(rule)

@@ -59,7 +59,7 @@ def steering_sweep(
 ) -> SteeringSweep:
     """NLL of the users' own held-out text under rules of `generate`, and how hard each rule steers.
 
-    Teacher-forced: a set of heads runs once for all strengths (`amplify`: once each), and with
+    Teacher-forced: a set of heads runs once for all strengths (beside a vector, and `amplify`: once each), and with
     `positions="response"` the prompt once for all sets.
     Methods are compared at equal KL with `.at_kl`, because a strength means something else in every rule.
 
@@ -67,7 +67,8 @@ def steering_sweep(
         model: a hooked model.
         users: their evaluation examples are used.
         methods: name → rule, or rule and heads (a family as in `ablation_curve`):
-            `{"dps": ("dps", scores), "cad": "cad"}`; `vector` takes a vector a user. `dola` is `log p − strength ·
+            `{"dps": ("dps", scores), "cad": "cad"}`; `vector` takes a vector a user, a vector stacked
+            with a rule of heads both, `("head_vector+dps", (vectors, scores))`. `dola` is `log p − strength ·
             log p_j`, with nothing ruled out, so that the NLL is finite.
         strengths: positive, ascending: γ, α (both, for stacked rules), or the cap of an adaptive strength.
         k: heads of each set.
@@ -150,6 +151,7 @@ def _taken_apart(
                     f"({rule.name!r}, (head_vectors(model, users, heads), scores))"
                 )
             vectors[name], families[name] = given
+            _check_vectors(name, vectors[name], rule)
             continue
         if rule.takes_gamma != (given is not None):
             wanted = "needs heads, such as ('dps', scores)" if rule.needs_heads else "takes no heads"
@@ -160,7 +162,18 @@ def _taken_apart(
             raise SteeringError(f"steering_sweep: the rule of method {name!r} {wanted}")
         if given is not None:
             (vectors if rule.needs_vectors else families)[name] = given
+        if rule.needs_vectors:
+            _check_vectors(name, given, rule)
     return rules, families, vectors
+
+
+def _check_vectors(name: str, given: object, rule: Rule) -> None:
+    if not isinstance(given, Mapping):
+        such = "(rule, (vectors, scores))" if rule.needs_heads else "(rule, vectors)"
+        raise SteeringError(
+            f"steering_sweep: method {name!r} has a {type(given).__name__} in the place of the users' vectors; give "
+            f"{such}, vectors being head_vectors(…), or a dict of user ids"
+        )
 
 
 @dataclass
@@ -279,7 +292,7 @@ class SweepWork(HeldOutWork):
             negative = Forced(self.runner, self.build(example, "none"))
             shared["negative"] = negative.logits()
             patch = Patch(z=negative.z()) if any(rule.patched for rule in every) else patch
-        if any(rule.has("early") for rule in every):
+        if any(rule.has("early") and not rule.in_place for rule in every):
             shared["early"] = forced.early(full, layers_to_contrast(self.model))
         nll = token_losses(full, forced.targets).double().mean().cpu()
         unit: dict[str, Tensor] = {"nll": nll}

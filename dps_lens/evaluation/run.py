@@ -46,7 +46,7 @@ def evaluate(
     | `("head_vector", scores)` | a vector at each of these heads (`head_vectors`), without the profile |
     | `"lora"` | the model with the user's LoRA, trained on discovery examples, without the profile |
     | `"rag+stylevector"`, `"rag+steerx"`, `("rag+head_vector", scores)`, `"rag+lora"` | the same, with the profile |
-    | `("dps+cad", scores)`, … | stacks |
+    | `("dps+cad", scores)`, `("rag+head_vector+dps", scores)`, … | stacks |
 
     Args:
         model: a hooked model.

@@ -281,7 +281,7 @@ function drawFigures(tab) {
   const panel = $(tab === "texts" ? "texts-figures" : tab), figures = data.figures[tab], names = Object.keys(figures);
   panel.replaceChildren();
   if (tab === "ablation") drawCost(panel);
-  if (tab === "mechanism") panel.append(element("p", "Held-out examples, 95% intervals over users; grey squares are random other heads of the same layer.", { class: "hint" }));
+  if (tab === "mechanism") panel.append(element("p", "Held-out examples; intervals are 95% over users, squares random other heads of the same layer.", { class: "hint" }));
   if (!names.length) {
     if (!panel.children.length) panel.append(element("p", "Nothing of this kind was measured for this page.", { class: "hint" }));
     return;

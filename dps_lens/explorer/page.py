@@ -242,11 +242,11 @@ def _figures(found: Exploration) -> dict[str, Any]:
             drawn["texts"]["style against fluency"] = pareto(found.grid)
         for measure in found.grid.measures:
             drawn["texts"][f"{measure} by K"] = k_sweep(found.grid, measure=measure)
-    for number, one in enumerate(found.mechanism):
-        if isinstance(one, Dossier):
-            drawn["mechanism"][str(one.head)] = dossier(one)
-        else:
-            drawn["mechanism"][f"paths {number}" if "paths" in drawn["mechanism"] else "paths"] = paths(one)
+    for one in found.mechanism:
+        name = str(one.head) if isinstance(one, Dossier) else "paths"
+        numbers = (f"{name} ({number})" for number in range(2, len(found.mechanism) + 1))
+        free = next(title for title in (name, *numbers) if title not in drawn["mechanism"])
+        drawn["mechanism"][free] = dossier(one) if isinstance(one, Dossier) else paths(one)
     return {tab: {name: json.loads(one.to_json()) for name, one in of.items()} for tab, of in drawn.items()}
 
 

@@ -27,6 +27,7 @@ from dps_lens.model import (
     check_attention_writes,
     native_attention,
 )
+from dps_lens.model.positions import check_switch
 from dps_lens.scoring import CleanRun
 
 Into: TypeAlias = Literal["q", "k", "v", "resid"]
@@ -168,6 +169,10 @@ class DirectPaths:
         return _seen(run.runner.model, f"blocks.{layer}.{name}", step, named)
 
 
+_GLANCED = 2048
+"""Tokens of a prompt up to which attention from all of its positions at once is cheaper than a whole run."""
+
+
 class Glance(NamedTuple):
     """What one layer does in a run that goes no further, at the positions that give the response."""
 
@@ -177,12 +182,18 @@ class Glance(NamedTuple):
     @classmethod
     @torch.inference_mode()
     def of(cls, runner: Runner, prompt: Prompt, layer: int) -> "Glance":
-        """Run a prompt up to a layer.
+        """Run a prompt up to a layer; a long one to its end, so that only its response attends.
 
         Raises:
             ModelCheckError: the attention that is recomputed is not this model's own.
         """
+        check_attention_reads("describe_head", runner.model)
         start, stop = prompt.spans["response"]
+        if stop > _GLANCED:
+            run = CleanRun(runner, prompt, keep_z=True)
+            assert run.z is not None
+            return cls(run.z[layer], DirectPaths(run).pattern(layer))
+        check_switch(runner.model, f"example {prompt.example_id!r}", start - 1, stop - 1)
         tokens = prompt.tokens[None, : stop - 1].to(runner.device)
         entering: Residuals = {layer: None}
         with native_attention(runner.model):
@@ -190,7 +201,7 @@ class Glance(NamedTuple):
             z = _seen(runner.model, f"blocks.{layer}.attn.hook_z", passing)
         step = partial(runner.block, layer, entering[layer], tokens)
         pattern = _seen(runner.model, f"blocks.{layer}.attn.hook_pattern", step)
-        return cls(z[0, start - 1 :], pattern[0, :, start - 1 :].float())
+        return cls(z[0, start - 1 :].to(runner.device), pattern[0, :, start - 1 :].float())
 
 
 def _seen(

@@ -172,13 +172,14 @@ def generate(
         heads: one set for all prompts, or one a prompt; heads with weights (`{Head(3, 1): 0.5}`) are edited in part.
         vectors: for `vector`, such as `style_vector(…)`, and for `head_vector`, such as `head_vectors(…)[user]`: one
             for all prompts, or one a prompt.
-        gamma: strength of the heads or vectors, one for all prompts or one a prompt, at least −1. 0 is the model's own
-            decoding and costs nothing extra; −1 is the masked model, in one branch.
+        gamma: strength of the heads or vectors, one for all prompts or one a prompt, at least −1. Where nothing is
+            stacked, 0 is the model's own decoding and costs nothing extra; −1 of `dps` is the masked model, in one
+            branch.
         rule: see above; or a `Term` of your own, or two terms that stack.
         negative_prompts: for `cad`, `cos` and `dps-patch`, each prompt without its profile:
             `build_prompt(…, profile="none")`; for `dps-patch` also with another user's.
-        alpha: strength of the negative prompt, and of the heads' contrast where a vector has γ; one for all or one a
-            prompt, at least 0.
+        alpha: strength of the negative prompt, and of any contrast beside a vector, which has γ; one for all or one a
+            prompt, at least 0. Where a contrast finds its strength itself, 0 leaves it out.
         positions: `"response"` (from the last prompt token on; branches share the prompt's pass), `"all"` or
             `"profile"`.
         max_new_tokens: stop after so many.

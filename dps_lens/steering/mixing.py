@@ -63,7 +63,9 @@ class Mixer:
             for term in self.rule.terms
         }
         if self.rule.has("early"):
-            self._given["early"], self._present["early"] = 1.0, torch.ones(1, 1, dtype=torch.bool, device=device)
+            self._present["early"] = torch.ones(1, 1, dtype=torch.bool, device=device)
+            if not self.rule.alone:
+                self._given["early"] = 1.0
 
     def __call__(
         self, logits: Float[Tensor, "row d_vocab"], early: Float[Tensor, "layer row d_vocab"]

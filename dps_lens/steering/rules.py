@@ -61,8 +61,8 @@ class Rule:
         return any(self.by_alpha(term) for term in self.terms)
 
     def by_alpha(self, term: Term) -> bool:
-        """The strength of a term is α: it contrasts prompts, or heads of a model that γ times a vector is added to."""
-        return term.branch == "negative" or (term.branch == "ablated" and self.in_place is not None)
+        """The strength of a term is α: it contrasts prompts, or is beside a vector, which has γ."""
+        return term.branch == "negative" or (term is not self.in_place and self.in_place is not None)
 
     @property
     def needs_heads(self) -> bool:
@@ -139,14 +139,14 @@ def find_rule(asked: RuleLike) -> Rule:
     else:
         terms, asked = tuple(asked), "+".join(type(term).__name__ for term in asked)
     branches = {term.branch for term in terms}
-    of_heads, vectors = branches & (_IN_PLACE | {"ablated"}), branches & _SHIFTED
+    of_heads, contrasts = branches & (_IN_PLACE | {"ablated"}), branches & {"ablated", "negative", "early"}
     two = len(terms) == len(branches) == 2
-    if not (two and ((of_heads and "negative" in branches) or (vectors and branches - _IN_PLACE))):
+    if not (two and ((of_heads and "negative" in branches) or (branches & _SHIFTED and contrasts))):
         raise SteeringError(
             f"{asked!r} does not stack; give one rule of heads or vectors and one of prompts, 'dps+cad', or one of "
             "vectors and any contrast, 'head_vector+dps'"
         )
-    return Rule(asked, terms, RULES["dola"].min_p if "early" in branches else None)
+    return Rule(asked, terms, RULES["dola"].min_p if EarlyTerm() in terms else None)
 
 
 def check_patch(call: str, ablation: AblationLike | None) -> None:

@@ -195,7 +195,8 @@ class HeadVector(Vector):
             HeadError: it has no such head, or none is given.
         """
         rows, chosen = rows_of(self.heads, heads), HeadSet(heads, heads.label, self.heads.shape)
-        return replace(self, values=self.values[rows], heads=chosen)
+        about = {**self.manifest, "heads": str(chosen)} if "heads" in self.manifest else self.manifest
+        return replace(self, values=self.values[rows], heads=chosen, manifest=about)
 
     def summary(self) -> str:
         return f"{self.label or 'vector'} of {len(self.heads)} heads, norm {float(self.values.norm()):.3g}"

@@ -83,8 +83,8 @@ class SetEffects(Result):
         that has nothing to do with users.
         `necessity`: loss when the heads' z of a run without profile is patched in; `sufficiency`: what is recovered by
         patching the profile run's z into a run without profile; `…_other`: that run has another user's profile, as in
-        `ablation_curve`. `recovered`: what adding the heads' mean output to a
-        run without profile recovers; `recovered_other`, the mean output over another user's texts.
+        `ablation_curve`. `recovered`: what adding the heads' vector to a run
+        without profile recovers; `recovered_other`, the vector of another user, as in `vector_recovery`.
 
         `NLL, …` is the NLL itself under ablation; of another objective, it stands under its name.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.data.conditions import donors_of
-from dps_lens.data.examples import key_of
+from dps_lens.data.examples import key_of, newest
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.intervene import Ablation, Zero
 from dps_lens.literals import VECTOR_AGAINST, Select, VectorAgainst
@@ -24,7 +24,7 @@ from dps_lens.selection import HeadSource
 from dps_lens.validation.edits import Condition, EditWork
 from dps_lens.validation.effects import SetEffects
 from dps_lens.validation.work import HeldOutConfig
-from dps_lens.vectors.heads import every_difference
+from dps_lens.vectors.heads import HeadDifferences
 from dps_lens.vectors.preference import head_outputs
 from dps_lens.work import Engine, Run, RunConfig
 
@@ -78,16 +78,16 @@ def vector_recovery(
     """Add vectors of heads to evaluation examples without profile: how much of the gain comes back.
 
     A head that abstracts a user should bring it back; one that copies from the profile should not. Beside
-    them: vectors of random heads, and of another user. Other arguments as in `ablation_curve`.
+    them: vectors of random heads, and of another user (against other users, only with a third one, for the tested
+    user's profile must have no part in it). Other arguments as in `ablation_curve`.
 
     Args:
-        vector_config: mean outputs in one layer, or differences at the heads; scale, and the examples that a vector
-            is the mean of.
+        vector_config: mean outputs in one layer, or differences at the heads; scale, and the examples that a vector is
+            the mean of.
 
     Raises:
         HeadError: the layer is not in the model.
         ScoreError: as `ablation_curve`, or a user without discovery examples.
-        SteeringError: differences to other users, and one user only.
     """
     config, n_layers = vector_config or VectorConfig(), model.cfg.n_layers
     layer = n_layers // 3 if config.layer is None else config.layer
@@ -137,12 +137,30 @@ class VectorWork(EditWork):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.vector.against == "other_user" and len(self.users) < 2:
+            raise ScoreError("vector_recovery: against='other_user' needs at least two users; use 'no_profile'")
         # Vectors are added at the response, whatever the scores were measured at.
         self.settings = replace(self.settings, positions="response", ablation=Zero())
 
+    @cached_property
+    def wanted(self) -> dict[str, tuple[User, User | None]]:
+        """The vectors by key: whose, and for a test on whom."""
+        of_users: dict[str, tuple[User, User | None]] = {_key(user): (user, None) for user in self.users}
+        tested = [self.other(example) for example in self.by_key.values()]
+        return of_users | {_key(*pair): pair for pair in tested if pair is not None}
+
+    def other(self, example: Example) -> tuple[User, User | None] | None:
+        """Another user, whose vector is added beside the own one; one against other users is made without the tested
+        one's profile, which it would take away. None where there is nobody to make it against."""
+        found = donors_of(example, self.users, 1, self.seed)
+        if self.vector.against != "other_user":
+            return (found[0], None) if found else None
+        (tested,) = (user for user in self.users if user.id == example.user_id)
+        return (found[0], tested) if len(self.users) > 2 else None
+
     def run(self, run: Run) -> SetEffects:
         run.open(self.fingerprint)
-        made = run.units(self, [_key(user.id) for user in self.users], "vectors", unit="user", split=False)
+        made = run.units(self, list(self.wanted), "vectors", unit="user", split=False)
         self.vectors = {key: unit["vector"] for key, unit in made.made.items()}
         return self.collect_run(run)
 
@@ -150,36 +168,40 @@ class VectorWork(EditWork):
         """The vectors that an example meets: its user's, and another's."""
         if key not in self.by_key:
             return None
-        example = self.by_key[key]
-        owners = [example.user_id, *(donor.id for donor in donors_of(example, self.users, 1, self.seed))]
-        return {_key(owner): self.vectors[_key(owner)] for owner in owners}
+        return {one: self.vectors[one] for one in self._met(self.by_key[key])}
+
+    def _met(self, example: Example) -> list[str]:
+        (owner,) = (user for user in self.users if user.id == example.user_id)
+        other = self.other(example)
+        return [_key(owner), *([_key(*other)] if other is not None else [])]
 
     def make(self, key: str, given: Any = None) -> dict[str, Tensor]:
-        for user in self.users:
-            if key == _key(user.id):
-                config = self.settings.prompt_config
-                options: dict[str, Any] = {"max_examples": self.vector.examples, "prompt_config": config}
-                if self.vector.against is None:
-                    vector = head_outputs(self.model, user, **options)
-                else:
-                    against = self.vector.against
-                    vector = every_difference(self.model, self.users, user, against, seed=self.seed, **options)
-                return {"vector": self.vector.scale * vector}
+        if key in self.wanted:
+            return {"vector": self.vector.scale * self._vector(*self.wanted[key])}
         self.vectors |= given or {}
         return super().make(key, given)
 
+    def _vector(self, user: User, tested: User | None) -> Tensor:
+        config, against = self.settings.prompt_config, self.vector.against
+        if against is None:
+            return head_outputs(self.model, user, max_examples=self.vector.examples, prompt_config=config)
+        if not user.discovery_examples():
+            raise ScoreError(f"vector_recovery: user {user.id!r} has no discovery example; leave the user out")
+        others = [one for one in self.users if tested is None or one.id != tested.id]
+        every = HeadDifferences(self.model, others, against=against, prompt_config=config, seed=self.seed)
+        examples = newest(user.discovery_examples(), self.vector.examples)
+        return torch.stack([every.of(example) for example in examples]).mean(0)
+
     def conditions(self, key: str, example: Example) -> dict[str, Condition]:
         clean = self.clean_run(self.build(example, "none"), "no_profile")
-        donor = donors_of(example, self.users, 1, self.seed)
-        own = self._adding(clean, example.user_id)
+        own, *others = [self._adding(clean, self.vectors[one]) for one in self._met(example)]
         conditions = {"vector": Condition("no_profile", clean, own, drawn=True)}
-        if donor:
-            conditions["vector_other"] = Condition("no_profile", clean, self._adding(clean, donor[0].id))
+        if others:
+            conditions["vector_other"] = Condition("no_profile", clean, others[0])
         conditions["own"] = Condition("own", self.clean_run(self.build(example, "own"), "own"))
         return conditions
 
-    def _adding(self, clean: CleanRun, user: str) -> Callable[[Bool[Tensor, "row layer head"]], Tensor]:
-        vector = self.vectors[_key(user)]
+    def _adding(self, clean: CleanRun, vector: Tensor) -> Callable[[Bool[Tensor, "row layer head"]], Tensor]:
         if self.vector.against is None:
             return partial(added, clean, self.layer, vector)
         return clean.with_values(Shift(vector)).ablated_losses
@@ -190,8 +212,8 @@ class VectorWork(EditWork):
         return {"against": vector.against, "layer": layer, "scale": vector.scale, "vector_examples": vector.examples}
 
 
-def _key(user: str) -> str:
-    return key_of("vector", user, "")  # three parts, for an example's key has two
+def _key(user: User, tested: User | None = None) -> str:
+    return key_of("vector", user.id, tested.id if tested else "")  # three parts, for an example's key has two
 
 
 @torch.inference_mode()

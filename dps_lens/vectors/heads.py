@@ -16,7 +16,7 @@ from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.conditions import DONORS, prompts_in
 from dps_lens.data.examples import by_key, choosing_examples, unit_key
 from dps_lens.data.identity import describe_inputs
-from dps_lens.errors import ScoreError, SteeringError
+from dps_lens.errors import SteeringError
 from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import record_z
@@ -244,17 +244,25 @@ def difference(unit: Mapping[str, Tensor]) -> Float[Tensor, "chosen d_head"]:
     return unit["own"].mean(0) - unit["other"].mean(0)
 
 
-def every_difference(
-    model: HookedModel, users: Sequence[User], user: User, against: VectorAgainst, **settings: Any
-) -> Float[Tensor, "layer head d_head"]:
-    """A user's difference of means at every head of the model; settings as in `head_vectors`."""
-    cfg = model.cfg
-    heads = HeadSet([(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)])
-    work = VectorWork(model, users, heads, against=against, **settings)
-    units = [work.z_of(example) for example in work.examples if example.user_id == user.id]
-    if not units:
-        raise ScoreError(f"head_vectors: user {user.id!r} has no discovery example; leave the user out")
-    return torch.stack([difference(unit) for unit in units]).mean(0).unflatten(0, (cfg.n_layers, cfg.n_heads))
+class HeadDifferences:
+    """Differences of means at every head of the model, example by example; arguments as of `head_vectors`."""
+
+    def __init__(
+        self,
+        model: HookedModel,
+        users: Sequence[User],
+        *,
+        against: VectorAgainst,
+        prompt_config: PromptConfig,
+        seed: int = 0,
+    ) -> None:
+        self._size = model.cfg.n_layers, model.cfg.n_heads
+        heads = HeadSet((layer, head) for layer in range(self._size[0]) for head in range(self._size[1]))
+        self._work = VectorWork(model, users, heads, against=against, prompt_config=prompt_config, seed=seed)
+
+    def of(self, example: Example) -> Float[Tensor, "layer head d_head"]:
+        """The own text's mean z minus the counterfactual's."""
+        return difference(self._work.z_of(example)).unflatten(0, self._size)
 
 
 def probed(

@@ -228,6 +228,8 @@ def test_a_dossier_is_kept_resumed_and_drawn(dossiers, planted, tmp_path):
     again = dps.Dossier.load(tmp_path)
     assert again.to_frame().equals(dossier.to_frame())
     assert again.head == Head(1, 2)
+    with pytest.raises(ScoreError, match="another version made it"):
+        replace(dossier, values=dossier.values[..., 1:])
     assert again.readers == dossier.readers
     figure = dossier.plot()
     assert {trace.name for trace in figure.data} == {"L1H2", "other heads of the layer"}

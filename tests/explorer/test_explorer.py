@@ -206,6 +206,8 @@ def test_what_heads_do_has_a_tab_where_it_was_asked(explored, report, llama, pro
     head, model = dps.Head(1, 2), llama.hooked
     dossier = dps.describe_head(model, probe[:6], head, **options)
     paths = dps.patch_paths(model, probe[:6], HeadSet.parse("L0H1"), HeadSet([head]), into="q", **options)
+    twice = content(explored.showing(dossier, paths, dossier))["figures"]["mechanism"]
+    assert [*twice] == [str(head), "paths", f"{head} (2)"]
     opened = open_page(explored.showing(dossier, paths).write(tmp_path / "page.html").as_uri() + "#tab=mechanism")
     page = opened.page
     page.wait_for_selector("#mechanism .js-plotly-plot")

@@ -18,6 +18,8 @@ from dps_lens.data.conditions import donors_of, prompts_in
 from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.errors import HeadError, ScoreError, SteeringError
 from dps_lens.heads import Head, HeadSet
+from dps_lens.steering.layout import layers_to_contrast
+from dps_lens.steering.rules import RULES
 
 PROMPT = dps.PromptConfig(items=2, profile_tokens=40, task_tokens=16, response_tokens=6)
 HEADS = HeadSet.parse("L1H2,L0H1,L1H0")
@@ -320,18 +322,18 @@ MASKED = HeadSet.parse("L1H2,L2H0,L0H3")
 
 
 @torch.no_grad()
-def stacked(tiny, rule, tokens, start, others, begin, vector, gamma, alpha):
+def stacked(tiny, rule, tokens, start, others, begin, vector, gamma, alpha, layers=(1, 2), min_p=0.1):
     """Steered logits of `head_vector` and a contrast, written down: what is contrasted holds the vector, too."""
     plain, d_head = tiny.plain, tiny.hooked.cfg.d_head
-    base, states = changed(plain, tokens, start, vector, gamma, {}, d_head, (1, 2) if "dola" in rule else ())
+    base, states = changed(plain, tokens, start, vector, gamma, {}, d_head, layers if "dola" in rule else ())
     if "dola" in rule:
         norm = plain.model.norm if hasattr(plain, "model") else plain.transformer.ln_f
         early = torch.stack([plain.lm_head(norm(one)).double() for one in states]).log_softmax(-1)
         log_p = base.log_softmax(-1)
         middle = torch.logaddexp(log_p, early) - np.log(2)
         far = ((log_p.exp() * (log_p - middle)) + (early.exp() * (early - middle))).sum(-1).argmax(0)
-        steered = log_p - early[far, torch.arange(len(far))]
-        return steered.masked_fill(log_p < log_p.amax(-1, keepdim=True) + np.log(0.1), -torch.inf)
+        steered = log_p - alpha * early[far, torch.arange(len(far))]
+        return steered.masked_fill(log_p < log_p.amax(-1, keepdim=True) + np.log(min_p), -torch.inf)
     masked = {head: torch.zeros(1, len(tokens), d_head) for head in MASKED}
     if "patch" in rule:
         prompt = SimpleNamespace(tokens=others)
@@ -354,7 +356,7 @@ def test_it_stacks_with_every_contrast(tinies, users, architecture, rule):
     vectors = {user.id: random_vector(model, HEADS, seed) for seed, user in enumerate(people)}
     gammas, alphas = [0.7, 0.0, 1.2], [0.4, 0.8, 0.0]
     options = {"negative_prompts": none} if "patch" in rule else {}
-    options |= {} if "dola" in rule else {"heads": MASKED, "alpha": alphas}
+    options |= {"alpha": alphas} | ({} if "dola" in rule else {"heads": MASKED})
     config = dps.DecodeConfig(stop_at_eos=False, early_layers=(1, 2) if "dola" in rule else None)
     out = dps.generate(
         model,
@@ -377,8 +379,6 @@ def test_it_stacks_with_every_contrast(tinies, users, architecture, rule):
             assert float(out.logprobs[row][step]) == pytest.approx(float(steered.log_softmax(-1)[token]), abs=1e-3)
     assert no_hooks_left(model)
     method = (rule, vectors) if "dola" in rule else (rule, (vectors, MASKED))
-    if "dola" in rule:
-        return  # the likelihood of a text takes no tokens out
     sweep = dps.steering_sweep(
         model, people, {"own": method}, k=3, strengths=(0.5, 1.5), max_examples=1, n_random=0, prompt_config=PROMPT
     )
@@ -387,7 +387,9 @@ def test_it_stacks_with_every_contrast(tinies, users, architecture, rule):
         texts = [prompt.tokens[:-1] for prompt in prompts]
         for place, strength in enumerate((0.5, 1.5)):
             vector = vectors[user.id]
-            steered = stacked(tiny, rule, texts[0], starts[0], texts[1], starts[1], vector, strength, strength)
+            at = (texts[0], starts[0], texts[1], starts[1], vector, strength, strength)
+            # The likelihood of a text takes no tokens out, and DoLa chooses among layers of its own.
+            steered = stacked(tiny, rule, *at, layers=layers_to_contrast(model), min_p=1e-300)
             loss = torch.nn.functional.cross_entropy(steered, prompts[0].response_tokens)
             assert float(sweep.change["own"][place, row]) == pytest.approx(
                 float(loss) - nll(tiny.plain, prompts[0]), abs=1e-4
@@ -440,10 +442,13 @@ def test_what_differences_bring_back_is_what_plain_passes_give(tinies, users, ar
         example = user.examples[-1]
         none = dps.build_prompt(tiny.hooked, example, "none", config=PROMPT)
         donor = donors_of(example, users, 1, 0)[0]
+        # Another's vector against the tested user's profile would take that away.
+        apart = [one for one in users if against == "no_profile" or one is not user]
+        of_others = dps.head_vectors(tiny.hooked, apart, HEADS, against=against, max_examples=2, prompt_config=PROMPT)
         start, stop = none.spans["response"]
         for vector, got in (
             (made[HEADS][user.id], effects.chosen["vector"][row, 0, 1, 0]),
-            (made[HEADS][donor.id], effects.chosen["vector_other"][row, 0, 1, 0]),
+            (of_others[donor.id], effects.chosen["vector_other"][row, 0, 1, 0]),
             (made[random][user.id], effects.draws["vector"][0, row, 0, 1, 0]),
         ):
             with added(tiny.plain, vector, 1.5, slice(start - 1, stop - 1), tiny.hooked.cfg.d_head):
@@ -453,6 +458,10 @@ def test_what_differences_bring_back_is_what_plain_passes_give(tinies, users, ar
     assert float(effects.chosen["vector"].abs().max()) > 10 * GAP, "the vector changes nothing"
     assert effects.manifest["against"] == against
     assert no_hooks_left(tiny.hooked)
+    two = dps.vector_recovery(
+        tiny.hooked, users[:2], {"p": HEADS}, ks=(3,), n_random=0, vector_config=config, **options
+    )
+    assert ("recovered_other" in two.measures) == (against == "no_profile")
 
 
 def test_the_carriers_difference_brings_the_own_user_back_and_nobody_elses(toy_model, toy_users):
@@ -653,5 +662,19 @@ def test_bad_input_says_what_to_do(llama, users, toy_model):
         dps.head_vectors(model, users, HEADS, against="generic", generic={}, prompt_config=PROMPT)
     with pytest.raises(SteeringError, match="needs a vector a user, .*head_vectors"):
         dps.steering_sweep(model, users, {"x": "head_vector"})
+    vectors = {user.id: good for user in users}
+    for given, match in (
+        (("head_vector", HEADS), "a HeadSet in the place of the users' vectors"),
+        (("head_vector+dps", vectors), "needs vectors and heads"),
+    ):
+        with pytest.raises(SteeringError, match=match):
+            dps.steering_sweep(model, users, {"x": given}, k=1)
+    with pytest.raises(SteeringError, match="does not stack"):
+        dps.generate(model, prompt, vectors=good, rule=[dps.Term("full"), *RULES["head_vector"].terms])
+    config = dps.DecodeConfig(max_kl=0.1)
+    with pytest.raises(SteeringError, match="max_kl is measured from the full model"):
+        dps.generate(model, prompt, vectors=good, heads=HEADS, rule="head_vector+dps", decode_config=config)
+    with pytest.raises(SteeringError, match="must work with heads alone"):
+        dps.steering_grid(model, users, HEADS, rule="head_vector+dps", gammas=(1.0,), ks=(1,))
     with pytest.raises(SteeringError, match="'nobody' has no vector here"):
         dps.head_vectors(model, users, HEADS, max_examples=1, prompt_config=PROMPT).mean(["nobody"])
