@@ -4,7 +4,7 @@
 
 Ratio of processor time an edge, sides interleaved: `patch_paths`, and the direct path patching of transformer-lens,
 which runs the model once for every edge; on the edges from one head into the queries of the heads behind it. Then the
-wall time of a graph of 20 by 20 heads into queries, keys and values, 12 probe users, and of a dossier.
+wall time of a dossier on 12 probe users, and of a graph of 20 by 20 heads, into queries, or what `--into` asks for.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import dps_lens as dps
 from dps_lens.data.conditions import prompts_in
 from dps_lens.heads import Head, HeadSet
 from dps_lens.model import runner_of
-from dps_lens.paths.direct import DirectPaths
+from dps_lens.paths.direct import INTO, DirectPaths
 from dps_lens.scoring import CleanRun
 
 QUIET = dps.RunConfig(progress=False)
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="layers of receivers in the comparison")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--users", type=int, default=12)
+    parser.add_argument("--into", default="q", help="q, k, v, resid, or several, such as q,k,v")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     model, users = dps.load_model(), dps.load_users("probe")[: arguments.users]
@@ -58,11 +59,13 @@ def main() -> None:
     scores = dps.score_heads(model, users, max_examples=1, run_config=QUIET)
     heads = HeadSet(scores.top(20))
     begun = time.monotonic()
-    effects = dps.patch_paths(model, users, heads, heads, run_config=QUIET)
-    print(f"20 by 20 heads, {len(users)} users, {len(effects.edges())} paths: {time.monotonic() - begun:.0f} s")
-    begun = time.monotonic()
     dps.describe_head(model, users, heads[0], run_config=QUIET)
     print(f"a dossier, {len(users)} users: {time.monotonic() - begun:.0f} s")
+    into = [part for part in INTO if part in arguments.into.split(",")]
+    begun = time.monotonic()
+    effects = dps.patch_paths(model, users, heads, heads, into=into, run_config=QUIET)
+    took = time.monotonic() - begun
+    print(f"20 by 20 heads into {arguments.into}, {len(users)} users, {len(effects.edges())} edges: {took:.0f} s")
 
 
 def edges(
