@@ -36,9 +36,12 @@ def test_a_write_is_what_the_block_leaves_with_its_mlp_held(case, architecture):
     assert no_hooks_left(one.tiny.hooked)
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_glance_shows_what_the_whole_run_shows(case, architecture):
+def test_a_glance_shows_what_the_whole_run_shows(case, architecture, long, monkeypatch):
     one = case(architecture)
+    if long:
+        monkeypatch.setattr("dps_lens.paths.direct._GLANCED", 1)
     for layer in (0, 2):
         glance = Glance.of(one.run.runner, one.other, layer)
         for head in range(one.cfg.n_heads):
