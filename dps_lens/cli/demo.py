@@ -10,6 +10,7 @@ import typer
 from dps_lens.cli.app import app
 from dps_lens.cli.checks import with_discovery
 from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Users
+from dps_lens.cli.report import PAPER
 from dps_lens.cli.tables import print_cost, print_top
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def demo(
         run_config=run_config,
     )  # fmt: skip
     exploration = dps.explore(
-        loaded_model, loaded, {"scores": scores, "the paper's PCS, first-order estimate": paper}, cost=cost, k=k,
+        loaded_model, loaded, {"scores": scores, PAPER: paper}, cost=cost, k=k,
         gammas=(gamma / 2, gamma, 2 * gamma), ks=sorted({max(1, k // 2), k}), out=out / "page", run_config=run_config,
     )  # fmt: skip
     report = exploration.write(out / "report.html")

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from dps_lens.dossier import Dossier
     from dps_lens.explorer import Exploration
     from dps_lens.paths import PathEffects
+    from dps_lens.scores import HeadScores
+    from dps_lens.validation.effects import SetEffects
+
+PAPER, SHOWN = "the paper's PCS, first-order estimate", 6
 
 Folder = Annotated[Path, typer.Argument(help="Run folder of 'score' or 'demo'.")]
 Effects = Annotated[Path | None, typer.Option(help="Run folder of 'ablate', for the ablation tab.")]
@@ -45,7 +49,7 @@ def report(
     k: TopK = 10,
     gammas: Gammas = "0.5,1,2",
     ks: Ks = "5,10",
-    shown_users: Shown = 6,
+    shown_users: Shown = SHOWN,
     max_new_tokens: Length = None,
     model: Model = "smollm2-135m",
     device: Device = None,
@@ -76,7 +80,7 @@ def explore(
     k: TopK = 10,
     gammas: Gammas = "0.5,1,2",
     ks: Ks = "5,10",
-    shown_users: Shown = 6,
+    shown_users: Shown = SHOWN,
     max_new_tokens: Length = None,
     model: Model = "smollm2-135m",
     device: Device = None,
@@ -146,8 +150,10 @@ def _explored(
     for one in (scores, *beside):
         check_same_model(command, one, loaded)
     references = dps.reference_heads(loaded, families(kinds)) if kinds else None
+    cost, maps = _of_demo(run)
     exploration = dps.explore(
-        loaded, people, scores, families=references, effects=effects, k=k, gammas=strengths, ks=sizes,
+        loaded, people, {scores.name: scores, **maps} if maps else scores, families=references, effects=effects,
+        cost=cost, k=k, gammas=strengths, ks=sizes,
         max_users=shown_users, max_new_tokens=max_new_tokens,
         out=_folder(run, strengths, sizes, shown_users, max_new_tokens),
         run_config=dps.RunConfig(force=force),
@@ -162,6 +168,26 @@ def _mechanism(folder: Path) -> "Dossier | PathEffects":
     return kind.load(folder)
 
 
-def _folder(run: Path, *settings: Any) -> Path:
-    """Where texts of these settings are kept, beside those of others."""
+def _of_demo(run: Path) -> "tuple[SetEffects | None, dict[str, HeadScores]]":
+    """What 'demo' measured beside its scores: the tested heads, and the paper's PCS."""
+    import dps_lens as dps
+
+    tested, paper = run / "ablation", run / "pcs"
+    cost = dps.SetEffects.load(tested) if (tested / f"{dps.SetEffects.stem}.json").is_file() else None
+    if cost is not None and cost.manifest.get("call") != "ablation_cost":
+        cost = None
+    has_paper = (paper / f"{dps.HeadScores.stem}.json").is_file()
+    return cost, {PAPER: dps.HeadScores.load(paper)} if has_paper else {}
+
+
+def _folder(run: Path, strengths: "list[float]", sizes: "list[int]", *settings: Any) -> Path:
+    """Where texts of these settings are kept, beside those of others; where 'demo' wrote them, if it did."""
+    import dps_lens as dps
+
+    written = run / "page" / "grid"
+    if settings == (SHOWN, None) and (written / f"{dps.SteeringGrid.stem}.json").is_file():
+        grid = dps.SteeringGrid.load(written)
+        if (sorted(strengths), sorted(sizes)) == (list(grid.gammas), list(grid.ks)):
+            return run / "page"
+    settings = (strengths, sizes, *settings)
     return run / f"page-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"

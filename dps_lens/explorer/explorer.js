@@ -174,15 +174,19 @@ function drawHeatmap() {
   };
   const boxes = data.tops.filter((name) => indexOf(name) >= 0).map((name) => box(name, "black", 1.2));
   const dots = state.map === data.main && state.user === EVERYBODY ? data.significant.map(indexOf) : [];
+  const clipped = [...mean.keys()].filter((i) => Math.abs(mean[i]) > limit);
+  const marks = (cells, marker) => ({
+    type: "scatter", mode: "markers", x: cells.map((i) => i % data.heads), y: cells.map((i) => Math.floor(i / data.heads)),
+    marker, hoverinfo: "skip", showlegend: false,
+  });
   const traces = [{
     type: "heatmap", z: rows((i) => mean[i]), zmid: 0, zmin: -limit, zmax: limit, colorscale: data.colours, xgap: 1, ygap: 1,
     text: rows((i) => `<b>${nameOf(i)}</b><br>${number(mean[i])} ${plain(unit)}${interval(i)}<br>rank ${rank[i]} of ${size}`),
     hovertemplate: "%{text}<extra></extra>",
     colorbar: { title: { text: `${plain(unit)}<br>(ends at \u00b1${limit.toPrecision(2)})` }, thickness: 12 },
-  }, {
-    type: "scatter", mode: "markers", x: dots.map((i) => i % data.heads), y: dots.map((i) => Math.floor(i / data.heads)),
-    marker: { color: "black", size: 4 }, hoverinfo: "skip", showlegend: false,
-  }];
+  },
+  marks(dots, { color: "black", size: 5, line: { color: "white", width: 1 } }),
+  marks(clipped, { symbol: "x-thin", size: 7, line: { color: "white", width: 1.5 } })];
   const axis = (text, count) => ({ title: { text }, dtick: count <= 16 ? 1 : 5, range: [-0.5, count - 0.5], zeroline: false, showgrid: false, ticks: "outside", fixedrange: true });
   Plotly.react("heatmap", traces, {
     height: Math.max(360, Math.min(760, 110 + 15 * data.layers)), margin: { l: 52, r: 10, t: 10, b: 44 },
@@ -190,9 +194,10 @@ function drawHeatmap() {
     font: { family: "Helvetica, Arial, sans-serif", size: 12 },
   }, PLOT);
   once("click", () => $("heatmap").on("plotly_click", ({ points: [{ x, y }] }) => go({ head: nameOf(y * data.heads + x) })));
-  const whom = isFamily(state.map) ? "" : state.user ? `${n} example${n > 1 ? "s" : ""} of one user: no claim about heads. ` : `Mean of ${n} users. `;
+  const single = state.map === data.main && examples() ? `${n} example${n > 1 ? "s" : ""} of one user` : "Mean of one user's examples";
+  const whom = isFamily(state.map) ? "" : state.user ? `${single}: no claim about heads. ` : `Mean of ${n} users. `;
   $("map-note").textContent = `${whom}Black: the ${data.tops.length} heads that are tested. ` +
-    (dots.length ? "Dots: p \u2264 0.05 over users, family-wise over heads." : "");
+    (dots.length ? "Dots: p \u2264 0.05 over users, family-wise over heads. " : "") + (clipped.length ? "\u00d7: beyond the ends of the colours." : "");
 }
 
 function drawDetail() {
@@ -243,7 +248,7 @@ function drawExamples(i) {
       hint(dot, `${user}\n${data.examples.ids[row]}\n${number(value)} ${data.unit}`);
     }
   });
-  for (const value of [low, high]) if (value) add("text", { x: x(value), y: height - 6, "font-size": 10, "text-anchor": value === low ? "start" : "end", fill: "#5f6670" }, number(value, 3));
+  for (const value of [low, high]) if (Math.abs(x(value) - x(0)) > 44) add("text", { x: x(value), y: height - 6, "font-size": 10, "text-anchor": value === low ? "start" : "end", fill: "#5f6670" }, number(value, 3));
   add("text", { x: x(0), y: height - 6, "font-size": 10, "text-anchor": "middle", fill: "#5f6670" }, "0");
   target.replaceChildren(svg);
 }
@@ -322,31 +327,44 @@ function tokens(target, one, largest) {
 
 const scores = (one) => Object.entries(one.scores).map(([name, value]) => `${name} ${number(value, 3)}`).join(", ");
 
+/** The last live answer, with what it was asked for; null where the grid is shown. */
+let live = null, writing = null;
+
+/** Where the selector and the sliders stand; an answer belongs to the place that it was asked at. */
+const place = () => JSON.stringify([state.text, state.gamma, state.k]);
+
 function drawTexts() {
-  if (!grid || writing) return;
+  if (!grid) return;
+  if (live && live.place !== place()) {
+    if (writing) writing.abort();
+    live = null;
+  }
   const gamma = +state.gamma, k = +state.k;
   const find = (g) => grid.texts.find((one) => one.key === state.text && one.gamma === g && (one.k === k || !g));
   const plain = find(0), steered = find(gamma);
   const largest = Math.max(1e-9, ...grid.texts.filter((one) => one.key === state.text).flatMap((one) => one.shifts.map((shift) => Math.abs(shift ?? 0))));
   $("text-own").textContent = grid.references[state.text];
   tokens($("text-plain"), plain, largest);
-  tokens($("text-steered"), steered, largest);
   $("plain-scores").textContent = scores(plain);
-  $("steered-scores").textContent = scores(steered);
-  $("steered-title").textContent = `${grid.rule}, \u03b3 = ${gamma}, K = ${k}`;
-  $("text-note").textContent = `Blue tokens were made likelier by steering, red ones less likely; hover for what moved.${gamma ? ` Heads: ${steered.heads}` : ""}`;
+  const shownNow = live ?? { gamma, k, heads: gamma ? steered.heads : "", one: steered, said: scores(steered) };
+  if (shownNow.one) tokens($("text-steered"), shownNow.one, live ? Math.max(1e-9, ...live.one.shifts.map((shift) => Math.abs(shift ?? 0))) : largest);
+  else $("text-steered").textContent = shownNow.text;
+  $("steered-scores").textContent = shownNow.said;
+  $("steered-title").textContent = `${grid.rule}, \u03b3 = ${shownNow.gamma}, K = ${shownNow.k}`;
+  $("text-note").textContent = `Blue tokens were made likelier by steering, red ones less likely; hover for what moved.${shownNow.heads ? ` Heads: ${shownNow.heads}` : ""}`;
+  $("write").disabled = writing !== null; $("cancel").disabled = writing === null; $("spinner").hidden = writing === null;
 }
 
-let writing = null;
 async function write() {
-  const asked = texts.find(([key]) => key === state.text)[1];
-  writing = new AbortController();
-  $("write").disabled = true; $("cancel").disabled = false; $("spinner").hidden = false;
-  $("text-steered").textContent = ""; $("steered-scores").textContent = "";
+  if (!["gamma-free", "k-free"].every((id) => $(id).reportValidity())) return;
+  const asked = texts.find(([key]) => key === state.text)[1], control = new AbortController();
+  const answer = { place: place(), gamma: +$("gamma-free").value, k: +$("k-free").value, heads: "", text: "", one: null, said: "" };
+  live = answer; writing = control;
+  drawTexts();
   try {
     const reply = await fetch("steer", {
-      method: "POST", headers: { "Content-Type": "application/json" }, signal: writing.signal,
-      body: JSON.stringify({ user: asked.user, example: asked.example, gamma: +$("gamma-free").value, k: +$("k-free").value }),
+      method: "POST", headers: { "Content-Type": "application/json" }, signal: control.signal,
+      body: JSON.stringify({ user: asked.user, example: asked.example, gamma: answer.gamma, k: answer.k }),
     });
     if (!reply.ok) throw new Error((await reply.json()).error);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -357,23 +375,18 @@ async function write() {
       rest = lines.pop();
       for (const line of lines.map((text) => JSON.parse(text))) {
         if (line.error) throw new Error(line.error);
-        if (line.text !== undefined) $("text-steered").append(line.text);
-        if (line.done) show(line.done);
+        if (line.heads !== undefined) answer.heads = line.heads;
+        if (line.text !== undefined) answer.text += line.text;
+        if (line.done) { answer.one = line.done; answer.said = scores(line.done); }
       }
+      if (live === answer) drawTexts();
     }
   } catch (error) {
-    if (error.name === "AbortError") $("steered-scores").textContent = "cancelled";
-    else $("steered-scores").textContent = `error: ${error.message}`;
+    answer.said = error.name === "AbortError" ? "cancelled" : `error: ${error.message}`;
   } finally {
-    writing = null;
-    $("write").disabled = false; $("cancel").disabled = true; $("spinner").hidden = true;
+    if (writing === control) writing = null;
+    drawTexts();
   }
-}
-
-function show(one) {
-  tokens($("text-steered"), one, Math.max(1e-9, ...one.shifts.map((shift) => Math.abs(shift ?? 0))));
-  $("steered-scores").textContent = scores(one);
-  $("steered-title").textContent = `${grid.rule}, \u03b3 = ${one.gamma}, K = ${one.k}`;
 }
 
 // everything
@@ -410,8 +423,8 @@ if (grid) {
     $(id).addEventListener("input", (event) => go({ [id]: String(values[event.target.value]) }));
   }
   if (data.live) {
-    const free = (id, text, attributes) => { const label = element("label", `${text} `); label.append(element("input", undefined, { id, type: "number", ...attributes })); return label; };
-    $("live").prepend(free("gamma-free", "\u03b3", { min: -1, max: 20, step: 0.1, value: state.gamma }), " ", free("k-free", "K", { min: 1, max: size, step: 1, value: state.k }), " ");
+    const free = (id, text, attributes) => { const label = element("label", `${text} `); label.append(element("input", undefined, { id, type: "number", required: "", ...attributes })); return label; };
+    $("live").prepend(free("gamma-free", "\u03b3", { min: -1, max: 1000, step: "any", value: state.gamma }), " ", free("k-free", "K", { min: 1, max: size, step: 1, value: state.k }), " ");
     $("live").hidden = false;
     $("write").addEventListener("click", write);
     $("cancel").addEventListener("click", () => writing && writing.abort());

@@ -109,12 +109,14 @@ class Writer:
         return example, heads[: check_whole(SteeringError, "steer: k", k, least=1, most=len(heads))], strength
 
     def write(self, example: Example, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:
-        """`{"text": …}` piece by piece, then `{"done": …}`, or `{"error": …}`; closing the iterator ends the text.
+        """`{"heads": …}`, `{"text": …}` piece by piece, then `{"done": …}`, or `{"error": …}`; closing it ends the
+        text.
 
         Texts are written one after the other. Between pieces the model is free for other calls of this thread; where
         another thread is using it, the text ends with an error.
         """
         assert self.grid is not None
+        yield {"heads": str(heads) if gamma else ""}
         with self._lock:
             try:
                 prompt = build_prompt(self.model, example, config=self._config)

@@ -570,6 +570,16 @@ def test_demo_writes_its_report(tmp_path, model):
     assert found["grid"]["ks"] == [1, 3]
     assert len(found["tops"]) == 3
     assert found["cost"]
+    # A report of the run shows what the demo measured, and writes no text anew.
+    again = run("report", tmp_path / "demo", "--out", tmp_path / "again.html", "--ks", "1,3", "--model", model)
+    assert again.returncode == 0, again.stderr
+    shown = (tmp_path / "again.html").read_text(encoding="utf-8")
+    of_run = json.loads(re.search(r'id="data">(.*?)</script>', shown, re.DOTALL)[1])
+    assert of_run["cost"] == found["cost"]
+    assert [*of_run["maps"]][1:] == [*found["maps"]][1:]
+    assert of_run["grid"] == found["grid"]
+    assert not [*(tmp_path / "demo").glob("page-*")]
+    assert ('class="verdict"' in shown) == ('class="verdict"' in page)
 
 
 def test_report_shows_a_run(scored, model, tmp_path):

@@ -409,12 +409,17 @@ def test_the_live_page_writes_anew(explored, llama, probe, open_page):
         page.fill("#k-free", "2")
         page.click("#write")
         expect(page.locator("#steered-title")).to_contain_text("γ = 3, K = 2")
+        expect(page.locator("#spinner")).to_be_hidden()
         written = page.locator("#text-steered span").all_text_contents()
-        assert not page.locator("#spinner").is_visible()
-        page.fill("#k-free", "99")
-        page.click("#write")
-        expect(page.locator("#steered-scores")).to_contain_text("error")
-        assert "from 1 to 12" in page.locator("#steered-scores").inner_text()
+        chosen = Writer(llama.hooked, probe[:6], explored)._heads[explored.views[0].user][:2]
+        assert page.locator("#text-note").inner_text().endswith(f"Heads: {chosen}")
+        for field, value in (("#k-free", "99"), ("#gamma-free", "")):
+            before = page.locator(field).input_value()
+            page.fill(field, value)
+            page.click("#write")
+            assert page.locator(field).evaluate("field => field.validationMessage")
+            page.fill(field, before)
+        expect(page.locator("#steered-title")).to_contain_text("γ = 3, K = 2")
         assert {one.partition("#")[0] for one in opened.requests} <= {url, url + "steer", url + "favicon.ico"}
     view = explored.views[0]
     user = next(user for user in probe if user.id == view.user)
@@ -424,6 +429,62 @@ def test_the_live_page_writes_anew(explored, llama, probe, open_page):
     assert written == expected.pieces[0]
 
 
+def test_an_answer_stays_with_what_was_asked(explored, llama, probe, open_page, monkeypatch):
+    """Another example, another slider, a cancel: no text stands under the name or the settings of another."""
+    go_on = threading.Event()
+
+    def slowly(self, example, heads, gamma):
+        yield {"heads": str(heads)}
+        yield {"text": f"to {example.user_id}"}
+        go_on.wait(20)
+        yield {"text": " and more"}
+
+    monkeypatch.setattr(Writer, "write", slowly)
+    with served(make_app(llama.hooked, probe[:6], explored)) as url:
+        page = open_page(url + "#tab=texts", offline=False).page
+        steered, title = page.locator("#text-steered"), page.locator("#steered-title")
+        of_grid = steered.inner_text()
+        page.fill("#gamma-free", "7")
+        page.click("#write")
+        expect(steered).to_have_text(f"to {explored.views[0].user}")
+        expect(title).to_contain_text("γ = 7")
+        page.select_option("#text", index=1)
+        expect(title).not_to_contain_text("γ = 7")
+        expect(steered).not_to_contain_text("to ")
+        go_on.set()
+        page.wait_for_timeout(300)
+        expect(steered).not_to_contain_text("and more")
+        assert page.locator("#spinner").is_hidden()
+        assert page.locator("#write").is_enabled()
+        page.select_option("#text", index=0)
+        expect(steered).to_have_text(of_grid)
+        go_on.clear()
+        page.click("#write")
+        expect(steered).to_have_text(f"to {explored.views[0].user}")
+        page.click("#cancel")
+        expect(page.locator("#steered-scores")).to_have_text("cancelled")
+        expect(title).to_contain_text("γ = 7")
+        expect(steered).to_have_text(f"to {explored.views[0].user}")
+        page.locator("#gamma").press("ArrowLeft")
+        expect(title).not_to_contain_text("γ = 7")
+        expect(page.locator("#steered-scores")).not_to_have_text("cancelled")
+        go_on.set()
+
+
+def test_the_map_says_what_it_shows(explored, report, open_page):
+    user = explored.scores.users[1]
+    page = open_page(report.as_uri() + f"#user={user}").page
+    expect(page.locator("#map-note")).to_contain_text("2 examples of one user")
+    page.select_option("#map", "integrated patch")
+    expect(page.locator("#map-note")).to_contain_text("Mean of one user's examples")
+    expect(page.locator("#map-note")).not_to_contain_text("Dots")
+    limit = page.evaluate("document.querySelector('#heatmap').data[0].zmax")
+    marked = page.evaluate("document.querySelector('#heatmap').data[2].x.length")
+    values = page.evaluate("document.querySelector('#heatmap').data[0].z.flat()")
+    assert marked == sum(abs(value) > limit for value in values)
+    assert ("beyond the ends" in page.locator("#map-note").inner_text()) == bool(marked)
+
+
 def test_cancelling_stops_the_model(explored, llama, probe):
     """A reader that goes away ends the generation, and the next text is written; the model is bare in between."""
     writer = Writer(llama.hooked, probe[:6], explored)
@@ -431,6 +492,7 @@ def test_cancelling_stops_the_model(explored, llama, probe):
         {"user": explored.views[0].user, "example": explored.views[0].example, "gamma": 2, "k": 3}
     )
     lines = writer.write(example, heads, gamma)
+    assert next(lines) == {"heads": str(heads)}
     assert "text" in next(lines)
     assert no_hooks_left(llama.hooked)
     assert writer._lock.locked()
