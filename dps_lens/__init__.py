@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         ProfileRetrieval,
         Repeated,
         Retrieval,
+        StyleModulation,
         reference_heads,
     )
     from dps_lens.finding import (
@@ -115,7 +116,7 @@ _MODULES = {
         "Verdicts ablated_generation evaluate judge steering_grid steering_sweep"
     ),
     "explorer": "Exploration explore",
-    "families": "Copying Family FunctionVector ProfileRetrieval Repeated Retrieval reference_heads",
+    "families": "Copying Family FunctionVector ProfileRetrieval Repeated Retrieval StyleModulation reference_heads",
     "finding": (
         "Bounds CausalGates Conditional FindConfig Finder Fit Gates GatingConfig Greedy Rank Trial causal_head_gates "
         "find_heads"
@@ -152,15 +153,16 @@ __all__ = [
     "HeadVector", "HeadVectors", "HeldOutConfig", "HookedModel", "Mean", "Metric", "NoiseFloor", "Note",
     "Objective", "Overlap", "Patch", "PathEffects", "ProfileRetrieval", "Prompt", "PromptConfig", "Rank",
     "RayEngine", "Repeated", "Result", "Retrieval", "RunConfig", "Sampling", "ScoreConfig", "SetEffects", "Shard",
-    "Significance", "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "Term", "TextStream", "Trial",
-    "Uniform", "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation",
-    "ablation_cost", "ablation_curve", "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt",
-    "check_model", "cluster_users", "compare_atlas", "describe_head", "evaluate", "explore", "export_lora",
-    "export_vector", "faithfulness", "find_heads", "generate", "head_vectors", "held_out_effects", "judge",
-    "load_atlas", "load_model", "load_users", "logits_processor", "measure_noise", "merge_runs", "overlap",
-    "patch_heads", "patch_paths", "plots", "preference_vector", "profile_attention", "random_heads", "record_z",
-    "reference_heads", "score_heads", "screening_recall", "significant_heads", "split_half", "stability",
-    "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
+    "Significance", "SteeredText", "SteeringGrid", "SteeringSweep", "SteeringVector", "StyleModulation", "Term",
+    "TextStream", "Trial", "Uniform", "User", "UserClusters", "VectorConfig", "Verdicts", "Zero", "ablate",
+    "ablated_generation", "ablation_cost", "ablation_curve", "attention_pattern", "build_prompt",
+    "causal_head_gates", "chat_prompt", "check_model", "cluster_users", "compare_atlas", "describe_head",
+    "evaluate", "explore", "export_lora", "export_vector", "faithfulness", "find_heads", "generate", "head_vectors",
+    "held_out_effects", "judge", "load_atlas", "load_model", "load_users", "logits_processor", "measure_noise",
+    "merge_runs", "overlap", "patch_heads", "patch_paths", "plots", "preference_vector", "profile_attention",
+    "random_heads", "record_z", "reference_heads", "score_heads", "screening_recall", "significant_heads",
+    "split_half", "stability", "steering_grid", "steering_sweep", "steerx_vector", "style_vector",
+    "vector_recovery",
 ]
 # fmt: on
 

@@ -69,7 +69,8 @@ def measure(config: Mechanism, lab: Lab) -> Findings:
     if "induction" not in references:
         raise ScoreError(f"mechanism: {lab.undefined.get('induction', 'kinds= leaves out induction heads')}")
     retrieval = dps.ProfileRetrieval(users, items=max(1, prompt.items // 2), prompt_config=prompt, seed=config.seed)
-    references |= dps.reference_heads(lab.model, (retrieval,), cache=lab.out / "families")
+    style = dps.StyleModulation(users, max_examples=config.max_examples, prompt_config=prompt, seed=config.seed)
+    references |= dps.reference_heads(lab.model, (retrieval, style), cache=lab.out / "families")
     dossiers = {
         str(head): dps.describe_head(
             lab.model,

@@ -114,10 +114,10 @@ def test_paths_and_dossiers_are_the_same(models, probe):
     assert bool(dps.patch_paths(models["bfloat16"], users, heads, heads).total.isfinite().all())
 
 
-@pytest.mark.parametrize("kind", ["copying", "copy_suppression", "profile_retrieval"])
+@pytest.mark.parametrize("kind", ["copying", "copy_suppression", "profile_retrieval", "style_modulation"])
 def test_families_are_the_same(models, probe, kind):
-    family = (
-        dps.ProfileRetrieval([probe[0], probe[5]]) if kind == "profile_retrieval" else dps.Copying(kind, n_tokens=70)
-    )
+    users, atol = [probe[0], probe[5]], {"profile_retrieval": 1e-3, "style_modulation": 0.02}
+    of_users = {"profile_retrieval": dps.ProfileRetrieval, "style_modulation": dps.StyleModulation}
+    family = of_users[kind](users) if kind in of_users else dps.Copying(kind, n_tokens=70)
     one, other = (dps.reference_heads(models[name], [family], cache=False)[kind] for name in ("cpu", "cuda"))
-    assert torch.allclose(one.values, other.values, atol=0.05 if kind != "profile_retrieval" else 1e-3)
+    assert torch.allclose(one.values, other.values, atol=atol.get(kind, 0.05))

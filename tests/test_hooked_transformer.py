@@ -178,5 +178,6 @@ def test_paths_and_dossiers(old, probe):
         assert all((part - case.run.z[receiver.layer, :, receiver.head]).norm() > 1e-5 for part in parts)
     dossier = dps.describe_head(old.hooked, probe[:2], receiver, n_random=1)
     assert bool(dossier.values.isfinite().all())
-    families = dps.reference_heads(old.hooked, ["copying", dps.ProfileRetrieval(probe[:2])], cache=False)
+    kinds = ["copying", dps.ProfileRetrieval(probe[:2]), dps.StyleModulation(probe[:2], max_examples=1)]
+    families = dps.reference_heads(old.hooked, kinds, cache=False)
     assert all(scores.defined for scores in families.values())

@@ -6,6 +6,7 @@ from dps_lens.families.profile import ProfileRetrieval
 from dps_lens.families.reference import KINDS, Family, reference_heads
 from dps_lens.families.repeated import Repeated, attention_to
 from dps_lens.families.retrieval import Needle, Retrieval, shipped_paragraphs
+from dps_lens.families.style import StyleModulation
 
 __all__ = [
     "KINDS",
@@ -16,6 +17,7 @@ __all__ = [
     "ProfileRetrieval",
     "Repeated",
     "Retrieval",
+    "StyleModulation",
     "Task",
     "attention_to",
     "reference_heads",

@@ -65,7 +65,7 @@ def reference_heads(
         kinds: `"induction"`, `"previous_token"`, `"duplicate_token"`, `"copying"`, `"copy_suppression"`, `"retrieval"`,
             `"function_vector"`; or a family with settings of your own: `Repeated("induction", n_prompts=50)`,
             `Copying("copying", reach=5)`, `Retrieval(haystack=…, lengths=…)`, `FunctionVector(tasks=…)`, and
-            `ProfileRetrieval(users)`, which reads users' discovery examples.
+            `ProfileRetrieval(users)` and `StyleModulation(users)`, which read users' discovery examples.
         cache: keep scores in the user's cache folder, or in this folder, and read them from there for the same
             model and settings; False computes anew. A model with hooks, as inside `ablate`, is always computed.
             An interrupted call resumes there.
