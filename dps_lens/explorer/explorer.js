@@ -431,8 +431,8 @@ if (grid) {
   }
 }
 $("user").addEventListener("change", (event) => {
-  const user = event.target.value, view = views.find((one) => one.user === user);
-  go({ user, ...(view ? { view: view.key } : {}) });
+  const user = event.target.value, view = views.find((one) => one.user === user), text = texts.find(([, one]) => one.user === user);
+  go({ user, ...(view ? { view: view.key } : {}), ...(text ? { text: text[0] } : {}) });
 });
 $("map").addEventListener("change", (event) => go({ map: event.target.value }));
 $("view").addEventListener("change", (event) => go({ view: event.target.value }));

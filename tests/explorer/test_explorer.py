@@ -116,6 +116,11 @@ def test_one_user_gets_their_own_examples(explored, report, open_page):
     assert f"{shown(float(explored.maps['integrated patch'].mean(user)[head]))} nats per token" in detail(page)[1]
     page.select_option("#map", "induction")
     assert f"{shown(float(explored.families['induction'].mean()[head]))} attention" in detail(page)[1]
+    # Attention and texts are of the same user, where the page has them.
+    chosen = explored.views[1].user
+    page.select_option("#user", chosen)
+    for where in ("#view", "#text"):
+        assert page.locator(f"{where} option:checked").inner_text().startswith(f"{chosen}: ")
 
 
 def test_the_keyboard_and_the_address_work(explored, report, open_page):
