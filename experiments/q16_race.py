@@ -232,7 +232,7 @@ def written(corpus: Corpus, config: Race) -> pd.DataFrame:
             corpus.users,
             {"rag": "rag", name: method},
             strengths=(float(strengths[name.removeprefix("rag+")]),),
-            ks=(config.k,),
+            ks=(min(config.k, len(corpus.found.heads)),),
             max_examples=1,
             max_new_tokens=config.new_tokens,
             prompt_config=config.prompt.config(),

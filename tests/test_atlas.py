@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import plants
 import pytest
@@ -96,3 +97,18 @@ def test_atlases_of_other_sizes_or_lengths_are_not_compared(scores, tinies, prob
         dps.compare_atlas(atlas, atlas, k=4)
     with pytest.raises(ScoreError, match="no folder"):
         dps.load_atlas(tmp_path / "nowhere")
+
+
+def test_the_atlas_that_ships_is_of_the_embedded_model_and_holds_no_text(probe):
+    atlas = dps.load_atlas("smollm2-135m")
+    assert atlas.values.shape == (30, 9)
+    assert "SmolLM2-135M" in atlas.model
+    assert 0 < len(atlas.heads) <= 10
+    assert atlas.n_users == len(probe)
+    frame = atlas.to_frame()
+    assert bool(((frame["inclusion"] >= 0) & (frame["inclusion"] <= 1)).all())
+    assert 0 < atlas.expected_jaccard() <= 1
+    folder = Path(dps.__file__).parent / "atlases" / "smollm2-135m"
+    written = "".join(file.read_text(encoding="utf-8") for file in folder.iterdir() if file.suffix in (".json", ".csv"))
+    assert not [user.id for user in probe if user.id in written]
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 50_000
