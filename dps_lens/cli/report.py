@@ -147,10 +147,10 @@ def _explored(
         )
     sizes, strengths = numbers("ks", ks, int), numbers("gammas", gammas, float)
     loaded = dps.load_model(model, device=device, dtype=dtype)
-    for one in (scores, *beside):
+    cost, maps = _of_demo(run)
+    for one in (scores, *beside, *maps.values(), *([cost] if cost is not None else [])):
         check_same_model(command, one, loaded)
     references = dps.reference_heads(loaded, families(kinds)) if kinds else None
-    cost, maps = _of_demo(run)
     exploration = dps.explore(
         loaded, people, {scores.name: scores, **maps} if maps else scores, families=references, effects=effects,
         cost=cost, k=k, gammas=strengths, ks=sizes,
