@@ -15,7 +15,7 @@ from dps_lens.data.conditions import DONORS, prompts_in
 from dps_lens.data.examples import by_key, choosing_examples, data_digest
 from dps_lens.errors import ScoreError
 from dps_lens.families.work import FamilyWork
-from dps_lens.intervene import record_z
+from dps_lens.intervene import response_z
 from dps_lens.literals import AGAINST, Against
 from dps_lens.model import HookedModel, has_weights
 from dps_lens.runs import RunFolder
@@ -122,10 +122,7 @@ class StyleModulation:
         others = prompts_in(
             model, example, self.against, self.users, n_donors=self.n_donors, seed=self.seed, config=config
         )
-        # The last token of a response is read, never run.
-        own, *rest = [
-            record_z(model, prompt)[:, :-1].float() for prompt in (build_prompt(model, example, config=config), *others)
-        ]
+        own, *rest = [response_z(model, prompt) for prompt in (build_prompt(model, example, config=config), *others)]
         return {"z": own.mean(1) - torch.cat(rest, dim=1).mean(1)}
 
     @cached_property

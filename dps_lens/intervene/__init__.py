@@ -19,7 +19,7 @@ from dps_lens.intervene.ablations import (
 from dps_lens.intervene.edits import Edit, Editing, Replacement, ablate, attention_for, row_masks
 from dps_lens.intervene.gates import FromRow, Gate, Scale
 from dps_lens.intervene.positions import Selection, Where, everywhere, window
-from dps_lens.intervene.record import record_z, recording_z
+from dps_lens.intervene.record import record_z, recording_z, response_z
 
 __all__ = [
     "ABLATIONS",
@@ -44,6 +44,7 @@ __all__ = [
     "find_ablation",
     "record_z",
     "recording_z",
+    "response_z",
     "row_masks",
     "window",
 ]

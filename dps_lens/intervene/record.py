@@ -44,3 +44,9 @@ def record_z(
     if not recorded:
         raise InterventionError(f"record_z: the prompt has no positions {positions!r}")
     return torch.stack([recorded[layer][0].cpu() for layer in sorted(recorded)])
+
+
+def response_z(model: HookedModel, prompt: Prompt) -> Float[Tensor, "layer pos head d_head"]:
+    """The z of every head, as float32, at the positions that the response is predicted from."""
+    # The last token of a response is read, never run.
+    return record_z(model, prompt)[:, :-1].float()

@@ -19,7 +19,7 @@ from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import SteeringError
 from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
-from dps_lens.intervene import record_z
+from dps_lens.intervene import response_z
 from dps_lens.literals import RECIPES, VECTOR_AGAINST, Recipe, VectorAgainst
 from dps_lens.model import HookedModel
 from dps_lens.vectors.result import HeadVectors
@@ -166,7 +166,7 @@ class VectorWork(Work):
             raise SteeringError(
                 f"head_vectors: {whose} answer to example {example.id!r} is empty; give another in generic="
             )
-        z, other = self._z(own), torch.cat([self._z(prompt) for prompt in others], dim=1)
+        z, other = response_z(self.model, own), torch.cat([response_z(self.model, prompt) for prompt in others], dim=1)
         made = {"own": self._of_heads(z), "other": self._of_heads(other)}
         if self.recipe == "persona":
             made["layers"] = z.mean(1) - other.mean(1)
@@ -189,10 +189,6 @@ class VectorWork(Work):
             seed=self.seed,
             config=self.prompt_config,
         )
-
-    def _z(self, prompt: Prompt) -> Float[Tensor, "layer pos head d_head"]:
-        # The last token of a response is read, never run.
-        return record_z(self.model, prompt)[:, :-1].float()
 
     def _of_heads(self, z: Float[Tensor, "layer pos head d_head"]) -> Float[Tensor, "pos chosen d_head"]:
         return torch.stack([z[layer, :, head] for layer, head in self.heads], dim=1)

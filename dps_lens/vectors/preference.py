@@ -8,7 +8,7 @@ from dps_lens.data import PromptConfig, User, build_prompt
 from dps_lens.data.examples import newest
 from dps_lens.errors import ScoreError
 from dps_lens.heads import HeadSet
-from dps_lens.intervene import record_z
+from dps_lens.intervene import response_z
 from dps_lens.model import HookedModel
 
 
@@ -54,7 +54,7 @@ def head_outputs(
     total: Tensor = torch.zeros(())
     count = 0
     for example in newest(examples, max_examples):
-        z = record_z(model, build_prompt(model, example, config=prompt_config))[:, :-1].float()
+        z = response_z(model, build_prompt(model, example, config=prompt_config))
         total, count = total + z.sum(1), count + z.shape[1]
     mean = total / count
     outputs = [torch.einsum("hd,hde->he", mean[index], _w_o(model, index)) for index in range(model.cfg.n_layers)]
