@@ -6,7 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import ablation_of, check_same_model, families, heads_of, numbers, sizes_of, with_discovery
+from dps_lens.cli.checks import (
+    ablation_of,
+    check_same_model,
+    families,
+    heads_of,
+    numbers,
+    objective_of,
+    sizes_of,
+    with_discovery,
+)
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     BatchSize,
@@ -18,13 +27,13 @@ from dps_lens.cli.options import (
     Kinds,
     MaxUsers,
     Model,
+    Objective,
     Outputs,
     OwnHeads,
     Strict,
     Users,
 )
 from dps_lens.cli.tables import print_effects
-from dps_lens.extensions import load_object
 from dps_lens.literals import Against
 
 
@@ -46,7 +55,7 @@ def ablate(
     ablation: Annotated[
         str | None, typer.Option(help="By default that of the scores; or a name, or file.py:Name.")
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="What is measured, file.py:Name; by default the NLL.")] = None,
+    objective: Objective = None,
     patch: Annotated[bool, typer.Option(help="Patch between two runs instead: necessity and sufficiency.")] = False,
     against: Annotated[Against, typer.Option(help="With --patch, the other run.")] = "no_profile",
     seed: int = 0,
@@ -79,9 +88,7 @@ def ablate(
             "seed": seed,
             "out": out,
             "engine": engine,
-            "held_out_config": dps.HeldOutConfig(
-                objective=load_object(objective, dps.Objective) if objective else None
-            ),
+            "held_out_config": dps.HeldOutConfig(objective=objective_of(objective)),
             "run_config": dps.RunConfig(force=force, batch_size=batch_size or "auto"),
         }
         tested = with_discovery("ablate", tested, strict=strict) if select == "user" else tested

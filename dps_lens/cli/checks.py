@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dps_lens.model import HookedModel
     from dps_lens.result import Result
     from dps_lens.scores import HeadScores
+    from dps_lens.scoring import ObjectiveLike
     from dps_lens.steering.rules import RuleLike
 
 N = TypeVar("N", int, float)
@@ -108,6 +109,15 @@ def ablation_of(text: str | None) -> "AblationLike | None":
     from dps_lens.intervene import Ablation
 
     return load_object(text, Ablation)
+
+
+def objective_of(text: str | None) -> "ObjectiveLike | None":
+    """An objective by name or import path."""
+    if text is None or not is_path(text):
+        return text
+    from dps_lens.scoring import Objective
+
+    return load_object(text, Objective)
 
 
 def finder_of(text: str) -> "Finder":

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, families, heads_of, numbers, with_discovery
+from dps_lens.cli.checks import check_same_model, families, heads_of, numbers, objective_of, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     BatchSize,
@@ -18,13 +18,13 @@ from dps_lens.cli.options import (
     Kinds,
     MaxUsers,
     Model,
+    Objective,
     Outputs,
     OwnHeads,
     Strict,
     Users,
 )
 from dps_lens.cli.tables import print_faithfulness
-from dps_lens.extensions import load_object
 from dps_lens.literals import Against
 
 
@@ -42,7 +42,7 @@ def faithfulness(
     n_random: Annotated[int, typer.Option(min=0, help="Random rankings, measured with every example.")] = 39,
     select: OwnHeads = "global",
     against: Annotated[Against, typer.Option(help="The run that patched heads take their z from.")] = "other_user",
-    objective: Annotated[str | None, typer.Option(help="What is measured, file.py:Name; by default the NLL.")] = None,
+    objective: Objective = None,
     seed: int = 0,
     model: Model = "smollm2-135m",
     batch_size: BatchSize = None,
@@ -78,7 +78,7 @@ def faithfulness(
             seed=seed,
             out=out,
             engine=engine,
-            held_out_config=dps.HeldOutConfig(objective=load_object(objective, dps.Objective) if objective else None),
+            held_out_config=dps.HeldOutConfig(objective=objective_of(objective)),
             run_config=dps.RunConfig(force=force, batch_size=batch_size or "auto"),
             **options,
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import finder_of, template_kwargs, with_discovery
+from dps_lens.cli.checks import finder_of, objective_of, template_kwargs, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, Workers, engine_of, load_for
 from dps_lens.cli.options import (
     BatchSize,
@@ -16,6 +16,7 @@ from dps_lens.cli.options import (
     Force,
     MaxUsers,
     Model,
+    Objective,
     Outputs,
     Strict,
     TemplateKwargs,
@@ -55,6 +56,7 @@ def find(
         Discovery, typer.Option(help="'labelled' uses the users' own questions (LaMP-1, LaMP-7); evaluate on others.")
     ] = "history",
     n_donors: Annotated[int, typer.Option(min=1, help="Other users for each example.")] = 2,
+    objective: Objective = None,
     n_bootstraps: Annotated[
         int | None, typer.Option(min=0, help="Resamples of users; by default as the method's cost allows.")
     ] = None,
@@ -92,7 +94,11 @@ def find(
             max_examples=max_examples,
             prompt_config=dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs)),
             find_config=dps.FindConfig(
-                discovery=discovery, n_donors=n_donors, n_bootstraps=n_bootstraps, strict=strict
+                discovery=discovery,
+                n_donors=n_donors,
+                n_bootstraps=n_bootstraps,
+                strict=strict,
+                objective=objective_of(objective),
             ),
             seed=seed,
             out=out,

@@ -35,6 +35,10 @@ Against = Annotated[
 Ablation = Annotated[
     str, typer.Option(help="zero, mean, patch, uniform, or one of your own: file.py:Name or package.module:Name.")
 ]
+Objective = Annotated[
+    str | None,
+    typer.Option(help="What is measured: nll, pair, choice, or one of your own, file.py:Name; as scored, else nll."),
+]
 Run = Annotated[Path, typer.Option(help="Run folder of 'score'.")]
 HeadsRun = Annotated[Path, typer.Option("--run", help="Run folder of 'score' or 'find'.")]
 Kinds = Annotated[

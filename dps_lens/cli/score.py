@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import ablation_of, template_kwargs, with_discovery
+from dps_lens.cli.checks import ablation_of, objective_of, template_kwargs, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     Ablation,
@@ -17,13 +17,13 @@ from dps_lens.cli.options import (
     Force,
     MaxUsers,
     Model,
+    Objective,
     Outputs,
     Strict,
     TemplateKwargs,
     Users,
 )
 from dps_lens.cli.tables import print_top
-from dps_lens.extensions import load_object
 from dps_lens.literals import Discovery, Positions, ScoreMethod
 
 
@@ -50,9 +50,7 @@ def score(
     ] = "integrated",
     against: Against = "other_user",
     ablation: Ablation = "patch",
-    objective: Annotated[
-        str | None, typer.Option(help="What a score is a change of: file.py:Name; the NLL by default.")
-    ] = None,
+    objective: Objective = None,
     positions: Annotated[Positions, typer.Option(help="Where it is done.")] = "response",
     top: Annotated[int, typer.Option(help="Heads to print.")] = 10,
     seed: int = 0,
@@ -82,7 +80,7 @@ def score(
             loaded,
             ablation=ablation_of(ablation) or "patch",
             against=None if against == "none" else against,
-            objective=load_object(objective, dps.Objective) if objective else None,
+            objective=objective_of(objective),
             positions=positions,
             method=method,
             max_examples=max_examples,

@@ -45,6 +45,16 @@ def prompts_in(
     return [build_prompt(model, example, donor, config=config) for donor in donors_of(example, users, n_donors, seed)]
 
 
+def check_same_answers(prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts of one example whose answers are not the same tokens.
+
+    Raises:
+        ScoreError: names the example.
+    """
+    if len({tuple(tuple(one.response_tokens.tolist()) for one in prompt.answers) for prompt in prompts}) != 1:
+        raise ScoreError(f"example {prompts[0].example_id!r}: the response differs between conditions")
+
+
 def neutral_prompt(model: HookedModel, text: str) -> Prompt:
     """A text outside any chat: its first tokens as prompt, the next ones as response."""
     ids = PromptTokenizer(model).plain(text)

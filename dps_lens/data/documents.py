@@ -22,11 +22,13 @@ class Document:
         id: unique within the user's history.
         fields: the record's own fields, as its task names them (`title`, `text`, `score`, …).
         date: in ISO form, such as `2021-03-04`, or None when it is undated.
+        rejected: answers that are not the user's to what the document answers; no prompt shows them.
     """
 
     id: str
     fields: Mapping[str, Any]
     date: str | None = None
+    rejected: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Document({self.id!r}, {self.date or 'undated'}: {start_of(' '.join(map(str, self.fields.values())))})"
@@ -83,7 +85,7 @@ class Pool:
     @cached_property
     def digest(self) -> str:
         """Of everything that the documents hold."""
-        held = [[one.id, one.date, dict(one.fields)] for one in self.documents]
+        held = [[one.id, one.date, dict(one.fields), *one.rejected] for one in self.documents]
         return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -123,7 +123,7 @@ def data_digest(users: Sequence[User], examples: Sequence[Example]) -> str:
 
     def asked(of: Sequence[Example]) -> list[Any]:
         profiles = [Profile.of(e.profile, e.task).digest() for e in of]
-        named = [[unit_key(e), asdict(e.task), e.input, e.reference] for e in of]
+        named = [[unit_key(e), asdict(e.task), e.input, e.reference, *e.rejected] for e in of]
         return list(zip(named, profiles, strict=True))
 
     people = [[u.id, asdict(u.task), dict(u.labels), u.pool.digest, asked(u.examples)] for u in users]

@@ -7,7 +7,7 @@ stands before it. Spans of profile and task are read off the tokenizer's charact
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -23,7 +23,6 @@ from dps_lens.data.words import RetrievalTokens
 from dps_lens.errors import PromptError
 from dps_lens.model import HookedModel
 
-_HEADER = "Earlier texts by this user:\n"
 _BETWEEN = "\n\n"
 
 
@@ -98,6 +97,7 @@ class Prompt:
         shown: ids of the documents in the profile.
         items: `(start, stop)` of each of these documents.
         bodies: `(start, stop)` of the text of each, without its title, date and labels.
+        rejected: `Int[Tensor, "pos"]`, the tokens of each rejected answer, which may stand where the response does.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -109,6 +109,7 @@ class Prompt:
     shown: tuple[str, ...]
     items: tuple[tuple[int, int], ...] = ()
     bodies: tuple[tuple[int, int], ...] = ()
+    rejected: tuple[Int[Tensor, " pos"], ...] = ()
 
     def __repr__(self) -> str:
         about = f"{self.example_id!r}, profile: {self.condition}, {len(self.shown)} documents"
@@ -123,6 +124,20 @@ class Prompt:
     def response_tokens(self) -> Int[Tensor, " pos"]:
         """The user's own answer."""
         return self.tokens[self.spans["response"][0] :]
+
+    @property
+    def answers(self) -> list["Prompt"]:
+        """The same prompt with each answer as its response: the user's own first, then the rejected ones."""
+        start = self.spans["response"][0]
+        return [self] + [
+            replace(
+                self,
+                tokens=torch.cat([self.prompt_tokens, answer]),
+                spans={**self.spans, "response": (start, start + len(answer))},
+                rejected=(),
+            )
+            for answer in self.rejected
+        ]
 
 
 def build_prompt(
@@ -140,10 +155,10 @@ def build_prompt(
         example: what is asked, and by whom.
         profile: `"own"`, `"none"`, another user whose documents are shown instead, or a `Note`.
         config: how much is shown; `PromptConfig()` by default.
-        response: append the user's own answer.
+        response: append the user's own answer, and keep the rejected ones beside it.
 
     Raises:
-        PromptError: the prompt does not fit the context, or nothing is left of the response.
+        PromptError: the prompt does not fit the context, nothing is left of an answer, or two answers are alike.
     """
     config = config or PromptConfig()
     tokenizer = PromptTokenizer(model, config.chat_template_kwargs)
@@ -151,7 +166,8 @@ def build_prompt(
     own = tokenizer.cut(tokenizer.defuse(example.input.strip()), config.task_tokens).strip()
     snippets = _snippets(tokenizer, example, documents, config.profile_tokens)
     pieces = [tokenizer.defuse("".join(parts)) for parts in snippets]
-    header = _HEADER + "\n".join(pieces) + _BETWEEN if pieces else ""
+    heading = example.task.header + "\n"
+    header = heading + "\n".join(pieces) + _BETWEEN if pieces else ""
     if isinstance(profile, Note):
         if not profile.text.strip():
             raise PromptError(f"build_prompt: example {example.id!r}: the note is empty; use profile='none'")
@@ -162,26 +178,20 @@ def build_prompt(
         "profile": span(offsets, offset, offset + len(header)) if header else (0, 0),
         "task": span(offsets, offset + len(header), offset + len(header) + len(own)),
     }
-    answer = tokenizer.answer(example.reference, config.response_tokens) if response else []
-    if response and not answer:
-        reason = (
-            "a first character that is longer than response_tokens"
-            if example.reference.strip()
-            else "an empty reference"
-        )
-        raise PromptError(f"build_prompt: example {example.id!r} has {reason}")
+    answer, *rejected = _answers(tokenizer, example, config) if response else [[]]
     if not header:
         spans["profile"] = (spans["task"][0], spans["task"][0])
     spans["response"] = (len(ids), len(ids) + len(answer))
     limit = model.cfg.n_ctx
-    if len(ids) + len(answer) > limit:
+    longest = len(ids) + max(map(len, (answer, *rejected)))
+    if longest > limit:
         raise PromptError(
-            f"build_prompt: example {example.id!r} takes {len(ids) + len(answer)} tokens, the model's context is "
+            f"build_prompt: example {example.id!r} takes {longest} tokens, the model's context is "
             f"{limit}; lower profile_tokens, task_tokens or response_tokens in PromptConfig"
         )
     condition = profile.id if isinstance(profile, User) else "note" if isinstance(profile, Note) else profile
     shown = tuple(document.id for document in documents[: len(pieces)])
-    items, bodies, begin = [], [], offset + len(_HEADER)
+    items, bodies, begin = [], [], offset + len(heading)
     for piece, (before, body, _) in zip(pieces, snippets, strict=True):
         items.append(span(offsets, begin, begin + len(piece)))
         bodies.append(span(offsets, begin + len(before), begin + len(before) + len(body)))
@@ -196,7 +206,25 @@ def build_prompt(
         shown,
         tuple(items),
         tuple(bodies),
+        tuple(map(torch.tensor, rejected)),
     )
+
+
+def _answers(tokenizer: PromptTokenizer, example: Example, config: PromptConfig) -> list[list[int]]:
+    """The tokens of the user's own answer and of the rejected ones."""
+    found: list[list[int]] = []
+    for kind, text in (("reference", example.reference), *(("rejected answer", one) for one in example.rejected)):
+        answer = tokenizer.answer(text, config.response_tokens)
+        if not answer:
+            why = "a first character that is longer than response_tokens" if text.strip() else f"an empty {kind}"
+            raise PromptError(f"build_prompt: example {example.id!r} has {why}")
+        if answer in found:
+            raise PromptError(
+                f"build_prompt: example {example.id!r} has two answers that begin alike for response_tokens="
+                f"{config.response_tokens}, {text[:40]!r} one of them; raise it in PromptConfig, or leave one out"
+            )
+        found.append(answer)
+    return found
 
 
 def chat_prompt(
@@ -263,7 +291,7 @@ def _snippets(
     """
     parts = [tuple(map(tokenizer.defuse, example.task.parts(document.fields))) for document in documents]
     frames = [tokenizer.count(before + after + "\n") for before, _, after in parts]
-    budget -= tokenizer.count(_HEADER + _BETWEEN)
+    budget -= tokenizer.count(example.task.header + "\n" + _BETWEEN)
     while len(parts) > 1 and sum(frames) > budget:
         del parts[-1], frames[-1]
     wanted = [tokenizer.count("".join(part) + "\n") for part in parts]

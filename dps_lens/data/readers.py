@@ -1,29 +1,31 @@
-"""Read users from LaMP and LongLaMP files, JSON lines, datasets, or the built-in probe."""
+"""Read users from LaMP and LongLaMP files, preferences, JSON lines, datasets, or the built-in probe."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
-from numbers import Real
 from pathlib import Path
 from typing import Any
 from warnings import warn
 
 from dps_lens.checks import check_whole
-from dps_lens.data.dates import is_missing, iso_dates
+from dps_lens.data.dates import iso_dates
 from dps_lens.data.documents import Document, Pool, Profile
 from dps_lens.data.examples import count_of
 from dps_lens.data.fetch import folder_of
+from dps_lens.data.fields import Record, TooShortError
+from dps_lens.data.preferences import holds_preferences, read_preferences
 from dps_lens.data.records import Example, User
 from dps_lens.data.tasks import TASKS, Task, find_task
 from dps_lens.errors import DataError, reason
 from dps_lens.files import parse_json, read_text
 
 N_NEWEST = 2
-_LONGEST = 500  # letters of a message, which may quote a field
 _USER_FIELDS = ("user_id", "name", "author", "reviewerId")
 _DATE_FIELDS = ("date", "year")
 _NO_USER = "field 'user_id' is missing"
@@ -45,8 +47,13 @@ def load_users(
             plain documents as JSON lines (or a JSON list); a `datasets.Dataset` or a pandas data frame; a LongLaMP
             configuration on the Hub such as `"longlamp/topic_writing_user"`. A plain document is
             `{"user_id", "text", "title"}` with an optional `"id"` and `"date"`; the newest 2 of each user become
-            evaluation examples. Documents of equal date stay in the order of the file.
-        outputs: the LaMP outputs file, as `{"task", "golds": [{"id", "output"}]}` or the bare list.
+            evaluation examples. Documents of equal date stay in the order of the file. Or what people prefer:
+            pairs `{"user_id", "prompt", "chosen", "rejected"}`, choices `{"user_id", "question", "options", "answer"}`,
+            each with a `"profile"` or `"history"` of its own, or the newest 2 of each user for evaluation; and the
+            files of Personalized-RewardBench, PRISM (`utterances.jsonl`), PersonalLLM's interaction database,
+            PersonaMem and PrefEval.
+        outputs: the LaMP outputs file, as `{"task", "golds": [{"id", "output"}]}` or the bare list; PersonaMem's
+            contexts; PrefEval's file of options of the same topic.
         task: a task name, when neither the outputs nor the inputs tell it.
         max_users: the first so many users that can be used; what the file says of later ones is not looked at.
         strict: refuse a user whose history is too short, who else is left out with a warning.
@@ -63,10 +70,12 @@ def load_users(
     if not isinstance(source, (str, Path)):
         for index, record in enumerate(records):
             _check_whole(f"{name}, record {index}", record)
-    items = [_Record(name, index, value) for index, value in enumerate(records)]
+    items = [Record(name, index, value) for index, value in enumerate(records)]
     if not items:
         raise DataError(f"{name} holds no records")
-    if not items[0].has("profile"):
+    if holds_preferences(items[0]):
+        users = read_preferences(items, outputs, lambda path: _open(str(path)), N_NEWEST)
+    elif not items[0].has("profile"):
         users = _from_documents(items, task)
     else:
         golds, named = _golds(source, outputs) if not items[0].has("output") else ({}, None)
@@ -74,20 +83,16 @@ def load_users(
     return _usable(name, users, max_users, strict)
 
 
-class _TooShortError(DataError):
-    """A user who can be left out."""
-
-
 def _usable(name: str, users: Mapping[str, Callable[[], User]], limit: int | None, strict: bool) -> list[User]:
     """The first users with a history that is long enough."""
     found: list[User] = []
-    short: dict[str, _TooShortError] = {}
+    short: dict[str, TooShortError] = {}
     for user_id, make in users.items():
         if len(found) == limit:
             break
         try:
             found.append(make())
-        except _TooShortError as error:
+        except TooShortError as error:
             if strict:
                 raise
             short[user_id] = error
@@ -105,39 +110,11 @@ def _usable(name: str, users: Mapping[str, Callable[[], User]], limit: int | Non
 
 
 @dataclass(frozen=True)
-class _Record:
-    """One record, with where it stands, for error messages."""
-
-    file: str
-    index: int
-    value: Any
-
-    def error(self, message: str, kind: type[DataError] = DataError) -> DataError:
-        return kind(f"{self.file}, record {self.index}: {message[:_LONGEST]}")
-
-    def has(self, name: str) -> bool:
-        if not isinstance(self.value, Mapping):
-            raise self.error(f"expected an object, found {type(self.value).__name__}")
-        return not is_missing(self.value.get(name))
-
-    def field(self, name: str, kind: type | tuple[type, ...] = (str, Real)) -> Any:
-        if not self.has(name):
-            raise self.error(f"field {name!r} is missing")
-        if not isinstance(self.value[name], kind):
-            raise self.error(f"field {name!r} is {type(self.value[name]).__name__}")
-        return self.value[name]
-
-    def first_of(self, names: Iterable[str]) -> str | None:
-        """The first of these fields that is there."""
-        return next((name for name in names if self.has(name) and self.value[name] != ""), None)
-
-
-@dataclass(frozen=True)
 class _Found:
     """A document with its record, and the field that its date is in."""
 
     document: Document
-    record: _Record
+    record: Record
     dated: str | None
 
     @property
@@ -154,13 +131,18 @@ def _open(source: str) -> tuple[str, list[Any]]:
         return "probe", _parse("probe", files("dps_lens.data").joinpath("probe.jsonl").read_text(encoding="utf-8"))
     path = Path(source).expanduser()
     if os.path.isfile(path):
-        return path.name, _parse(path.name, _read(path))
+        return path.name, _table(_read(path)) if path.suffix == ".csv" else _parse(path.name, _read(path))
     if source.lower().startswith("longlamp/"):
         return source, _from_hub(source)
     if source.lower().startswith("lamp-"):
         raise DataError(f"load_users: {source} is not on this machine; run: dps-lens fetch {source.lower()}")
     found = f"{source[:200]!r} is a folder" if os.path.isdir(path) else f"there is no file {source[:200]!r}"
     raise DataError(f"load_users: {found}; give a file, 'probe' or 'longlamp/CONFIG'")
+
+
+def _table(text: str) -> list[Any]:
+    """The rows of a CSV file, whose first line names the fields."""
+    return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
 def _rows(source: Any) -> tuple[str, list[Any]]:
@@ -203,7 +185,7 @@ def _from_hub(source: str) -> list[Any]:
         raise DataError(f"{source}: the Hub could not be read ({str(error).splitlines()[0]})") from error
 
 
-def _golds(source: Any, outputs: str | Path | None) -> tuple[dict[str, _Record], str | None]:
+def _golds(source: Any, outputs: str | Path | None) -> tuple[dict[str, Record], str | None]:
     """Answers by question id, and the task's name when the file gives it."""
     path = Path(outputs) if outputs else _outputs_beside(source)
     if path is None or not os.path.isfile(path):
@@ -215,9 +197,9 @@ def _golds(source: Any, outputs: str | Path | None) -> tuple[dict[str, _Record],
     task, rows = (loaded.get("task"), loaded.get("golds")) if isinstance(loaded, Mapping) else (None, loaded)
     if not isinstance(rows, list) or not isinstance(task, str | None):
         raise DataError(f"{path.name}: expected a list of answers, or an object with 'golds' and a 'task' by name")
-    golds: dict[str, _Record] = {}
+    golds: dict[str, Record] = {}
     for index, row in enumerate(rows):
-        record = _Record(path.name, index, row)
+        record = Record(path.name, index, row)
         known = golds.setdefault(str(record.field("id")), record)
         if known.value != record.value:
             raise record.error(f"field 'id' {record.value['id']!r} stands twice, with different answers")
@@ -232,9 +214,9 @@ def _outputs_beside(source: Any) -> Path | None:
     return path.with_name(path.name.replace("questions", "outputs")) if "questions" in path.name else None
 
 
-def _by_user(items: Iterable[_Record], fields: tuple[str, ...]) -> dict[str, list[_Record]]:
+def _by_user(items: Iterable[Record], fields: tuple[str, ...]) -> dict[str, list[Record]]:
     """The records of each user, in the order of the file."""
-    found: dict[str, list[_Record]] = {}
+    found: dict[str, list[Record]] = {}
     for record in items:
         name = record.first_of(fields)
         if name is None:
@@ -243,15 +225,13 @@ def _by_user(items: Iterable[_Record], fields: tuple[str, ...]) -> dict[str, lis
     return found
 
 
-def _from_records(
-    items: list[_Record], golds: Mapping[str, _Record], hint: str | None
-) -> dict[str, Callable[[], User]]:
+def _from_records(items: list[Record], golds: Mapping[str, Record], hint: str | None) -> dict[str, Callable[[], User]]:
     """Users of questions: each record holds an input, an answer and a profile."""
     users = _by_user(items, (*_USER_FIELDS, "id"))
     return {user_id: partial(_user_of_questions, user_id, own, golds, hint) for user_id, own in users.items()}
 
 
-def _user_of_questions(user_id: str, records: list[_Record], golds: Mapping[str, _Record], hint: str | None) -> User:
+def _user_of_questions(user_id: str, records: list[Record], golds: Mapping[str, Record], hint: str | None) -> User:
     """A user whose history is everything that the profiles of the questions hold."""
     examples: dict[str, Example] = {}
     profiles: dict[str, list[_Found]] = {}
@@ -270,7 +250,7 @@ def _user_of_questions(user_id: str, records: list[_Record], golds: Mapping[str,
     return User(user_id, next(iter(examples.values())).task, tuple(history), tuple(examples.values()))
 
 
-def _question(user_id: str, record: _Record, number: int, golds: Mapping[str, _Record], hint: str | None) -> Example:
+def _question(user_id: str, record: Record, number: int, golds: Mapping[str, Record], hint: str | None) -> Example:
     """A question with its answer, without its profile."""
     task_input = str(record.field("input"))
     try:
@@ -284,30 +264,30 @@ def _question(user_id: str, record: _Record, number: int, golds: Mapping[str, _R
     return Example(example_id, user_id, task, task_input, str(answer.field("output")), ())
 
 
-def _profile(record: _Record) -> list[Any]:
+def _profile(record: Record) -> list[Any]:
     """The profile's items; LongLaMP topics that are called `input` and `output` get their usual names."""
     items = record.field("profile", list)
     for index, item in enumerate(items):
-        _Record(f"{record.file}, record {record.index}, profile", index, item).has("id")
+        Record(f"{record.file}, record {record.index}, profile", index, item).has("id")
     if all(isinstance(item, Mapping) and {"input", "output"} <= item.keys() for item in items):
         return [{**item, "summary": item["input"], "content": item["output"]} for item in items]
     return items
 
 
-def _documents(record: _Record, task: Task) -> list[_Found]:
+def _documents(record: Record, task: Task) -> list[_Found]:
     where = f"{record.file}, record {record.index}, profile"
-    items = [_Record(where, index, value) for index, value in enumerate(_profile(record))]
+    items = [Record(where, index, value) for index, value in enumerate(_profile(record))]
     if not items:
-        raise record.error("field 'profile' is empty; without a history there are no preferences", _TooShortError)
+        raise record.error("field 'profile' is empty; without a history there are no preferences", TooShortError)
     return [_found(item, task) for item in items]
 
 
-def _found(record: _Record, task: Task, dates: tuple[str, ...] = _DATE_FIELDS) -> _Found:
+def _found(record: Record, task: Task, dates: tuple[str, ...] = _DATE_FIELDS) -> _Found:
     fields = {name: record.field(name) for name in task.fields}
     return _Found(Document(_id_of(record, fields), fields), record, record.first_of(dates))
 
 
-def _id_of(record: _Record, fields: Mapping[str, Any]) -> str:
+def _id_of(record: Record, fields: Mapping[str, Any]) -> str:
     """A document's own id, or one made of its content, so that equal documents are one."""
     if record.has("id"):
         return str(record.value["id"])
@@ -342,20 +322,20 @@ def _dated(documents: list[_Found]) -> list[Document]:
     return sorted(found, key=lambda one: one.date or "") if all(dates) else found
 
 
-def _from_documents(items: list[_Record], hint: str | None) -> dict[str, Callable[[], User]]:
+def _from_documents(items: list[Record], hint: str | None) -> dict[str, Callable[[], User]]:
     """Users of plain documents: the newest become evaluation examples, the rest their profile."""
     task = find_task("", [], hint) if hint else TASKS["lamp-4"]
     users = _by_user(items, ("user_id",))
     return {user_id: partial(_user_of_documents, user_id, own, task) for user_id, own in users.items()}
 
 
-def _user_of_documents(user_id: str, records: list[_Record], task: Task) -> User:
+def _user_of_documents(user_id: str, records: list[Record], task: Task) -> User:
     last = records[-1]
     if len(records) <= N_NEWEST:
         raise last.error(
             f"user {user_id!r} has {len(records)} documents; more than {N_NEWEST} are needed, because the newest "
             f"{N_NEWEST} are kept for evaluation",
-            _TooShortError,
+            TooShortError,
         )
     documents = _dated(_named_apart(user_id, [_found(record, task, ("date",)) for record in records]))
     pool = Pool(documents[:-N_NEWEST], task)
@@ -364,7 +344,7 @@ def _user_of_documents(user_id: str, records: list[_Record], task: Task) -> User
     for document in documents[-N_NEWEST:]:
         pair = task.pair(document.fields, template)
         if pair is None:
-            raise last.error(f"field {task.target!r} of document {document.id!r} is empty", _TooShortError)
+            raise last.error(f"field {task.target!r} of document {document.id!r} is empty", TooShortError)
         examples.append(Example(document.id, user_id, task, *pair, Profile(pool)))
     labels = {name: str(last.value[name]) for name in ("style", "topic") if last.has(name)}
     return User(user_id, task, pool.documents, tuple(examples), labels)

@@ -16,10 +16,12 @@ MIN_PROFILE = 3
 
 @dataclass(frozen=True)
 class Example:
-    """One task input of a user, with the answer that the user wrote.
+    """One task input of a user, with the answer that the user wrote or chose.
 
     Attributes:
         profile: the documents that were there when it was asked.
+        rejected: answers to the same input that are not the user's: the one that lost in a pair, the other options of
+            a choice.
     """
 
     id: str
@@ -28,15 +30,17 @@ class Example:
     input: str
     reference: str
     profile: Sequence[Document]
+    rejected: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         about = f"{self.id!r} of {self.user_id!r}, {self.task.name}, {len(self.profile)} documents"
-        return f"Example({about}: {start_of(self.input)} → {start_of(self.reference)})"
+        over = f", not {start_of(self.rejected[0])}" if self.rejected else ""
+        return f"Example({about}: {start_of(self.input)} → {start_of(self.reference)}{over})"
 
     @cached_property
     def parts(self) -> tuple[str, ...]:
-        """What is shown and asked for, as documents are compared with it."""
-        return asked_parts(self.task, self.input, self.reference)
+        """What is shown, asked for and rejected, as documents are compared with it."""
+        return asked_parts(self.task, self.input, self.reference, *self.rejected)
 
     @cached_property
     def showable(self) -> Profile:
@@ -130,5 +134,5 @@ class User:
             same = self.pool.texts.like_own(place)
             profile = Profile(self.pool, stop, [self._asked_for, frozenset([place]), *same])
             if len(profile) >= MIN_PROFILE:
-                found.append(Example(document.id, self.id, self.task, *pair, profile))
+                found.append(Example(document.id, self.id, self.task, *pair, profile, document.rejected))
         return tuple(found)

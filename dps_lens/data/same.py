@@ -35,9 +35,9 @@ def document_parts(task: Task, fields: Mapping[str, Any]) -> Parts:
     return tuple(filter(None, (normalised(fields[name]) for name in names)))
 
 
-def asked_parts(task: Task, task_input: str, reference: str) -> Parts:
-    """What a question shows and, unless it is one of few, its answer."""
-    texts = (task.query(task_input),) if task.closed else (task.query(task_input), reference)
+def asked_parts(task: Task, task_input: str, *answers: str) -> Parts:
+    """What a question shows and, unless they are of few, its answers."""
+    texts = (task.query(task_input),) if task.closed else (task.query(task_input), *answers)
     return tuple(filter(None, map(normalised, texts)))
 
 

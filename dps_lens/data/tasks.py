@@ -17,16 +17,19 @@ class Task:
     """One task.
 
     Attributes:
-        name: `"lamp-1"` … `"lamp-7"`, `"longlamp-abstract"`, `"longlamp-review"`, `"longlamp-topic"`.
+        name: `"lamp-1"` … `"lamp-7"`, `"longlamp-abstract"`, `"longlamp-review"`, `"longlamp-topic"`; of preferences
+            `"pairs"`, `"questions"`, `"sessions"`, `"preferences"`, by what stands in the profile.
         fields: fields that a document of the history must have.
         body: the field that is cut when a document is too long for its share of a prompt.
         snippet: how a document reads in a prompt; `{field}` stands for a field.
-        keyword: an input's own content follows this text; everything before it is the instruction.
+        keyword: an input's own content follows this text; everything before it is the instruction; `""` where there
+            is none.
         source: the template of a discovery input; `""` appends the field to the instruction.
         target: the field that a discovery example asks for, None when documents hold no pairs.
         asked: the field that a discovery input shows, when the input is instruction + field.
         closed: answers come from a closed set, so that equal answers do not mean equal texts.
         max_new_tokens: a generous length for a generated answer.
+        header: stands above a profile.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Task:
     source: str = ""
     closed: bool = False
     max_new_tokens: int = 32
+    header: str = "Earlier texts by this user:"
 
     @property
     def has_pairs(self) -> bool:
@@ -65,6 +69,8 @@ class Task:
             return None
         if self.source:
             return self.source.format(**{name: _one_line(fields[name]) for name in self.fields}), answer
+        if not self.keyword:
+            return str(fields[self.asked]).strip(), answer
         shown = _one_line(fields[self.asked])
         if self.keyword == '"':
             # The shown field is what the template quotes: `… a post titled "…".`
@@ -165,6 +171,20 @@ TASKS: dict[str, Task] = {
             asked="summary",
             max_new_tokens=256,
         ),
+        Task(
+            "pairs",
+            ("prompt", "chosen"),
+            "chosen",
+            'to "{prompt}" the user preferred "{chosen}"',
+            "",
+            target="chosen",
+            asked="prompt",
+            max_new_tokens=256,
+            header="What this user preferred before:",
+        ),
+        Task("questions", ("text",), "text", '"{text}"', "", max_new_tokens=256, header="Earlier texts by this user:"),
+        Task("sessions", ("text",), "text", "{text}", "", max_new_tokens=256, header="Earlier conversations:"),
+        Task("preferences", ("text",), "text", "{text}", "", max_new_tokens=256, header="About this user:"),
     )
 }
 

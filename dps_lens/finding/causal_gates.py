@@ -14,8 +14,9 @@ from dps_lens.heads import HeadSet
 from dps_lens.intervene import Patch
 from dps_lens.literals import Positions
 from dps_lens.model import HookedModel, runner_of
+from dps_lens.scoring.answers import ExampleRun
 from dps_lens.scoring.clean_run import CleanRun
-from dps_lens.scoring.paths import gated, gated_losses
+from dps_lens.scoring.paths import gradients_of
 from dps_lens.scoring.sweep import aligned_z
 
 
@@ -146,7 +147,7 @@ def causal_head_gates(
 
 
 def fit_gates(
-    runs: Sequence[CleanRun],
+    runs: Sequence[ExampleRun],
     weights: Float[Tensor, "fit run"],
     config: GatingConfig,
     start: Float[Tensor, "layer head"] | None = None,
@@ -172,7 +173,7 @@ def fit_gates(
 
 
 def _stage(
-    runs: Sequence[CleanRun], weights: Tensor, start: Tensor, config: GatingConfig, steps: int, pull: float
+    runs: Sequence[ExampleRun], weights: Tensor, start: Tensor, config: GatingConfig, steps: int, pull: float
 ) -> Float[Tensor, "fit layer head"]:
     logits = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=config.lr)
@@ -208,7 +209,7 @@ def batches_of(n: int, size: int | None, steps: int, seed: int) -> Iterator[list
 
 
 def gate_slopes(
-    run: CleanRun, gates: Float[Tensor, "row layer head"]
+    run: ExampleRun, gates: Float[Tensor, "row layer head"]
 ) -> tuple[Float64[Tensor, " row"], Float[Tensor, "row layer head"]]:
     """Mean objective over the response under each row's gates, and its slope by every gate.
 
@@ -219,8 +220,8 @@ def gate_slopes(
     while done < len(gates):
         part = gates[done : done + rows].detach().clone().requires_grad_()
         try:
-            with gated(run):
-                value = gated_losses(run, part).mean(-1)
+            with gradients_of(run):
+                value = run.gated(part)
                 (slope,) = torch.autograd.grad(value.sum(), part)
         except torch.OutOfMemoryError:
             if rows == 1:

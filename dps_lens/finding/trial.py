@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dps_lens.errors import ScoreError
 from dps_lens.literals import Quantity
-from dps_lens.scoring.clean_run import CleanRun
+from dps_lens.scoring.answers import ExampleRun
 from dps_lens.scoring.paths import STEPS, integrated
 
 
@@ -31,16 +31,16 @@ class Trial:
     """
 
     user_id: str
-    necessity: tuple[CleanRun, ...]
-    sufficiency: tuple[CleanRun, ...]
-    task: CleanRun
-    neutral: CleanRun | None
+    necessity: tuple[ExampleRun, ...]
+    sufficiency: tuple[ExampleRun, ...]
+    task: ExampleRun
+    neutral: ExampleRun | None
     shares: tuple[float, ...] = ()
     steps: int = STEPS
     paths: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     memo: dict[tuple[Quantity, bytes], float] = field(default_factory=dict, repr=False)
 
-    def runs(self, quantity: Quantity) -> tuple[CleanRun, ...]:
+    def runs(self, quantity: Quantity) -> tuple[ExampleRun, ...]:
         """The runs whose mean a quantity is.
 
         Raises:
@@ -68,10 +68,10 @@ class Trial:
         return _sign(quantity) * torch.tensordot(torch.tensor(self.weights(quantity)), paths, 1)
 
     def measured(self, quantity: Quantity, masks: Bool[Tensor, "row layer head"]) -> Float64[Tensor, " row"]:
-        """What the sets of these rows do, in nats per token, each set measured once.
+        """What the sets of these rows do, each set measured once.
 
-        `necessity`: patched NLL of the own text minus that of the own run. `sufficiency`: counterfactual NLL minus the
-        patched one. The costs: NLL with the heads zeroed minus the clean one.
+        `necessity`: the patched objective minus that of the own run. `sufficiency`: the counterfactual objective minus
+        the patched one. The costs: NLL with the heads zeroed minus the clean one, nats per token.
         """
         keys: list[tuple[Quantity, bytes]] = [(quantity, mask.numpy().tobytes()) for mask in masks]
         missing = {key: mask for key, mask in zip(keys, masks, strict=True) if key not in self.memo}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dps_lens.checks import check_flag, check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
-from dps_lens.data.conditions import DONORS, neutral_prompt, prompts_in
+from dps_lens.data.conditions import DONORS, check_same_answers, neutral_prompt, prompts_in
 from dps_lens.data.examples import by_key, choosing_examples, key_of, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.digests import json_digest
@@ -27,7 +27,7 @@ from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Patch
 from dps_lens.literals import COUNTERFACTUALS, QUANTITIES, Counterfactual, Discovery, Quantity
 from dps_lens.model import HookedModel, Runner, runner_of
-from dps_lens.scoring import NLL, CleanRun
+from dps_lens.scoring import NLL, CleanRun, Objective, ObjectiveLike, example_run, find_objective, nll_run
 from dps_lens.scoring.paths import STEPS
 from dps_lens.selection import folds
 from dps_lens.work import BatchSize, Run, Work
@@ -49,6 +49,8 @@ class FindConfig:
         neutral: neutral texts, of which each example takes one; by default prose of the package, from its last
             paragraph backwards, for calls that test heads begin at the first. None at all measures no neutral cost.
         strict: refuse a user without a discovery example, who else is left out with a warning.
+        objective: what necessity and sufficiency are changes of, as in `score_heads`; `"pair"` and `"choice"` need
+            examples with rejected answers. The costs are of the NLL of the user's own answer, whatever it is.
     """
 
     discovery: Discovery = "history"
@@ -58,8 +60,10 @@ class FindConfig:
     folds: bool = True
     neutral: Sequence[str] | None = None
     strict: bool = False
+    objective: ObjectiveLike | None = None
 
     def __post_init__(self) -> None:
+        find_objective(self.objective)
         check_whole(ScoreError, "FindConfig: n_donors", self.n_donors, least=1)
         check_whole(ScoreError, "FindConfig: ig_steps", self.ig_steps, least=1)
         if self.n_bootstraps is not None:
@@ -148,16 +152,18 @@ class FindWork(Work):
         wanted = {"both": ("other_user", "no_profile")}.get(self.against, (self.against,))
         (own,), (plain,) = self._prompts(example, "own"), self._prompts(example, "no_profile")
         others = self._prompts(example, "other_user") if "other_user" in wanted else []
-        if len({tuple(prompt.response_tokens.tolist()) for prompt in (own, plain, *others)}) != 1:
-            raise ScoreError(f"example {example.id!r}: the response differs between conditions")
-        base, task = self._clean(own, keep_z=True), self._clean(plain, keep_z="no_profile" in wanted)
-        runs = [self._clean(prompt, keep_z=True) for prompt in others] + [task] * ("no_profile" in wanted)
+        check_same_answers((own, plain, *others))
+        base, runs = self._clean(own), [self._clean(prompt) for prompt in others]
+        if "no_profile" in wanted:
+            runs.append(self._clean(plain))
+        # Whatever is gained, what a set costs is what it does to the model's language.
+        shared = "no_profile" in wanted and isinstance(self.objective, NLL)
+        task = nll_run(runs[-1]) if shared else self._costing(plain)
         neutral = None
         if self.texts:
-            text = self.texts[self.places[key] % len(self.texts)]
-            neutral = self._clean(neutral_prompt(self.model, text), keep_z=False)
-        necessity = tuple(base.with_values(Patch(z=run.z)) for run in runs)
-        sufficiency = tuple(run.with_values(Patch(z=base.z, direction="denoising")) for run in runs)
+            neutral = self._costing(neutral_prompt(self.model, self.texts[self.places[key] % len(self.texts)]))
+        necessity = tuple(base.patched_from(run, Patch()) for run in runs)
+        sufficiency = tuple(run.patched_from(base, Patch(direction="denoising")) for run in runs)
         # Both kinds weigh the same, however many donors stand for one of them.
         each = [len(others), 1] if len(wanted) > 1 else [len(runs)]
         shares = tuple(1 / (len(each) * n) for n in each for _ in range(n))
@@ -167,8 +173,17 @@ class FindWork(Work):
         options: dict[str, Any] = {"n_donors": self.config.n_donors, "seed": self.seed, "config": self.prompt_config}
         return prompts_in(self.model, example, condition, self.users, **options)
 
-    def _clean(self, prompt: Prompt, *, keep_z: bool) -> CleanRun:
-        return CleanRun(self.runner, prompt, keep_z=keep_z, batch_size=self.batch_size)
+    @cached_property
+    def objective(self) -> Objective:
+        return find_objective(self.config.objective)
+
+    def _clean(self, prompt: Prompt) -> Any:
+        """What is gained is measured on; its kind is the objective's."""
+        options: dict[str, Any] = {"objective": self.objective, "batch_size": self.batch_size}
+        return example_run(self.runner, prompt, keep_z=True, **options)
+
+    def _costing(self, prompt: Prompt) -> CleanRun:
+        return CleanRun(self.runner, prompt, batch_size=self.batch_size)
 
     @property
     def measures(self) -> tuple[Quantity, ...]:
@@ -303,7 +318,7 @@ class FindWork(Work):
             effects=effects,
             crossed=crossed if of_fold else {},
             nll={name: torch.stack([self.paths[key][f"nll.{name}"] for key in made]) for name in _NLL},
-            manifest={**run.manifest, "unit": NLL.unit},
+            manifest={**run.manifest, "unit": self.objective.unit},
         )
         self._check(result)
         return result
@@ -347,7 +362,7 @@ class FindWork(Work):
             "k": self.k,
             "ablation": Patch.name,
             "against": self.against,
-            "objective": NLL.name,
+            "objective": self.objective.settings(),
             "positions": "response",
             "max_task_cost": self.bounds.task_cost,
             "max_neutral_cost": self.bounds.neutral_cost,

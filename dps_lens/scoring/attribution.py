@@ -14,14 +14,14 @@ from torch import Tensor
 from dps_lens.errors import ScoreError
 from dps_lens.intervene import Edit, attention_for
 from dps_lens.model.losses import token_losses
-from dps_lens.scoring.clean_run import CleanRun
+from dps_lens.scoring.answers import AnswersRun, ExampleRun
 from dps_lens.scoring.objectives import NLL
 from dps_lens.scoring.paths import frozen
 
 _FLAT = 1e-4  # of the gradient of the NLL; rounding leaves less
 
 
-def attribute(clean: CleanRun) -> Float[Tensor, "layer head"]:
+def attribute(clean: ExampleRun) -> Float[Tensor, "layer head"]:
     """Estimate what `clean.ablated` measures for every single head, minus the clean value.
 
     Raises:
@@ -32,6 +32,9 @@ def attribute(clean: CleanRun) -> Float[Tensor, "layer head"]:
         raise ScoreError(
             f"attribution is defined for ablations of hook_z, not for {clean.ablation.name!r}; use method='exact'"
         )
+    if isinstance(clean, AnswersRun):
+        slopes = clean.slopes().float().tolist()
+        return torch.stack([slope * attribute(run) for slope, run in zip(slopes, clean.runs, strict=True)]).sum(0)
     runner, cfg = clean.runner, clean.runner.cfg
     tokens, prompt = clean.tokens, clean.prompt_cache
     everything = torch.ones(1, cfg.n_layers, cfg.n_heads, dtype=torch.bool)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -24,6 +25,8 @@ from dps_lens.intervene import (
     Context,
     Edit,
     Editing,
+    Gate,
+    Patch,
     Replacement,
     Where,
     attention_for,
@@ -57,6 +60,7 @@ class CleanRun:
         keep_z: keep the z of every head at the response positions.
         batch_size: rows of a batch; `"auto"` fills about 512 tokens on a CPU, up to 16,384 on a GPU, as memory
             allows.
+        prompt_cache: of a run of the same prompt with another response.
 
     Attributes:
         losses: `Float64[Tensor, "pos"]`, the objective at each response position.
@@ -77,6 +81,7 @@ class CleanRun:
         where: Where | None = None,
         keep_z: bool = False,
         batch_size: BatchSize = "auto",
+        prompt_cache: PromptCache | None = None,
     ) -> None:
         self.runner, self.prompt, self.positions = runner, prompt, positions
         self.ablation, self.objective = find_ablation(ablation), objective or NLL()
@@ -90,11 +95,11 @@ class CleanRun:
         check_switch(runner.model, f"example {prompt.example_id!r}", self.begin or stop - 1, stop - 1)
         self.tokens = tokens[:, self.begin : stop - 1]
         self.where: Where = where or (everywhere if positions in ("response", "all") else window(prompt, positions))
-        self.prompt_cache: PromptCache | None = None
+        self.prompt_cache = prompt_cache
         self.residuals: Residuals = dict.fromkeys(range(0, runner.cfg.n_layers, self._spacing()))
         with ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
             stack.enter_context(attention_for(runner.model, self.ablation))
-            if self.begin:
+            if self.begin and prompt_cache is None:
                 self.prompt_cache = runner.prefill(tokens[:, : self.begin])
             recording = stack.enter_context(recording_z(runner.model)) if keep_z else {}
             logits = runner.logits(self.tokens, prompt=self.prompt_cache, keep=len(self.targets), record=self.residuals)
@@ -128,6 +133,15 @@ class CleanRun:
         other.ablation, other.where = ablation, where or self.where
         other.values = ablation.standalone("CleanRun", decoding=False)
         return other
+
+    def patched_from(self, source: "CleanRun", patch: Patch) -> "CleanRun":
+        """The same run, to be patched with the z that was kept of another run of the same response."""
+        return self.with_values(replace(patch, z=source.z))
+
+    @property
+    def idle(self) -> bool:
+        """No position is edited."""
+        return self.where(self.tokens.shape[1]) is None
 
     def measured(self, logits: Float[Tensor, "row pos d_vocab"]) -> Float64[Tensor, "row pos"]:
         """The objective at each response position, of logits of this response."""
@@ -174,11 +188,26 @@ class CleanRun:
     @torch.inference_mode()
     def ablated_losses(self, masks: Bool[Tensor, "row layer head"]) -> Float64[Tensor, "row pos"]:
         """The objective at each response position with the heads of each row ablated; a row without heads is clean."""
-        if self.where(self.tokens.shape[1]) is None:
+        if self.idle:
             return self.losses.repeat(len(masks), 1)
         used = masks.any(-1)
         first = torch.where(used.any(-1), used.int().argmax(-1), -1).tolist()
         return self._batched(first, lambda rows: self.edit(masks[rows]))
+
+    def gated(self, gates: Float[Tensor, "row layer head"]) -> Float[Tensor, " row"]:
+        """Mean of the objective over the response with the heads of each row let through by its gates.
+
+        A gate of 1 leaves a head as it is, one of 0 ablates it; gradients flow to the gates, inside `gradients_of`.
+        """
+        return self.gated_losses(gates).mean(-1)
+
+    def gated_losses(self, gates: Float[Tensor, "row layer head"]) -> Float[Tensor, "row pos"]:
+        """The objective at each response position, as `gated`."""
+        with Gate(gates, self.ablation, self.where, self.values).on(self.runner.model):
+            logits = self.runner.logits(
+                self.tokens.expand(len(gates), -1), prompt=self.prompt_cache, keep=len(self.targets)
+            )
+        return self.measured(logits)
 
     def edit(self, masks: Bool[Tensor, "row layer head"]) -> Editing:
         """What ablates the heads of each row, where rows join by layer."""

@@ -1,12 +1,15 @@
 """What a score is a change of."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from dps_lens.errors import ScoreError
 from dps_lens.extensions import settings_of
 from dps_lens.model.losses import token_losses
 
@@ -22,7 +25,10 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
-    unit: ClassVar[str] = "nats per token"
+
+    @property
+    def unit(self) -> str:
+        return "nats per token"
 
     def settings(self) -> Any:
         """The name, with the fields where there are any, for a manifest."""
@@ -56,6 +62,103 @@ class NLL(Objective):
         clean: Float[Tensor, "pos d_vocab"],
     ) -> Float[Tensor, " pos"]:
         return token_losses(logits, targets)
+
+
+@dataclass(frozen=True)
+class AnswersObjective(Objective):
+    """One number an example, from the NLLs of all its answers: of the user's own, and of the rejected ones.
+
+    Attributes:
+        per_token: an answer's NLL is its mean over tokens, so that long and short answers are alike; else their sum,
+            which is −log p of the whole answer and favours short ones.
+    """
+
+    per_token: bool = True
+
+    @property
+    def unit(self) -> str:
+        return "nats per token" if self.per_token else "nats"
+
+    def settings(self) -> Any:
+        return self.name if self.per_token else super().settings()
+
+    def losses(
+        self,
+        logits: Float[Tensor, "pos d_vocab"],
+        targets: Int[Tensor, " pos"],
+        clean: Float[Tensor, "pos d_vocab"],
+    ) -> Float[Tensor, " pos"]:
+        """−log p of the tokens of one answer."""
+        return token_losses(logits, targets)
+
+    def of_means(self, means: Sequence[Tensor], lengths: Sequence[int]) -> Float[Tensor, " row"]:
+        """The objective of each row, from the mean NLL of every answer in that row.
+
+        Args:
+            means: one `Float[Tensor, "row"]` an answer, the user's own first.
+            lengths: tokens of each answer.
+        """
+        nlls = [mean if self.per_token else mean * length for mean, length in zip(means, lengths, strict=True)]
+        return self.combined(torch.stack(nlls, dim=-1))
+
+    @abstractmethod
+    def combined(self, nlls: Float[Tensor, "row answer"]) -> Float[Tensor, " row"]:
+        """The objective, from the NLLs of the answers, the user's own first; lower is better."""
+
+
+@dataclass(frozen=True)
+class Pair(AnswersObjective):
+    """`NLL(own) − NLL(rejected)`, the log-odds by which the model prefers what the user rejected; of several rejected
+    answers their mean.
+
+    What any text needs changes both NLLs alike and cancels. Minus this is the margin, which with `per_token=False` is
+    the difference of log-probabilities that direct preference optimisation learns from (arXiv 2305.18290).
+    """
+
+    name: ClassVar[str] = "pair"
+
+    def combined(self, nlls: Float[Tensor, "row answer"]) -> Float[Tensor, " row"]:
+        return nlls[..., 0] - nlls[..., 1:].mean(-1)
+
+
+@dataclass(frozen=True)
+class Choice(AnswersObjective):
+    """−log of the probability that the model gives to the user's answer among the answers of the example.
+
+    The probability is a softmax over the answers' log-probabilities, or over their means per token.
+    """
+
+    name: ClassVar[str] = "choice"
+
+    def combined(self, nlls: Float[Tensor, "row answer"]) -> Float[Tensor, " row"]:
+        return nlls[..., 0] + (-nlls).logsumexp(-1)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {one.name: one for one in (NLL, Pair, Choice)}
+
+ObjectiveLike: TypeAlias = Objective | str
+
+
+def find_objective(asked: ObjectiveLike | None) -> Objective:
+    """An objective by name, or the object itself; the NLL where none is asked for.
+
+    Raises:
+        ScoreError: the name is unknown.
+    """
+    if isinstance(asked, Objective):
+        return asked
+    if asked is not None and asked not in OBJECTIVES:
+        raise ScoreError(
+            f"objective {asked!r} is unknown; use one of {', '.join(OBJECTIVES)}, or an Objective of your own"
+        )
+    return OBJECTIVES[asked or NLL.name]()
+
+
+def objective_of(settings: Any) -> Objective | None:
+    """The objective that stands in a manifest; None where it is somebody's own."""
+    name, given = (settings.get("name"), {**settings}) if isinstance(settings, dict) else (settings, {})
+    given.pop("name", None)
+    return OBJECTIVES[name](**given) if name in OBJECTIVES else None
 
 
 def losses_of_rows(

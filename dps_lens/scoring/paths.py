@@ -6,14 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from dps_lens.errors import ScoreError
-from dps_lens.intervene import Gate, attention_for
+from dps_lens.intervene import attention_for
 from dps_lens.model import HookedModel
-from dps_lens.scoring.clean_run import CleanRun
-from dps_lens.scoring.objectives import losses_of_rows
+from dps_lens.scoring.answers import ExampleRun
 
 STEPS = 5
 """Nodes of a path integral, where nobody asks for another number; see docs/finders.md."""
@@ -31,7 +29,7 @@ class PathScores(NamedTuple):
     change: float
 
 
-def integrated(clean: CleanRun, steps: int) -> PathScores:
+def integrated(clean: ExampleRun, steps: int) -> PathScores:
     """Integrated gradients of every head (Sundararajan et al. 2017, arXiv 1703.01365) from a run to its ablation.
 
     All heads go the way together: `z(g) = z′ + g·(z − z′)` with one gate g for all, `z′` what the ablation would put
@@ -48,7 +46,7 @@ def integrated(clean: CleanRun, steps: int) -> PathScores:
     """
     cfg = clean.runner.cfg
     values = torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64)
-    if clean.where(clean.tokens.shape[1]) is None:
+    if clean.idle:
         return PathScores(values.float(), 0.0)
     nodes, weights = (torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(steps))
     nodes, weights = (nodes + 1) / 2, weights / 2
@@ -57,9 +55,8 @@ def integrated(clean: CleanRun, steps: int) -> PathScores:
         part = slice(done, done + rows)
         gates = nodes[part, None, None].float().repeat(1, cfg.n_layers, cfg.n_heads).requires_grad_()
         try:
-            with gated(clean):
-                losses = gated_losses(clean, gates)
-                (gradient,) = torch.autograd.grad((losses.mean(-1) * weights[part]).sum(), gates)
+            with gradients_of(clean):
+                (gradient,) = torch.autograd.grad((clean.gated(gates) * weights[part]).sum(), gates)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
@@ -77,22 +74,9 @@ def integrated(clean: CleanRun, steps: int) -> PathScores:
     return PathScores(values.float(), float(clean.ablated(everything)) - clean.value)
 
 
-def gated_losses(clean: CleanRun, gates: Float[Tensor, "row layer head"]) -> Float[Tensor, "row pos"]:
-    """The objective at each response position with the heads of each row let through by its gates.
-
-    A gate of 1 leaves a head as it is, one of 0 ablates it; gradients flow to the gates, inside `gated`.
-    """
-    gate = Gate(gates, clean.ablation, clean.where, clean.values)
-    with gate.on(clean.runner.model):
-        logits = clean.runner.logits(
-            clean.tokens.expand(len(gates), -1), prompt=clean.prompt_cache, keep=len(clean.targets)
-        )
-    return losses_of_rows(clean.objective, logits, clean.targets, clean.logits)
-
-
 @contextmanager
-def gated(clean: CleanRun) -> Iterator[None]:
-    """Where gradients flow through the model and no weight gets one; enter it once around many `gated_losses`."""
+def gradients_of(clean: ExampleRun) -> Iterator[None]:
+    """Where gradients flow through the model and no weight gets one; enter it once around many `clean.gated(…)`."""
     with (
         attention_for(clean.runner.model, clean.ablation),
         frozen(clean.runner.model),

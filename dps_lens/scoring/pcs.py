@@ -8,7 +8,7 @@ from dps_lens.intervene import AblationLike, find_ablation
 from dps_lens.literals import Positions, ScoreAgainst, ScoreMethod
 from dps_lens.model import HookedModel
 from dps_lens.scores import HeadScores
-from dps_lens.scoring.objectives import NLL, Objective
+from dps_lens.scoring.objectives import ObjectiveLike, find_objective
 from dps_lens.scoring.sweep import ScoreConfig, Sweep
 from dps_lens.work import Engine, Run, RunConfig
 
@@ -19,7 +19,7 @@ def score_heads(
     *,
     ablation: AblationLike = "patch",
     against: ScoreAgainst | None = "other_user",
-    objective: Objective | None = None,
+    objective: ObjectiveLike | None = None,
     positions: Positions = "response",
     method: ScoreMethod = "integrated",
     max_examples: int | None = None,
@@ -53,7 +53,9 @@ def score_heads(
             budget), `"no_profile"`, `"both"` (mean of the two), `"other_user-no_profile"` (what is lost towards a
             stranger beyond what is lost towards nobody), `"no_profile-other_user"`, or None for the paper's PCS. For
             `"patch"`, the counterfactual run.
-        objective: what a score is a change of; the NLL of the response by default.
+        objective: what a score is a change of: `"nll"` of the response; `"pair"`, how much less likely the user's own
+            answer is than the rejected one, so that what any text needs cancels; `"choice"` among the answers of the
+            example; or an `Objective` object, such as `Pair(per_token=False)`, or one of your own.
         positions: `"response"` (from the last prompt token on), `"all"` or `"profile"`.
         method: `"integrated"`: all heads at once along the path, `ScoreConfig.ig_steps` rows of one forward and
             backward; `scores.gap` says how far their sum misses the whole change. `"exact"`: one ablated run a head,
@@ -83,7 +85,7 @@ def score_heads(
         list(users),
         ablation=find_ablation(ablation),
         against=against,
-        objective=objective or NLL(),
+        objective=find_objective(objective),
         positions=positions,
         method=method,
         max_examples=max_examples,

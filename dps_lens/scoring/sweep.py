@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
-from dps_lens.data.conditions import DONORS, prompts_in
+from dps_lens.data.conditions import DONORS, check_same_answers, prompts_in
 from dps_lens.data.examples import by_key, choosing_examples, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import PromptError, ScoreError
@@ -28,6 +28,7 @@ from dps_lens.literals import (
 )
 from dps_lens.model import HookedModel, Runner, runner_of
 from dps_lens.scores import HeadScores
+from dps_lens.scoring.answers import AnswersRun, ExampleRun, example_run, nll_run
 from dps_lens.scoring.attribution import attribute
 from dps_lens.scoring.clean_run import CleanRun, single_heads
 from dps_lens.scoring.means import MeanWork
@@ -87,7 +88,7 @@ class Part:
     component: str
     weight: float
     sign: int
-    clean: CleanRun
+    clean: ExampleRun
 
     def exact(self, chosen: Bool[Tensor, "layer head"]) -> Float[Tensor, "layer head"]:
         """Measured effect of the chosen heads; 0 elsewhere."""
@@ -221,9 +222,7 @@ class Sweep(Work):
         """The clean runs of an example whose heads are ablated, and the clean NLLs by condition."""
         own = self.prompts(example, "own")[0]
         others = {name: self.prompts(example, name) for name in self.shares}
-        everyone = [own, *(prompt for prompts in others.values() for prompt in prompts)]
-        if len({tuple(prompt.response_tokens.tolist()) for prompt in everyone}) != 1:
-            raise ScoreError(f"example {example.id!r}: the response differs between conditions")
+        check_same_answers([own, *(prompt for prompts in others.values() for prompt in prompts)])
         if isinstance(self.ablation, Patch):
             return self.patched(self.ablation, own, others)
         parts = [Part("own", sum(self.shares.values()) if self.shares else 1.0, 1, self.clean_run(own, "own"))]
@@ -241,9 +240,9 @@ class Sweep(Work):
         """Heads patched between the user's own prompt and counterfactual ones; every prompt is run once."""
         noising, keep = patch.direction == "noising", self.positions == "response"
 
-        def run(prompt: Prompt) -> CleanRun:
+        def run(prompt: Prompt) -> ExampleRun:
             options: dict[str, Any] = {"objective": self.objective, "batch_size": self.batch_size}
-            return CleanRun(self.runner, prompt, positions=self.positions, keep_z=keep, **options)
+            return example_run(self.runner, prompt, positions=self.positions, keep_z=keep, **options)
 
         of_own, parts, nlls = run(own), [], {}
         nlls["own"] = [of_own.nll]
@@ -257,8 +256,8 @@ class Sweep(Work):
                 parts.append(Part(f"patch.{name}", share / len(runs), 1 if noising else -1, clean))
         return parts, nlls
 
-    def clean_run(self, prompt: Prompt, condition: str) -> CleanRun:
-        return CleanRun(
+    def clean_run(self, prompt: Prompt, condition: str) -> ExampleRun:
+        return example_run(
             self.runner,
             prompt,
             ablation=self.ablation,
@@ -354,14 +353,20 @@ class Sweep(Work):
         )
 
 
-def patch_between(model: HookedModel, base: CleanRun, source: CleanRun, patch: Patch) -> CleanRun:
+def patch_between(model: HookedModel, base: ExampleRun, source: ExampleRun, patch: Patch) -> ExampleRun:
     """The clean run `base`, to be patched with z of the clean run `source` of the same example.
 
     Raises:
         PromptError: as `aligned_z`.
     """
+    if isinstance(base, AnswersRun) and isinstance(source, AnswersRun):
+        return base.each(source, partial(_patch_between, model, patch))
+    return _patch_between(model, patch, nll_run(base), nll_run(source))
+
+
+def _patch_between(model: HookedModel, patch: Patch, base: CleanRun, source: CleanRun) -> CleanRun:
     if source.z is not None and base.positions == "response":
-        return base.with_values(replace(patch, z=source.z))
+        return base.patched_from(source, patch)
     z, where = aligned_z(model, base.prompt, source.prompt, base.positions)
     return base.with_values(replace(patch, z=z), where)
 

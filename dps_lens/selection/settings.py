@@ -13,7 +13,7 @@ from dps_lens.found import FoundHeads
 from dps_lens.intervene import Ablation, AblationLike, Mean, Patch, find_ablation
 from dps_lens.literals import Positions
 from dps_lens.scores import HeadScores
-from dps_lens.scoring.objectives import NLL, Objective
+from dps_lens.scoring.objectives import NLL, Objective, ObjectiveLike, find_objective, objective_of
 from dps_lens.scoring.sweep import ScoreConfig
 from dps_lens.selection.rankings import HeadSource
 
@@ -46,7 +46,7 @@ def inherited(
     *,
     ablation: AblationLike | None = None,
     positions: Positions | None = None,
-    objective: Objective | None = None,
+    objective: ObjectiveLike | None = None,
     prompt_config: PromptConfig | None = None,
     uses: Collection[str] = SHARED,
 ) -> Settings:
@@ -65,10 +65,11 @@ def inherited(
         ScoreError: scores were made with other settings than asked for, or than each other, or with other means.
     """
     asked = find_ablation(ablation) if ablation is not None else None
+    measured = find_objective(objective) if objective is not None else None
     agreed: dict[str, Any] = {
         "ablation": asked and asked.settings(),
         "positions": positions,
-        "objective": objective and objective.settings(),
+        "objective": measured and measured.settings(),
         "prompt_config": prompt_config and prompt_config.to_dict(),
     }
     means: dict[str, Tensor] = {}
@@ -100,14 +101,15 @@ def inherited(
     named = agreed["ablation"] or "zero"
     if asked is None and not isinstance(named, str):
         raise ScoreError(f"{call}: heads were scored with the ablation {named}; give that object as ablation=")
-    if objective is None and agreed["objective"] not in (None, NLL.name):
+    measured = measured or objective_of(agreed["objective"] or NLL.name)
+    if measured is None:
         raise ScoreError(
             f"{call}: heads were scored with the objective {agreed['objective']}; give that object, "
             "held_out_config=HeldOutConfig(objective=…)"
         )
     config = PromptConfig(**agreed["prompt_config"]) if agreed["prompt_config"] else PromptConfig()
     where: Positions = agreed["positions"] or "response"
-    return Settings(asked or find_ablation(named), where, objective or NLL(), config, means)
+    return Settings(asked or find_ablation(named), where, measured, config, means)
 
 
 def score_settings(scores: HeadScores) -> dict[str, Any]:
@@ -121,7 +123,8 @@ def score_settings(scores: HeadScores) -> dict[str, Any]:
     missing = [name for name in names if name not in manifest]
     if missing:
         raise ScoreError(f"these scores do not come from score_heads: their manifest lacks {', '.join(missing)}")
-    if not isinstance(manifest["ablation"], str) or manifest["objective"] != NLL.name:
+    objective = objective_of(manifest["objective"])
+    if not isinstance(manifest["ablation"], str) or objective is None:
         raise ScoreError("scores of an ablation or objective of your own cannot be measured again by name; score anew")
     ablation = find_ablation(manifest["ablation"])
     if isinstance(ablation, Patch):
@@ -131,4 +134,9 @@ def score_settings(scores: HeadScores) -> dict[str, Any]:
     score_config = ScoreConfig(**rare)
     settings["method"] = "integrated" if manifest["method"] == "integrated" else "exact"
     prompt_config = PromptConfig(**manifest["prompt_config"])
-    return settings | {"ablation": ablation, "score_config": score_config, "prompt_config": prompt_config}
+    return settings | {
+        "ablation": ablation,
+        "objective": objective,
+        "score_config": score_config,
+        "prompt_config": prompt_config,
+    }

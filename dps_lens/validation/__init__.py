@@ -1,5 +1,6 @@
 """Proof: runs of a model on held-out examples with heads ablated, patched or looked at."""
 
+from dps_lens.validation.answers import AnswerRanks, rank_answers
 from dps_lens.validation.attention import AttentionPattern, attention_pattern, profile_attention
 from dps_lens.validation.circuits import Faithfulness
 from dps_lens.validation.curve import ablation_cost, ablation_curve
@@ -11,6 +12,7 @@ from dps_lens.validation.vectors import VectorConfig, vector_recovery
 from dps_lens.validation.work import HeldOutConfig
 
 __all__ = [
+    "AnswerRanks",
     "AttentionPattern",
     "Faithfulness",
     "HeldOutConfig",
@@ -24,5 +26,6 @@ __all__ = [
     "measure_noise",
     "patch_heads",
     "profile_attention",
+    "rank_answers",
     "vector_recovery",
 ]

@@ -16,6 +16,7 @@ from dps_lens.intervene import AblationLike, Patch, Zero
 from dps_lens.literals import AGAINST, CONDITIONS, PATCHED, Select
 from dps_lens.model import HookedModel
 from dps_lens.scores import HeadScores
+from dps_lens.scoring import nll_run
 from dps_lens.selection import HeadSource, check_held_out
 from dps_lens.validation.edits import Condition, EditWork
 from dps_lens.validation.effects import SetEffects
@@ -206,11 +207,16 @@ class AblationWork(EditWork):
                 runs[name] if shared else self.clean_run(prompts[name], name, ablation=Zero(), keep_z=True)
                 for name in ends
             )
-            edited |= dict(zip(PATCHED, zip(ends, exchanged(own, other), strict=True), strict=True))
-        return {
+            edited |= dict(zip(PATCHED, zip(ends, exchanged(self.model, own, other), strict=True), strict=True))
+        found = {
             name: Condition(full, run, run.ablated_losses, drawn=name in self.config.controls)
             for name, (full, run) in edited.items()
         }
+        if self.compares:
+            # Whatever answers are compared by, what a set costs is what it does to the model's language.
+            task = nll_run(runs["no_profile"])
+            found["task"] = Condition("task", task, task.ablated_losses, drawn=found["no_profile"].drawn)
+        return found
 
     def more(self) -> dict[str, Any]:
         return {"neutral": self.texts, "controls": list(self.config.controls), "patched": self.config.patched}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dps_lens.data import Example
 from dps_lens.data.copied import copied_tokens
-from dps_lens.scoring import CleanRun
+from dps_lens.scoring import ExampleRun
 from dps_lens.validation.effects import SetEffects
 from dps_lens.validation.work import HeldOutWork
 from dps_lens.work import Run, Units
@@ -30,7 +30,7 @@ class Condition:
     """
 
     full: str
-    clean: CleanRun
+    clean: ExampleRun
     edited: Callable[[Bool[Tensor, "row layer head"]], Float64[Tensor, "row pos"]] | None = None
     drawn: bool = False
 
@@ -72,7 +72,12 @@ class EditWork(HeldOutWork):
         return unit
 
     def copied(self, example: Example) -> Float64[Tensor, " pos"]:
-        """1 for response tokens that end an n-gram of the response which the own profile holds."""
+        """1 for response tokens that end an n-gram of the response which the own profile holds.
+
+        A number of several answers has no tokens to be told apart, and counts as not copied.
+        """
+        if self.compares:
+            return torch.zeros(1, dtype=torch.float64)
         prompt = self.build(example, "own")
         start, stop = prompt.spans["profile"]
         return copied_tokens(prompt.response_tokens.tolist(), prompt.tokens[start:stop].tolist(), self.config.ngram)

@@ -26,7 +26,7 @@ from dps_lens.stats.intervals import (
     user_means,
 )
 from dps_lens.stats.skew import skewness_of
-from dps_lens.validation.measures import GAIN, GAIN_OTHER, MEASURES, Measure
+from dps_lens.validation.measures import GAIN, GAIN_OTHER, MEASURES, TASK_COST_IN_NLL, Measure
 from dps_lens.validation.verdict import REMOVED, TOLD, verdict
 
 if TYPE_CHECKING:
@@ -39,17 +39,19 @@ _NOTHING = {"mean": float("nan"), "low": float("nan"), "high": float("nan")}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SetEffects(Result):
-    """Changes of NLL when sets of heads are edited, nats per token, of `ablation_curve` or `patch_heads`.
+    """Changes of NLL, or of another objective, when sets of heads are edited, of `ablation_curve` or `patch_heads`.
 
     The last axis of every tensor is (all tokens, copied tokens): the second counts only response tokens that
-    continue an n-gram of the user's profile, divided by all tokens, so that copied + rest = all.
+    continue an n-gram of the user's profile, divided by all tokens, so that copied + rest = all. Nothing is copied in
+    numbers that compare several answers.
 
     Attributes:
         families: names.
         ks: sizes of the sets.
         user_ids: owner of each example.
         example_ids: one a row.
-        full: condition → `Float64[Tensor, "example 2"]`, NLL of the unedited model.
+        full: condition → `Float64[Tensor, "example 2"]`, NLL of the unedited model. Where answers are compared, `task`
+            is the NLL of the user's own answer without a profile.
         chosen: condition → `Float64[Tensor, "example family k 2"]`, NLL edited − unedited.
         draws: condition → `Float64[Tensor, "draw user family k 2"]`, the same for random sets. Where
             `manifest["spread"]` is true, draw d is measured on example `d mod n` of a user's n; else it is the mean
@@ -72,7 +74,11 @@ class SetEffects(Result):
     @property
     def measures(self) -> tuple[str, ...]:
         """Measures that these conditions allow."""
-        return tuple(name for name, measure in MEASURES.items() if {*measure.weights} <= {*self.chosen})
+        return tuple(name for name in MEASURES if {*self.measure(name).weights} <= {*self.chosen})
+
+    def measure(self, name: str) -> Measure:
+        """What a measure sums up; where answers are compared, the task's cost is that of the NLL."""
+        return TASK_COST_IN_NLL if name == "task_cost" and "task" in self.chosen else MEASURES[name]
 
     def to_frame(self, *, part: Share = "all", level: float = 0.95) -> "pandas.DataFrame":
         """One row a family, k and measure.
@@ -98,8 +104,12 @@ class SetEffects(Result):
         layer has too few other heads.
 
         Args:
-            part: `"all"` tokens, the `"copied"` ones, or the `"rest"`; the two add up to all.
+            part: `"all"` tokens, the `"copied"` ones, or the `"rest"`; the two add up to all. Where answers are
+                compared there is `"all"` only.
             level: of the intervals.
+
+        Raises:
+            ScoreError: there is no such part.
         """
         import pandas as pd
 
@@ -108,11 +118,11 @@ class SetEffects(Result):
             for position, k in enumerate(self.ks):
                 about = {"family": family, "k": k}
                 for name in self.measures:
-                    rows.append(about | {"measure": name} | self._row(MEASURES[name], index, position, part, level))
+                    rows.append(about | {"measure": name} | self._row(self.measure(name), index, position, part, level))
                 for name in (name for name in CONDITIONS if name in self.full and name in self.chosen):
                     values = self.full[name] + self.chosen[name][:, index, position]
                     of_users = self._users({name: values}, {name: 1.0}, part)
-                    rows.append(about | {"measure": f"{self.loss}, {name}", **interval(of_users, level)})
+                    rows.append(about | {"measure": self._named(name), **interval(of_users, level)})
         return pd.DataFrame(rows)
 
     def by_user(self, *, part: Share = "all") -> "pandas.DataFrame":
@@ -133,8 +143,8 @@ class SetEffects(Result):
             for position, k in enumerate(self.ks):
                 columns: dict[str, Any] = {"user": users, "family": family, "k": k}
                 for name in self.measures:
-                    columns[name] = self._chosen(MEASURES[name], index, position, part)
-                    random = self._random(MEASURES[name], index, position, part)
+                    columns[name] = self._chosen(self.measure(name), index, position, part)
+                    random = self._random(self.measure(name), index, position, part)
                     if random is not None and len(random):
                         columns[f"random {name}"] = random.mean(0)
                 frames.append(pd.DataFrame(columns))
@@ -143,7 +153,7 @@ class SetEffects(Result):
     def _of_full(self) -> dict[str, Mapping[str, float]]:
         """What is said of the full model, as weights of conditions."""
         known = [name for name in CONDITIONS if name in self.full]
-        conditions: dict[str, Mapping[str, float]] = {f"{self.loss}, {name}": {name: 1.0} for name in known}
+        conditions: dict[str, Mapping[str, float]] = {self._named(name): {name: 1.0} for name in known}
         if "no_profile" in self.full:
             conditions["gain"] = GAIN
         if "other_user" in self.full:
@@ -201,6 +211,8 @@ class SetEffects(Result):
         return "same layers"
 
     def _users(self, tensors: Mapping[str, Tensor], weights: Mapping[str, float], part: Share) -> np.ndarray:
+        if part != "all" and "task" in self.full:
+            raise ScoreError(f"part {part!r}: {self.loss!r} compares answers, not tokens; use 'all'")
         return user_means(_sum(tensors, weights, part), self.user_ids)
 
     @property
@@ -209,6 +221,10 @@ class SetEffects(Result):
         objective = self.manifest.get("objective", "nll")
         name = objective["name"] if isinstance(objective, dict) else str(objective)
         return "NLL" if name == "nll" else name
+
+    def _named(self, condition: str) -> str:
+        """What was measured in a condition; of neutral text, which has one answer, that is the NLL."""
+        return f"{'NLL' if condition == 'neutral' and 'task' in self.full else self.loss}, {condition}"
 
     def summary(self) -> str:
         k = ", ".join(map(str, self.ks))
@@ -264,7 +280,7 @@ class SetEffects(Result):
         ]
         shown, beside, difference = f"top {self._sizes(family, k)} heads", [], []
         for name in sorted(self.measures, key=lambda name: not MEASURES[name].left):
-            measure, label = MEASURES[name], name.replace("gain_left", "gain")
+            measure, label = self.measure(name), name.replace("gain_left", "gain")
             chosen, random = self._chosen(measure, *place, "all"), self._random(measure, *place, "all")
             rows.append({"ablated": shown, "measure": label, **interval(chosen, level)})
             if random is None:
@@ -317,7 +333,7 @@ class SetEffects(Result):
             )
         family, k = self._which(family, k)
         at = self.families.index(family), self.ks.index(k)
-        rows = {name: self._row(MEASURES[name], *at, "all", level) for name in TOLD if name in self.measures}
+        rows = {name: self._row(self.measure(name), *at, "all", level) for name in TOLD if name in self.measures}
         gains = {
             name: interval(self._users(self.full, MEASURES[name].gain, "all"), level)
             for name in REMOVED

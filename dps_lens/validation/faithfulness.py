@@ -17,11 +17,11 @@ from dps_lens.data import PromptConfig, User
 from dps_lens.data.conditions import prompts_in
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.heads import HeadSet
-from dps_lens.intervene import Patch
+from dps_lens.intervene import Patch, Zero
 from dps_lens.literals import AGAINST, Against, Select
 from dps_lens.model import HookedModel, ModelConfig
 from dps_lens.scores import HeadScores
-from dps_lens.scoring.sweep import aligned_z
+from dps_lens.scoring.sweep import patch_between
 from dps_lens.selection import HeadSource, Rankings, random_rankings, rankings
 from dps_lens.validation.circuits import Faithfulness
 from dps_lens.validation.work import HeldOutConfig, HeldOutWork
@@ -184,8 +184,12 @@ class FaithfulnessWork(HeldOutWork):
         example, config = self.by_key[key], self.settings.prompt_config
         own = self.build(example, "own")
         (other,) = prompts_in(self.model, example, self.against, self.users, seed=self.seed, config=config)
-        z, where = aligned_z(self.model, own, other, self.settings.positions)
-        clean = self.clean_run(own, "own", ablation=Patch(z=z), where=where)
+        keep_z = self.settings.positions == "response"
+        base, source = (
+            self.clean_run(prompt, name, ablation=Zero(), keep_z=keep_z)
+            for name, prompt in (("own", own), (self.against, other))
+        )
+        clean = patch_between(self.model, base, source, Patch())
         ranked = [sets[example.user_id][0] for sets in self.ranked[0].values()]
         places = torch.cat([torch.stack([places_of(heads, self.model.cfg) for heads in ranked]), self.random])
         sizes = torch.tensor(self.ks)

@@ -11,7 +11,6 @@ from dps_lens.data.examples import held_out_examples
 from dps_lens.model import HookedModel
 from dps_lens.scores import HeadScores, NoiseFloor
 from dps_lens.scoring import score_heads
-from dps_lens.scoring.objectives import NLL
 from dps_lens.scoring.sweep import Sweep
 from dps_lens.selection import check_held_out, score_settings
 from dps_lens.stats.intervals import interval, user_means
@@ -53,9 +52,7 @@ def held_out_effects(
     check_held_out("held_out_effects", scores, examples)
     heads, run, settings = scores.top(k), Run(model, HeadScores, config=run_config), score_settings(scores)
     config = settings.pop("score_config")
-    sweep = Sweep(
-        model, list(users), objective=NLL(), config=config, batch_size=run.config.batch_size, **settings
-    ).with_means(run)
+    sweep = Sweep(model, list(users), config=config, batch_size=run.config.batch_size, **settings).with_means(run)
     chosen, rows = heads.mask(model.cfg), []
     disable = None if run.config.progress else True
     for example in tqdm(examples, desc="held-out effects", unit="example", disable=disable):

@@ -36,3 +36,6 @@ MEASURES = {
     "recovered": Measure({"vector": -1.0}, GAIN),
     "recovered_other": Measure({"vector_other": -1.0}, GAIN),
 }
+
+TASK_COST_IN_NLL = Measure({"task": 1.0}, {})
+"""What an edit costs the task where the objective compares answers."""

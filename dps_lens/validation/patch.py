@@ -11,8 +11,8 @@ from dps_lens.errors import ScoreError
 from dps_lens.intervene import Patch, Zero
 from dps_lens.literals import AGAINST, Against, Select
 from dps_lens.model import HookedModel
-from dps_lens.scoring import CleanRun
-from dps_lens.scoring.sweep import aligned_z
+from dps_lens.scoring import ExampleRun
+from dps_lens.scoring.sweep import patch_between
 from dps_lens.selection import HeadSource
 from dps_lens.validation.edits import Condition, EditWork
 from dps_lens.validation.effects import SetEffects
@@ -83,17 +83,11 @@ class PatchWork(EditWork):
         own = self.build(example, "own")
         config, positions = self.settings.prompt_config, self.settings.positions
         (other,) = prompts_in(self.model, example, self.against, self.users, seed=self.seed, config=config)
-        ends = (("own", own, other), (self.against, other, own))
-        if positions == "response":
-            noised, denoised = exchanged(
-                *(self.clean_run(prompt, name, ablation=Zero(), keep_z=True) for name, prompt, _ in ends)
-            )
-        else:
-            aligned = [aligned_z(self.model, base, source, positions) for _, base, source in ends]
-            noised, denoised = (
-                self.clean_run(base, name, ablation=Patch(z=z), where=where)
-                for (name, base, _), (z, where) in zip(ends, aligned, strict=True)
-            )
+        ends = (("own", own), (self.against, other))
+        run_own, run_other = (
+            self.clean_run(prompt, name, ablation=Zero(), keep_z=positions == "response") for name, prompt in ends
+        )
+        noised, denoised = exchanged(self.model, run_own, run_other)
         suffix = "_other" if self.against == "other_user" else ""
         return {
             f"noising{suffix}": Condition("own", noised, noised.ablated_losses, drawn=True),
@@ -104,11 +98,16 @@ class PatchWork(EditWork):
         return {"against": self.against}
 
 
-def exchanged(own: CleanRun, other: CleanRun) -> tuple[CleanRun, CleanRun]:
-    """The own run to be patched with the other's z (noising), and the reverse (denoising); nothing is run again.
+def exchanged(model: HookedModel, own: ExampleRun, other: ExampleRun) -> tuple[ExampleRun, ExampleRun]:
+    """The own run to be patched with the other's z (noising), and the reverse (denoising); nothing is run again where
+    both kept their z.
 
     Args:
-        own: a run of the response with the own profile, its z kept.
+        model: a hooked model.
+        own: a run of the response with the own profile.
         other: of the same response after another prompt.
+
+    Raises:
+        PromptError: positions other than `"response"` and prompts of unequal length.
     """
-    return own.with_values(Patch(z=other.z)), other.with_values(Patch(z=own.z))
+    return patch_between(model, own, other, Patch()), patch_between(model, other, own, Patch())

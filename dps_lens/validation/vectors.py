@@ -18,7 +18,7 @@ from dps_lens.errors import HeadError, ScoreError
 from dps_lens.intervene import Ablation, Zero
 from dps_lens.literals import VECTOR_AGAINST, Select, VectorAgainst
 from dps_lens.model import HookedModel, native_attention
-from dps_lens.scoring import CleanRun
+from dps_lens.scoring import CleanRun, nll_run
 from dps_lens.scoring.objectives import losses_of_rows
 from dps_lens.selection import HeadSource
 from dps_lens.validation.edits import Condition, EditWork
@@ -139,6 +139,11 @@ class VectorWork(EditWork):
         super().__post_init__()
         if self.vector.against == "other_user" and len(self.users) < 2:
             raise ScoreError("vector_recovery: against='other_user' needs at least two users; use 'no_profile'")
+        if self.compares:
+            raise ScoreError(
+                f"vector_recovery: it measures one response, and objective {self.settings.objective.name!r} compares "
+                "several; give held_out_config=HeldOutConfig(objective='nll')"
+            )
         # Vectors are added at the response, whatever the scores were measured at.
         self.settings = replace(self.settings, positions="response", ablation=Zero())
 
@@ -193,7 +198,7 @@ class VectorWork(EditWork):
         return torch.stack([every.of(example) for example in examples]).mean(0)
 
     def conditions(self, key: str, example: Example) -> dict[str, Condition]:
-        clean = self.clean_run(self.build(example, "none"), "no_profile")
+        clean = nll_run(self.clean_run(self.build(example, "none"), "no_profile"))
         own, *others = [self._adding(clean, self.vectors[one]) for one in self._met(example)]
         conditions = {"vector": Condition("no_profile", clean, own, drawn=True)}
         if others:

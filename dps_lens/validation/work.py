@@ -21,7 +21,7 @@ from dps_lens.intervene import Ablation, AblationLike, Context, Mean, Where
 from dps_lens.literals import CONDITIONS, PATCHED, MeasuredOn, Positions, Select
 from dps_lens.model import HookedModel, ModelConfig, Runner, runner_of
 from dps_lens.scores import HeadScores
-from dps_lens.scoring import CleanRun, Objective
+from dps_lens.scoring import AnswersObjective, ExampleRun, ObjectiveLike, example_run
 from dps_lens.scoring.means import MeanWork
 from dps_lens.selection import (
     SHARED,
@@ -53,7 +53,9 @@ class HeldOutConfig:
             `noising_other` and `denoising_other`. Of what is left out, nothing is claimed beside random sets.
         ngram: a response token counts as copied when it ends an n-gram of the response that the profile holds.
         neutral: texts to measure the neutral cost on; by default prose of the package.
-        objective: what is measured; by default as for the scores, else the NLL of the response.
+        objective: what is measured, as in `score_heads`; by default as for the scores, else the NLL of the response.
+            With `"pair"` and `"choice"`, both off-target costs stay changes of NLL: of the user's own answer without a
+            profile, and of neutral text.
         on: `"discovery"` lets `steering_sweep` measure on the examples that choose.
         weighted: methods of `steering_sweep` whose heads are edited in proportion to their score, the best one wholly:
             scores of the other users, so that none is weighted by its own.
@@ -65,7 +67,7 @@ class HeldOutConfig:
     controls: tuple[str, ...] = (*CONDITIONS, *PATCHED)
     ngram: int = 2
     neutral: Sequence[str] | None = None
-    objective: Objective | None = None
+    objective: ObjectiveLike | None = None
     weighted: Sequence[str] = ()
     on: MeasuredOn = "evaluation"
 
@@ -188,18 +190,24 @@ class HeldOutWork(Work):
         ablation: Ablation | None = None,
         where: Where | None = None,
         keep_z: bool = False,
-    ) -> CleanRun:
-        return CleanRun(
+    ) -> ExampleRun:
+        return example_run(
             self.runner,
             prompt,
             ablation=ablation or self.settings.ablation,
             positions=self.settings.positions,
-            objective=self.settings.objective,
+            # Neutral text has one answer.
+            objective=None if condition == "neutral" and self.compares else self.settings.objective,
             context=self.context(condition),
             where=where,
             keep_z=keep_z,
             batch_size=self.batch_size,
         )
+
+    @property
+    def compares(self) -> bool:
+        """The objective compares the answers of an example."""
+        return isinstance(self.settings.objective, AnswersObjective)
 
     def context(self, condition: str) -> Context:
         """What an ablation may look at: discovery examples only."""
