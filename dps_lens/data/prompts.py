@@ -18,12 +18,10 @@ from dps_lens.checks import check_whole
 from dps_lens.data.documents import Document
 from dps_lens.data.records import Example, User
 from dps_lens.data.retrieval import RetrievalMethod, retrieve
-from dps_lens.data.tokenizer import PromptTokenizer, span
+from dps_lens.data.tokenizer import BETWEEN, ProfileIn, PromptTokenizer, span
 from dps_lens.data.words import RetrievalTokens
 from dps_lens.errors import PromptError
 from dps_lens.model import HookedModel
-
-_BETWEEN = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,10 @@ class PromptConfig:
             `"auto"`, `"script"` where a history is written in scripts without spaces, else `"whitespace"`.
         chat_template_kwargs: for the tokenizer's chat template, such as `{"enable_thinking": False}`; values as JSON
             knows them.
+        profile_in: where the profile stands: `"message"`, before the task in one message; `"system"`, in the system
+            turn; `"turn"`, in an earlier message of the user's. Where the chat template has no such place, and where
+            there is none, it stands in the message, with a warning. A template's own system text, if it has one,
+            stands in its place where no profile is shown.
     """
 
     items: int = 6
@@ -51,6 +53,7 @@ class PromptConfig:
     seed: int = 0
     retrieval_tokens: RetrievalTokens = "auto"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    profile_in: ProfileIn = "message"
 
     def __post_init__(self) -> None:
         for name in ("items", "profile_tokens", "task_tokens", "response_tokens"):
@@ -61,6 +64,7 @@ class PromptConfig:
         for name, value, known in (
             ("retrieval", self.retrieval, get_args(RetrievalMethod)),
             ("retrieval_tokens", self.retrieval_tokens, get_args(RetrievalTokens)),
+            ("profile_in", self.profile_in, get_args(ProfileIn)),
         ):
             if value not in known:
                 raise PromptError(f"PromptConfig: {name} {value!r} is unknown; use one of {', '.join(known)}")
@@ -109,7 +113,7 @@ class Prompt:
     shown: tuple[str, ...]
     items: tuple[tuple[int, int], ...] = ()
     bodies: tuple[tuple[int, int], ...] = ()
-    rejected: tuple[Int[Tensor, " pos"], ...] = ()
+    rejected: tuple[Int[Tensor, " _"], ...] = ()
 
     def __repr__(self) -> str:
         about = f"{self.example_id!r}, profile: {self.condition}, {len(self.shown)} documents"
@@ -167,16 +171,16 @@ def build_prompt(
     snippets = _snippets(tokenizer, example, documents, config.profile_tokens)
     pieces = [tokenizer.defuse("".join(parts)) for parts in snippets]
     heading = example.task.header + "\n"
-    header = heading + "\n".join(pieces) + _BETWEEN if pieces else ""
+    header = heading + "\n".join(pieces) if pieces else ""
     if isinstance(profile, Note):
         if not profile.text.strip():
             raise PromptError(f"build_prompt: example {example.id!r}: the note is empty; use profile='none'")
-        header = tokenizer.cut(tokenizer.defuse(profile.text.strip()), config.profile_tokens) + _BETWEEN
-    text, offset = tokenizer.render(header + own)
+        header = tokenizer.cut(tokenizer.defuse(profile.text.strip()), config.profile_tokens)
+    text, shown_at, asked_at = tokenizer.place(header, own, config.profile_in)
     ids, offsets = tokenizer.encode(text)
     spans = {
-        "profile": span(offsets, offset, offset + len(header)) if header else (0, 0),
-        "task": span(offsets, offset + len(header), offset + len(header) + len(own)),
+        "profile": span(offsets, *shown_at) if header else (0, 0),
+        "task": span(offsets, asked_at, asked_at + len(own)),
     }
     answer, *rejected = _answers(tokenizer, example, config) if response else [[]]
     if not header:
@@ -191,7 +195,7 @@ def build_prompt(
         )
     condition = profile.id if isinstance(profile, User) else "note" if isinstance(profile, Note) else profile
     shown = tuple(document.id for document in documents[: len(pieces)])
-    items, bodies, begin = [], [], offset + len(heading)
+    items, bodies, begin = [], [], shown_at[0] + len(heading)
     for piece, (before, body, _) in zip(pieces, snippets, strict=True):
         items.append(span(offsets, begin, begin + len(piece)))
         bodies.append(span(offsets, begin + len(before), begin + len(before) + len(body)))
@@ -291,7 +295,7 @@ def _snippets(
     """
     parts = [tuple(map(tokenizer.defuse, example.task.parts(document.fields))) for document in documents]
     frames = [tokenizer.count(before + after + "\n") for before, _, after in parts]
-    budget -= tokenizer.count(example.task.header + "\n" + _BETWEEN)
+    budget -= tokenizer.count(example.task.header + "\n" + BETWEEN)
     while len(parts) > 1 and sum(frames) > budget:
         del parts[-1], frames[-1]
     wanted = [tokenizer.count("".join(part) + "\n") for part in parts]

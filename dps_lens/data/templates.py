@@ -43,20 +43,22 @@ class ChatTemplate:
                 f"chat_template_kwargs: the tokenizer's chat template reads no {name!r}; see its chat_template"
             )
 
-    def ask(self, content: str, turns: Sequence[tuple[str, str]] = ()) -> tuple[str, int]:
-        """A prompt for the next answer, and where `content` begins in it.
+    def ask(self, content: str, turns: Sequence[tuple[str, str]] = (), *, system: str = "") -> tuple[str, int]:
+        """A prompt for the next answer, after a system turn and earlier ones, and where `content` begins in it.
 
         A block of reasoning that the template opens is closed, so that an answer follows.
 
         Raises:
             PromptError: the template changes the text, or opens a block whose end is not known.
         """
-        text = self._render(_messages(turns, content), add_generation_prompt=True)
+        text = self._render(_messages(turns, content, system), add_generation_prompt=True)
         if text.count(content) == 1:
             before, after = text.split(content)
         else:
             # The words of the template may be those of the message, so they are found around other words.
-            before, _, after = self._render(_messages(turns, _SAID), add_generation_prompt=True).partition(_SAID)
+            before, _, after = self._render(_messages(turns, _SAID, system), add_generation_prompt=True).partition(
+                _SAID
+            )
             if before + content + after != text:
                 raise PromptError("build_prompt: the tokenizer's chat template changes the text of a message")
         return before + content + after + self._closing(after), len(before)
@@ -113,7 +115,8 @@ class ChatTemplate:
         )
 
 
-def _messages(turns: Sequence[tuple[str, str]], content: str) -> list[dict[str, str]]:
+def _messages(turns: Sequence[tuple[str, str]], content: str, system: str = "") -> list[dict[str, str]]:
     roles = ("user", "assistant")
     earlier = [{"role": role, "content": said} for turn in turns for role, said in zip(roles, turn, strict=True)]
-    return [*earlier, {"role": "user", "content": content}]
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *earlier, {"role": "user", "content": content}]

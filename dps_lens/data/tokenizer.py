@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
+from warnings import warn
 
 import regex
 import torch
@@ -14,7 +15,13 @@ from dps_lens.data.templates import ChatTemplate
 from dps_lens.errors import PromptError
 from dps_lens.model import HookedModel
 
+BETWEEN = "\n\n"
 _ANSWER = "\n\nAnswer:"
+_NOTED = "Thank you. I will keep that in mind."
+
+ProfileIn: TypeAlias = Literal["message", "system", "turn"]
+"""Where a prompt shows the profile."""
+
 _GRAPHEME = regex.compile(r"\X")
 # Something in brackets, as <think>, [INST], {{user}} or <|im_end|>; not runs of spaces, words or single signs.
 _CONTROL = regex.compile(r"\s*(?:<.*\w.*>|\[.*\w.*\]|\{.*\w.*\}|[｜|].*\w.*[｜|]|«.*\w.*»)\s*", regex.DOTALL)
@@ -168,6 +175,36 @@ class PromptTokenizer:
         """The prompt as text after earlier turns, and where `content` begins in it."""
         content = content.strip()
         return self._template.ask(content, turns) if self.chat else (content + _ANSWER, 0)
+
+    def place(self, profile: str, content: str, where: ProfileIn) -> tuple[str, tuple[int, int], int]:
+        """The prompt as text, where the profile begins and ends in it, and where `content` begins.
+
+        Args:
+            profile: nothing where none is shown.
+            content: the task input.
+            where: the profile is put; in the message where the template has no such place.
+        """
+        if profile and where != "message":
+            if found := self._apart(profile, content, where):
+                return found
+            there = "a chat template" if not self.chat else f"a chat template with a place for {where!r}"
+            warn(f"build_prompt: the tokenizer has no {there[2:]}; the profile stands in the message", stacklevel=4)
+        before = profile + BETWEEN if profile else ""
+        text, begin = self.render(before + content)
+        return text, (begin, begin + len(before)), begin + len(before)
+
+    def _apart(self, profile: str, content: str, where: ProfileIn) -> tuple[str, tuple[int, int], int] | None:
+        from jinja2 import TemplateError
+
+        if not self.chat:
+            return None
+        turns = [(profile, _NOTED)] if where == "turn" else []
+        try:
+            text, asked = self._template.ask(content.strip(), turns, system=profile if where == "system" else "")
+        except TemplateError:
+            return None
+        begin = text.rfind(profile, 0, asked)
+        return (text, (begin, begin + len(profile)), asked) if begin >= 0 else None
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
         """Token ids of a rendered prompt, and where they stand in the text."""

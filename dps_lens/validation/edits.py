@@ -59,8 +59,8 @@ class EditWork(HeldOutWork):
         unit: dict[str, Tensor] = {}
         for name, condition in self.conditions(key, example).items():
             clean = condition.clean.losses
-            # Neutral text is not the user's response and copies nothing.
-            weights = torch.zeros_like(clean) if name == "neutral" else copied
+            # Neutral text is not the user's response and copies nothing; where answers are compared, no token counts.
+            weights = torch.zeros_like(clean) if name in ("neutral", "task") else copied
             unit[f"full.{condition.full}"] = _split(clean[None], weights)[0]
             if condition.edited is None:
                 continue

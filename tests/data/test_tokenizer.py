@@ -236,3 +236,50 @@ def test_cuts_between_characters_of_several_tokens():
 
     with pytest.raises(PromptError, match="a first character that is longer than response_tokens"):
         build_prompt(Holder(BYTES), replace(example, reference="😀"), config=dps.PromptConfig(response_tokens=2))
+
+
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+DROPS = "{% for m in messages %}{% if m['role'] != 'system' %}"
+
+
+@pytest.mark.parametrize("where", ["system", "turn"])
+def test_the_profile_stands_where_it_is_asked_to(where):
+    tokenizer = make_tokenizer()
+    example = load_users("probe")[0].examples[0]
+    config = PromptConfig(profile_in=where)
+    prompt = build_prompt(Holder(tokenizer), example, config=config)
+    usual = build_prompt(Holder(tokenizer), example)
+    start, stop = prompt.spans["profile"]
+    role = {"system": "system", "turn": "user"}[where]
+    profile = tokenizer.decode(prompt.tokens[start:stop])
+    assert profile.startswith("Earlier texts by this user:")
+    assert f"<|im_start|>{role}\n{profile}" in prompt.text
+    asked = tokenizer.decode(prompt.tokens[slice(*prompt.spans["task"])])
+    assert f"<|im_start|>user\n{asked}<|im_end|>" in prompt.text
+    for one, other in zip(prompt.items, usual.items, strict=True):
+        assert tokenizer.decode(prompt.tokens[slice(*one)]) == tokenizer.decode(usual.tokens[slice(*other)])
+    assert prompt.response_tokens.equal(usual.response_tokens)
+    assert (
+        build_prompt(Holder(tokenizer), example, "none", config=config).text
+        == build_prompt(Holder(tokenizer), example, "none").text
+    )
+
+
+@pytest.mark.parametrize(
+    "template", [REFUSES + CHAT_TEMPLATE, CHAT_TEMPLATE.replace("{% for m in messages %}", DROPS), None]
+)
+def test_a_template_without_a_system_turn_shows_the_profile_in_the_message(template):
+    tokenizer = make_tokenizer(chat=template is not None)
+    if template is not None:
+        tokenizer.chat_template = (
+            template.replace("{% endfor %}", "{% endif %}{% endfor %}") if DROPS in template else template
+        )
+    example = load_users("probe")[0].examples[0]
+    with pytest.warns(UserWarning, match="the profile stands in the message"):
+        prompt = build_prompt(Holder(tokenizer), example, config=PromptConfig(profile_in="system"))
+    assert prompt.tokens.equal(build_prompt(Holder(tokenizer), example).tokens)
+
+
+def test_a_place_that_is_none_is_refused(unchecked):
+    with pytest.raises(PromptError, match="profile_in"):
+        PromptConfig(profile_in="header")
