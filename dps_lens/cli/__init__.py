@@ -6,6 +6,7 @@ import typer
 
 from dps_lens.cli import (
     ablate,
+    answers,
     compare,
     demo,
     describe,
@@ -24,6 +25,7 @@ from dps_lens.cli.app import app
 
 __all__ = [
     "ablate",
+    "answers",
     "app",
     "compare",
     "demo",

@@ -13,6 +13,7 @@ from dps_lens.cli.checks import (
     heads_of,
     numbers,
     objective_of,
+    paired,
     sizes_of,
     with_discovery,
 )
@@ -30,6 +31,7 @@ from dps_lens.cli.options import (
     Objective,
     Outputs,
     OwnHeads,
+    Pairs,
     Strict,
     Users,
 )
@@ -45,6 +47,7 @@ def ablate(
     outputs: Outputs = None,
     max_users: MaxUsers = None,
     strict: Strict = False,
+    pairs: Pairs = None,
     max_examples: HeldOutExamples = None,
     kinds: Kinds = "induction,retrieval,function_vector",
     ks: Annotated[
@@ -79,7 +82,7 @@ def ablate(
         loaded = load_for(engine, model, device, dtype)
         check_same_model("ablate", scores, loaded)
         sets = {"preference": scores, **dps.reference_heads(loaded, families(kinds), engine=engine)}
-        tested = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
+        tested = paired(dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict), pairs)
         options: dict[str, Any] = {
             "ks": numbers("ks", ks, int) if ks is not None else sizes_of(scores, (1, 5, 10, 20)),
             "n_random": n_random,

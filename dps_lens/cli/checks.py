@@ -111,6 +111,13 @@ def ablation_of(text: str | None) -> "AblationLike | None":
     return load_object(text, Ablation)
 
 
+def paired(users: "Sequence[User]", pairs: str | None) -> "list[User]":
+    """The users, with rejected answers of others where that was asked for."""
+    from dps_lens.data import make_pairs
+
+    return list(users) if pairs is None else make_pairs(users, same=None if pairs == "any" else pairs)
+
+
 def objective_of(text: str | None) -> "ObjectiveLike | None":
     """An objective by name or import path."""
     if text is None or not is_path(text):

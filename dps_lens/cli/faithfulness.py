@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, families, heads_of, numbers, objective_of, with_discovery
+from dps_lens.cli.checks import check_same_model, families, heads_of, numbers, objective_of, paired, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     BatchSize,
@@ -21,6 +21,7 @@ from dps_lens.cli.options import (
     Objective,
     Outputs,
     OwnHeads,
+    Pairs,
     Strict,
     Users,
 )
@@ -36,6 +37,7 @@ def faithfulness(
     outputs: Outputs = None,
     max_users: MaxUsers = None,
     strict: Strict = False,
+    pairs: Pairs = None,
     max_examples: HeldOutExamples = None,
     kinds: Kinds = "induction,retrieval,function_vector",
     sizes: Annotated[str | None, typer.Option(help="Shares of all heads; by default those of the benchmark.")] = None,
@@ -64,7 +66,7 @@ def faithfulness(
         loaded = load_for(engine, model, device, dtype)
         check_same_model("faithfulness", scores, loaded)
         ranked = {"preference": scores, **dps.reference_heads(loaded, families(kinds), engine=engine)}
-        tested = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
+        tested = paired(dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict), pairs)
         tested = with_discovery("faithfulness", tested, strict=strict) if select == "user" else tested
         options: dict[str, Any] = {"sizes": numbers("sizes", sizes, float)} if sizes is not None else {}
         curves = dps.faithfulness(

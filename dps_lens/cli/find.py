@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import finder_of, objective_of, template_kwargs, with_discovery
+from dps_lens.cli.checks import finder_of, objective_of, paired, template_kwargs, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, Workers, engine_of, load_for
 from dps_lens.cli.options import (
     BatchSize,
@@ -18,6 +18,7 @@ from dps_lens.cli.options import (
     Model,
     Objective,
     Outputs,
+    Pairs,
     Strict,
     TemplateKwargs,
     Users,
@@ -34,6 +35,7 @@ def find(
     outputs: Outputs = None,
     max_users: MaxUsers = None,
     strict: Strict = False,
+    pairs: Pairs = None,
     chat_template_kwargs: TemplateKwargs = None,
     k: Annotated[int, typer.Option(min=1, help="At most so many heads.")] = 10,
     method: Annotated[
@@ -79,7 +81,7 @@ def find(
     import dps_lens as dps
     from dps_lens.files import write_text
 
-    loaded = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
+    loaded = paired(dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict), pairs)
     if discovery == "history":
         loaded = with_discovery("find", loaded, strict=strict)
     with engine_of(workers, ray, cpus, gpus, None) as engine:

@@ -9,7 +9,7 @@ from dps_lens.literals import ScoreAgainst, Select
 
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a Hugging Face id, a folder or a .gguf file.")]
 Users = Annotated[
-    str, typer.Option("--users", "-u", help="'probe', a LaMP questions file, LongLaMP or document JSON lines.")
+    str, typer.Option("--users", "-u", help="'probe', LaMP questions, LongLaMP records, documents, pairs or choices.")
 ]
 Outputs = Annotated[Path | None, typer.Option(help="LaMP outputs file, when it is not beside the questions.")]
 MaxUsers = Annotated[int | None, typer.Option(min=1, help="Use the first so many users.")]
@@ -34,6 +34,10 @@ Against = Annotated[
 ]
 Ablation = Annotated[
     str, typer.Option(help="zero, mean, patch, uniform, or one of your own: file.py:Name or package.module:Name.")
+]
+Pairs = Annotated[
+    str | None,
+    typer.Option(help="Give every text another user's as its rejected answer: 'any', or of those who share a label."),
 ]
 Objective = Annotated[
     str | None,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import ablation_of, objective_of, template_kwargs, with_discovery
+from dps_lens.cli.checks import ablation_of, objective_of, paired, template_kwargs, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     Ablation,
@@ -19,6 +19,7 @@ from dps_lens.cli.options import (
     Model,
     Objective,
     Outputs,
+    Pairs,
     Strict,
     TemplateKwargs,
     Users,
@@ -35,6 +36,7 @@ def score(
     outputs: Outputs = None,
     max_users: MaxUsers = None,
     strict: Strict = False,
+    pairs: Pairs = None,
     chat_template_kwargs: TemplateKwargs = None,
     max_examples: Annotated[
         int | None, typer.Option(min=1, help="Newest discovery examples of each user; all by default.")
@@ -71,7 +73,7 @@ def score(
     import dps_lens as dps
     from dps_lens.files import write_text
 
-    loaded = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
+    loaded = paired(dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict), pairs)
     if discovery == "history":
         loaded = with_discovery("score", loaded, strict=strict)
     with engine_of(workers, ray, cpus, gpus, shard) as engine:

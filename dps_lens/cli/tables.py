@@ -83,6 +83,23 @@ def print_found(found: "FoundHeads") -> None:
     console.print(table)
 
 
+def print_answers(frame: "pandas.DataFrame", summary: str) -> None:
+    """One row a measure, one column a condition, and what the own profile adds."""
+    from rich.table import Table
+
+    table = Table(title=printable(f"{summary}, 95% over users"))
+    conditions = list(dict.fromkeys(frame["condition"]))
+    for column in ("", *conditions):
+        table.add_column(printable(column), justify="right" if column else "left")
+    cells = {
+        (row["condition"], row["measure"]): f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        for row in frame.to_dict("records")
+    }
+    for measure in dict.fromkeys(frame["measure"]):
+        _add(table, measure, *(cells.get((condition, measure), "") for condition in conditions))
+    _console().print(table)
+
+
 def print_cost(cost: "SetEffects") -> None:
     """The full model, then one row a measure: of the set, of its random sets, and the difference; and the verdict."""
     from rich.table import Table

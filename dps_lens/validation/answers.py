@@ -188,10 +188,7 @@ class AnswerRanks(Result):
 
         rows: list[dict[str, Any]] = []
         of_users: dict[tuple[str, str], np.ndarray] = {}
-        for condition in ("own", *AGAINST):
-            drawn = [self._logits(nll, per_token) for name, nll in self.nll.items() if name.split(".")[0] == condition]
-            if not drawn:
-                continue
+        for condition, drawn in self._drawn(per_token).items():
             for measure, values in self._measured(drawn).items():
                 means = of_users[condition, measure] = user_means(torch.from_numpy(values), self.user_ids)
                 rows.append({"condition": condition, "measure": measure, **interval(means, level)})
@@ -202,6 +199,23 @@ class AnswerRanks(Result):
                     added = of_users["own", measure] - of_users[other, measure]
                     rows.append({"condition": f"own − {other}", "measure": measure, **interval(added, level)})
         return pd.DataFrame(rows)
+
+    def by_user(self, measure: str = "margin", *, per_token: bool = True) -> "pandas.DataFrame":
+        """One row a user, one column a condition: `accuracy`, `chance`, `margin` or `probability`, as in `to_frame`."""
+        import pandas as pd
+
+        found = {
+            condition: user_means(torch.from_numpy(self._measured(drawn)[measure]), self.user_ids)
+            for condition, drawn in self._drawn(per_token).items()
+        }
+        return pd.DataFrame({"user": list(dict.fromkeys(self.user_ids)), **found})
+
+    def _drawn(self, per_token: bool) -> dict[str, list[np.ndarray]]:
+        """The log-probabilities of answers by condition, those of every donor apart."""
+        found: dict[str, list[np.ndarray]] = {}
+        for name, nll in self.nll.items():
+            found.setdefault(name.split(".")[0], []).append(self._logits(nll, per_token))
+        return found
 
     def _logits(self, nll: Tensor, per_token: bool) -> Float[np.ndarray, "example answer"]:
         return (-nll if per_token else -nll * self.length).numpy()

@@ -16,7 +16,7 @@ from dps_lens.errors import InterventionError
 from dps_lens.intervene import Gate, record_z
 from dps_lens.model import runner_of
 from dps_lens.scoring.clean_run import CleanRun, single_heads
-from dps_lens.scoring.paths import gated, gated_losses, integrated
+from dps_lens.scoring.paths import gradients_of, integrated
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"]
 STEPS, ORACLE_STEPS = 5, 100
@@ -167,8 +167,8 @@ def test_gated_losses_follow_each_gate(case, architecture):
     with torch.no_grad():
         expected = walk(plain, own, gates.double(), closed)
     clean = of.patched()
-    with gated(clean), torch.no_grad():
-        losses = gated_losses(clean, gates)
+    with gradients_of(clean), torch.no_grad():
+        losses = clean.gated_losses(gates)
     torch.testing.assert_close(losses.double().mean(-1), expected, atol=1e-4, rtol=1e-4)
 
 
