@@ -18,10 +18,11 @@ topics). Users of the development corpora are one sample; the probe users, who a
 Control. The same heads' random sets of the same layers; another user's profile; sets of as many random heads for the
 overlap.
 
-Decision rule. By intervals over users at 1 − 0.05 / 4 of (1) margin with the own − with another's profile, (2) gain over
-another user that is removed from pairs, by pairs − by NLL, (3) task cost in NLL, by NLL − by pairs: supported above 0,
-not supported below or at 0, else undecided. (4) supported if in the development corpora together fewer than 1.25% of
-10,000 draws of two random sets of K of all heads, one pair of sets a corpus, have as large a mean Jaccard overlap.
+Decision rule. By intervals over users at 1 − 0.05 / 4 of (1) margin with the own − with another's profile, (2) the
+pairs' gain over another user that is removed, by pairs − by NLL, (3) task cost in NLL, by NLL − by pairs: supported
+above 0, not supported below or at 0, else undecided. (4) supported if in the
+development corpora together fewer than 1.25% of 10,000 draws of two random sets of K of all heads, one pair of sets a
+corpus, have as large a mean Jaccard overlap.
 """
 
 from typing import Any

@@ -188,11 +188,11 @@ def print_effects(effects: "SetEffects") -> None:
     console = _console()
     for row in frame[frame["family"] == FULL].to_dict("records"):
         interval = f"({row['low']:.3f} to {row['high']:.3f})"
-        console.print(printable(f"{row['measure']}: {row['mean']:.3f} {interval} nats per token"))
+        console.print(printable(f"{row['measure']}: {row['mean']:.3f} {interval} {effects.unit_of(row['measure'])}"))
     shown = [name for name in effects.measures if not MEASURES[name].left]
     console.print(_side_by_side(effects, frame, shown))
     for measure in shown:
-        table = Table(title=f"{measure}, nats per token, 95% intervals over users")
+        table = Table(title=f"{measure}, {effects.unit_of(measure)}, 95% intervals over users")
         for column in ("family", "K", "mean", "interval", "next random set (95%)", "difference", "interval ", "p"):
             table.add_column(printable(column), justify="left" if column == "family" else "right")
         for row in frame[(frame["measure"] == measure) & (frame["family"] != FULL)].to_dict("records"):

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from dps_lens.data import Example, PromptConfig, User
+from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.examples import choosing_examples, held_out_examples, unit_key
 from dps_lens.digests import tensor_digest
 from dps_lens.errors import SteeringError
@@ -21,6 +21,7 @@ from dps_lens.intervene import Ablation, Patch, find_ablation
 from dps_lens.literals import Select
 from dps_lens.model.losses import token_losses
 from dps_lens.scores import HeadScores
+from dps_lens.scoring import NLL, AnswersObjective, answers_of
 from dps_lens.selection import HeadSource, random_sets
 from dps_lens.steering.layout import check_vector, layers_to_contrast
 from dps_lens.steering.rules import Rule, RuleLike, apart, check_patch, find_rule
@@ -57,7 +58,7 @@ def steering_sweep(
     engine: Engine | None = None,
     run_config: RunConfig | None = None,
 ) -> SteeringSweep:
-    """NLL of the users' own held-out text under rules of `generate`, and how hard each rule steers.
+    """NLL of the users' own held-out text, or another objective, under rules of `generate`, and how hard each steers.
 
     Teacher-forced: a set of heads runs once for all strengths (beside a vector, and `amplify`: once each), and with
     `positions="response"` the prompt once for all sets.
@@ -79,7 +80,7 @@ def steering_sweep(
         held_out_config: `exclude`; `weighted`, methods whose heads are edited in proportion to their score;
             `positions`, where heads are edited (`"response"` by default); `on="discovery"`, to choose strengths
             (`.choose(method)`): heads of scores are then those of users in other folds, and head vectors those of the
-            user's other examples.
+            user's other examples; `objective`, `"nll"`, `"pair"` or `"choice"`, the NLL where none is given.
         seed: of folds and random sets.
         out: a run folder; a run that is started again there resumes.
         engine: as in `score_heads`.
@@ -87,8 +88,9 @@ def steering_sweep(
 
     Raises:
         SteeringError: a rule is unknown or lacks its heads or vectors, or vectors meet other positions than the
-            response; a weighted method has no scores, or a rule (`decore`) that has no parts.
-        ScoreError: scores were measured on one of these examples, or at other positions.
+            response; a weighted method has no scores, or a rule (`decore`) that has no parts; an objective of your own.
+        ScoreError: scores were measured on one of these examples, or at other positions; an example has no rejected
+            answer to compare with.
     """
     if not strengths or min(strengths) <= 0 or list(strengths) != sorted({*strengths}):
         raise SteeringError(f"steering_sweep: strengths {list(strengths)} are not positive and ascending")
@@ -176,6 +178,18 @@ def _check_vectors(name: str, given: object, rule: Rule) -> None:
         )
 
 
+class _Answer(NamedTuple):
+    """What is measured of one answer.
+
+    Attributes:
+        nll: `Float64[Tensor, ""]`, of the full model.
+        steered: label → `Float64[Tensor, "set strength 2"]`, NLL and KL under steering.
+    """
+
+    nll: Tensor
+    steered: dict[str, Tensor]
+
+
 @dataclass
 class SweepWork(HeldOutWork):
     """The run of `steering_sweep`."""
@@ -238,6 +252,10 @@ class SweepWork(HeldOutWork):
                 raise SteeringError(
                     f"steering_sweep: method {name!r} cannot be weighted; it needs scores, and a rule but decore"
                 )
+        if not isinstance(self.settings.objective, NLL | AnswersObjective):
+            raise SteeringError(
+                f"steering_sweep: it measures nll, pair or choice, not {self.settings.objective.name!r}"
+            )
         for rule in self.rules.values():
             check_patch("steering_sweep", rule.ablating.ablation if rule.ablating else None)
         if self.settings.positions != "response" and any(rule.patched for rule in self.rules.values()):
@@ -282,22 +300,54 @@ class SweepWork(HeldOutWork):
 
     @torch.inference_mode()
     def make(self, key: str, given: object = None) -> dict[str, Float64[Tensor, "..."]]:
-        """One example: `nll`, and by method `change.…` and `kl.…`, `[strength]`."""
-        example, every = self.by_key[key], list(self.rules.values())
-        forced = Forced(self.runner, self.build(example, "own"), self.settings.positions)
+        """One example: `nll`, the objective of the full model, and by method `change.…` and `kl.…`, `[strength]`."""
+        example = self.by_key[key]
+        needs_negative = any(rule.needs_negative for rule in self.rules.values())
+        own = self.answers(self.build(example, "own"))
+        none = self.answers(self.build(example, "none")) if needs_negative else [None] * len(own)
+        sets = {name: self.sets(key, name) for name in self.rules}
+        answers = [self._forced(example, *prompts, sets) for prompts in zip(own, none, strict=True)]
+        lengths = [len(prompt.response_tokens) for prompt in own]
+        full = self._measured([answer.nll for answer in answers], lengths)
+        unit: dict[str, Tensor] = {"nll": full}
+        for label in answers[0].steered:
+            change = self._measured([answer.steered[label][..., 0] for answer in answers], lengths) - full
+            kl = torch.stack([answer.steered[label][..., 1] for answer in answers]).mean(0)
+            if not bool(torch.isfinite(change + kl).all()):
+                raise SteeringError(
+                    f"steering_sweep: example {example.id!r}: logits of {label!r} are NaN or infinite; lower "
+                    "the strengths, load the model in float32 or bfloat16, or see check_model(model)"
+                )
+            unit |= {f"change.{label}": change.mean(0), f"kl.{label}": kl.mean(0)}
+        return unit
+
+    def answers(self, prompt: Prompt) -> list[Prompt]:
+        """The answers that the objective looks at, as responses to one prompt."""
+        return answers_of(prompt, self.settings.objective) if self.compares else [prompt]
+
+    def _measured(self, means: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        """The objective, from the mean NLL of every answer."""
+        objective = self.settings.objective
+        return objective.of_means(means, lengths) if isinstance(objective, AnswersObjective) else means[0]
+
+    def _forced(
+        self, example: Example, own: Prompt, none: Prompt | None, sets: Mapping[str, Mapping[str, list[Weights]]]
+    ) -> "_Answer":
+        """One answer under every method, set and strength."""
+        every = list(self.rules.values())
+        forced = Forced(self.runner, own, self.settings.positions)
         full = forced.logits()
         shared: dict[Branch, Tensor] = {}
         patch = Patch()
-        if any(rule.needs_negative for rule in every):
-            negative = Forced(self.runner, self.build(example, "none"))
+        if none is not None:
+            negative = Forced(self.runner, none)
             shared["negative"] = negative.logits()
             patch = Patch(z=negative.z()) if any(rule.patched for rule in every) else patch
         if any(rule.has("early") and not rule.in_place for rule in every):
             shared["early"] = forced.early(full, layers_to_contrast(self.model))
-        nll = token_losses(full, forced.targets).double().mean().cpu()
-        unit: dict[str, Tensor] = {"nll": nll}
+        answer = _Answer(token_losses(full, forced.targets).double().mean().cpu(), {})
         for name, rule in self.rules.items():
-            for label, chosen in self.sets(key, name).items():
+            for label, chosen in sets[name].items():
                 measured = []
                 for heads in chosen:
                     others = dict(shared)
@@ -318,15 +368,9 @@ class SweepWork(HeldOutWork):
                         given_all: dict[Branch, Any] = {term.branch: strength for term in rule.terms}
                         steered = combine(rule.terms, base, others, given_all)
                         loss = token_losses(steered, forced.targets).double().mean().cpu()
-                        measured.append(torch.stack([loss - nll, kl_divergence(steered, full).double().mean().cpu()]))
-                change, kl = torch.stack(measured).reshape(len(chosen), len(self.strengths), 2).mean(0).unbind(-1)
-                if not bool(torch.isfinite(change + kl).all()):
-                    raise SteeringError(
-                        f"steering_sweep: example {example.id!r}: logits of {name!r} are NaN or infinite; lower "
-                        "the strengths, load the model in float32 or bfloat16, or see check_model(model)"
-                    )
-                unit |= {f"change.{label}": change, f"kl.{label}": kl}
-        return unit
+                        measured.append(torch.stack([loss, kl_divergence(steered, full).double().mean().cpu()]))
+                answer.steered[label] = torch.stack(measured).reshape(len(chosen), len(self.strengths), 2)
+        return answer
 
     def sets(self, key: str, name: str) -> dict[str, list[Weights]]:
         """What runs under a method's name, and its random sets; a rule without heads runs once, with none."""

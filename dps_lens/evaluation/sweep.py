@@ -11,6 +11,7 @@ from torch import Tensor
 from dps_lens.checks import check_number
 from dps_lens.errors import SteeringError
 from dps_lens.result import Result
+from dps_lens.scoring.objectives import measured_name
 from dps_lens.stats.intervals import columns, interval, user_means
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ class SteeringSweep(Result):
         strengths: γ, α, or the cap of an adaptive strength.
         user_ids: of each example.
         example_ids: the examples.
-        nll: of the full model, nats per token.
-        change: method → NLL under steering minus that of the full model; below 0 the text became likelier.
-            `"… (random)"` holds layer-matched random heads instead, the mean of an example's draws.
-        kl: method → KL(steered ‖ full), nats per token, mean over the positions of the text.
+        nll: of the full model, nats per token; where answers are compared, the objective in place of the NLL.
+        change: method → NLL under steering minus that of the full model; below 0 the text became likelier, of pairs the
+            own text beside the rejected one. `"… (random)"` holds layer-matched random heads instead, the mean of an
+            example's draws.
+        kl: method → KL(steered ‖ full), nats per token, mean over the positions of the text, and over answers.
         manifest: settings.
     """
 
@@ -45,6 +47,11 @@ class SteeringSweep(Result):
 
     def summary(self) -> str:
         return f"{', '.join(self.methods)} at {len(self.strengths)} strengths on {len(self.example_ids)} examples"
+
+    @property
+    def loss(self) -> str:
+        """What changes: the NLL, or the objective by its name."""
+        return measured_name(self.manifest)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -151,7 +158,7 @@ class SteeringSweep(Result):
             found, n = interval(changes[best], corrected), changes.shape[1]
             helps, at = found["high"] < 0, self.strengths[best]
             spread = f"{found['low']:+.3f} to {found['high']:+.3f}, {n} texts" if n > 1 else "one text, no interval"
-            about = f"the NLL of the own texts changes by {found['mean']:+.3f} nats per token ({spread})"
+            about = f"the {self.loss} of the own texts changes by {found['mean']:+.3f} nats per token ({spread})"
             reason = f"at {at:g} {about}" if helps else f"no strength is shown to help; at {at:g}, the best, {about}"
             row = {"user": user, "strength": at if helps else 0.0, "best": at, **found, "n": n, "reason": reason}
             rows.append(row)

@@ -102,11 +102,13 @@ def ablation(
                 figure.add_hline(y=row["mean"], line={"dash": "dot", "color": "#777777"}, annotation_text="gain", **at)
         figure.add_hline(y=0, line={"color": "#cccccc", "width": 1}, **at)
     words = plain(_WORDS.get(shown[0], shown[0]))
+    units = {effects.unit_of(name) for name in shown}
+    unit = plain(units.pop() if len(units) == 1 else "nats")
     if len(shown) == 1:
-        figure.update_layout(xaxis={"title": "heads edited (K)"}, yaxis={"title": f"{words}, nats per token"})
+        figure.update_layout(xaxis={"title": "heads edited (K)"}, yaxis={"title": f"{words}, {unit}"})
     else:
         words = "what heads remove and what they cost"
-        _name_panels(figure, shown, across, down)
+        _name_panels(figure, shown, across, down, unit)
     figure.update_xaxes(tickvals=list(effects.ks) if across == 1 else _apart(effects.ks))
     height = 420 if down == 1 else 130 + 210 * down
     figure.update_layout(
@@ -118,7 +120,7 @@ def ablation(
     return figure
 
 
-def _name_panels(figure: go.Figure, shown: Sequence[str], across: int, down: int) -> None:
+def _name_panels(figure: go.Figure, shown: Sequence[str], across: int, down: int, unit: str) -> None:
     """A name above each panel; what the axes show once for all of them."""
     figure.for_each_yaxis(lambda axis: axis.update(domain=[_ROOM * end for end in axis.domain]))
     for place in range(across * down):
@@ -135,7 +137,7 @@ def _name_panels(figure: go.Figure, shown: Sequence[str], across: int, down: int
         )  # fmt: skip
         if place + across >= len(shown):
             figure.update_xaxes(showticklabels=True, title="heads edited (K)" if at["row"] == down else None, **at)
-    figure.update_yaxes(title="nats per token", row=(down + 1) // 2, col=1)
+    figure.update_yaxes(title=unit, row=(down + 1) // 2, col=1)
 
 
 def _by_default(measures: Sequence[str]) -> Sequence[str]:

@@ -47,11 +47,12 @@ def steering(sweep: "SteeringSweep", *, max_kl: float = 0.5, title: str | None =
             "%{y:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f}) at KL %{x:.3f}<extra></extra>",
         )
     figure.add_hline(y=0, line={"color": "#cccccc", "width": 1})
+    unit = sweep.manifest.get("unit", "nats per token")
     figure.update_layout(
         template=TEMPLATE,
-        title=title or "NLL of the users' own text against how hard each rule steers; grey: random heads",
+        title=title or f"{sweep.loss} of the users' own text against how hard each rule steers; grey: random heads",
         height=460,
         xaxis={"title": "KL(steered ‖ full), nats per token", "type": "log", "dtick": "D2"},
-        yaxis={"title": "change of NLL, nats per token"},
+        yaxis={"title": f"change of {sweep.loss}, {unit}"},
     )
     return figure

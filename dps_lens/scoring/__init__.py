@@ -1,6 +1,6 @@
 """Scores of heads: clean runs, what ablations change, and how that becomes a score."""
 
-from dps_lens.scoring.answers import AnswersRun, ExampleRun, example_run, nll_run
+from dps_lens.scoring.answers import AnswersRun, ExampleRun, answers_of, example_run, nll_run
 from dps_lens.scoring.clean_run import CleanRun, single_heads
 from dps_lens.scoring.objectives import (
     NLL,
@@ -26,6 +26,7 @@ __all__ = [
     "ObjectiveLike",
     "Pair",
     "ScoreConfig",
+    "answers_of",
     "example_run",
     "find_objective",
     "nll_run",

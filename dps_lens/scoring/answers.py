@@ -12,7 +12,7 @@ from dps_lens.errors import ScoreError
 from dps_lens.intervene import Patch
 from dps_lens.model import Runner
 from dps_lens.scoring.clean_run import CleanRun
-from dps_lens.scoring.objectives import AnswersObjective, ObjectiveLike, find_objective
+from dps_lens.scoring.objectives import AnswersObjective, Objective, ObjectiveLike, find_objective
 
 
 class AnswersRun:
@@ -97,16 +97,25 @@ def example_run(
     objective = find_objective(objective)
     if not isinstance(objective, AnswersObjective):
         return CleanRun(runner, prompt, objective=objective, **options)  # type: ignore[arg-type]
+    runs: list[CleanRun] = []
+    for answer in answers_of(prompt, objective):
+        shared = runs[0].prompt_cache if runs else None
+        runs.append(CleanRun(runner, answer, prompt_cache=shared, **options))  # type: ignore[arg-type]
+    return AnswersRun(runs, objective)
+
+
+def answers_of(prompt: Prompt, objective: Objective) -> list[Prompt]:
+    """The answers that an objective compares, the user's own first.
+
+    Raises:
+        ScoreError: there is one only.
+    """
     if not prompt.rejected:
         raise ScoreError(
             f"example {prompt.example_id!r}: the objective {objective.name!r} compares answers, and this one has no "
             "rejected answer; load pairs or choices, or give each text one of another user's: make_pairs(users)"
         )
-    runs: list[CleanRun] = []
-    for answer in prompt.answers:
-        shared = runs[0].prompt_cache if runs else None
-        runs.append(CleanRun(runner, answer, prompt_cache=shared, **options))  # type: ignore[arg-type]
-    return AnswersRun(runs, objective)
+    return prompt.answers
 
 
 def nll_run(run: ExampleRun) -> CleanRun:

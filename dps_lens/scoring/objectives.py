@@ -1,7 +1,7 @@
 """What a score is a change of."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -159,6 +159,13 @@ def objective_of(settings: Any) -> Objective | None:
     name, given = (settings.get("name"), {**settings}) if isinstance(settings, dict) else (settings, {})
     given.pop("name", None)
     return OBJECTIVES[name](**given) if name in OBJECTIVES else None
+
+
+def measured_name(manifest: Mapping[str, Any]) -> str:
+    """What a result measured, for people: NLL, or the objective by its name."""
+    objective = manifest.get("objective", NLL.name)
+    name = objective["name"] if isinstance(objective, dict) else str(objective)
+    return "NLL" if name == NLL.name else name
 
 
 def losses_of_rows(

@@ -14,6 +14,7 @@ from dps_lens.errors import ScoreError
 from dps_lens.heads import HeadSet
 from dps_lens.literals import CONDITIONS
 from dps_lens.result import Result
+from dps_lens.scoring.objectives import measured_name
 from dps_lens.stats.intervals import (
     add_one_p,
     columns,
@@ -218,13 +219,17 @@ class SetEffects(Result):
     @property
     def loss(self) -> str:
         """What was measured."""
-        objective = self.manifest.get("objective", "nll")
-        name = objective["name"] if isinstance(objective, dict) else str(objective)
-        return "NLL" if name == "nll" else name
+        return measured_name(self.manifest)
 
     def _named(self, condition: str) -> str:
         """What was measured in a condition; of neutral text, which has one answer, that is the NLL."""
         return f"{'NLL' if condition == 'neutral' and 'task' in self.full else self.loss}, {condition}"
+
+    def unit_of(self, measure: str) -> str:
+        """The unit of a measure, or of a condition of the full model; off-target costs are of the NLL."""
+        costs = ("task_cost", "neutral_cost", "NLL, neutral")
+        per_token = measure in costs and "task" in self.full
+        return "nats per token" if per_token else str(self.manifest.get("unit", "nats per token"))
 
     def summary(self) -> str:
         k = ", ".join(map(str, self.ks))

@@ -271,6 +271,7 @@ class HeldOutWork(Work):
             **({"means": means} if means else {}),
             "positions": self.settings.positions,
             "objective": self.settings.objective.settings(),
+            "unit": self.settings.objective.unit,
             "ks": self.ks,
             "n_random": self.n_random,
             "spread": self.spread,

@@ -1,6 +1,7 @@
 """Steering of the users' own text against plain Hugging Face models, and on a model of known answer."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -337,3 +338,39 @@ def test_bad_input_says_what_to_do(llama, probe):
     scores = score_pcs(llama.hooked, users, positions="all", max_examples=1, prompt_config=PROMPT)
     with pytest.raises(ScoreError, match="positions"):
         sweep({"dps": ("dps", scores)})
+
+
+def test_pairs_under_steering_are_the_difference_of_their_answers(llama, probe):
+    users = dps.make_pairs(probe[:3])
+    swapped = [
+        replace(
+            user,
+            examples=tuple(replace(one, reference=one.rejected[0], rejected=(one.reference,)) for one in user.examples),
+        )
+        for user in users
+    ]
+    heads = dps.HeadSet.parse("L0H1,L1H2")
+    methods = {"cad": "cad", "dps": ("dps", heads), "dps-patch": ("dps-patch", heads), "dola": "dola"}
+    options = {"strengths": (0.5, 2.0), "n_random": 2, "max_examples": 1, "run_config": dps.RunConfig(progress=False)}
+
+    def of(who, objective):
+        return dps.steering_sweep(
+            llama.hooked, who, methods, held_out_config=dps.HeldOutConfig(objective=objective), **options
+        )
+
+    pair, own, lost = of(users, "pair"), of(users, "nll"), of(swapped, "nll")
+    torch.testing.assert_close(pair.nll, own.nll - lost.nll, atol=1e-6, rtol=1e-5)
+    for name in pair.methods:
+        torch.testing.assert_close(pair.change[name], own.change[name] - lost.change[name], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(pair.kl[name], (own.kl[name] + lost.kl[name]) / 2, atol=1e-6, rtol=1e-5)
+    assert pair.loss == "pair"
+    assert "pair" in pair.plot().layout.title.text
+    with pytest.raises(SteeringError, match="nll, pair or choice"):
+        of(users, Mine())
+
+
+class Mine(dps.Objective):
+    name = "mine"
+
+    def losses(self, logits, targets, clean):
+        return logits[:, 0]
