@@ -91,18 +91,18 @@ class AnswersObjective(Objective):
         """−log p of the tokens of one answer."""
         return token_losses(logits, targets)
 
-    def of_means(self, means: Sequence[Tensor], lengths: Sequence[int]) -> Float[Tensor, " row"]:
+    def of_means(self, means: Sequence[Tensor], lengths: Sequence[int]) -> Float[Tensor, "*rows"]:
         """The objective of each row, from the mean NLL of every answer in that row.
 
         Args:
-            means: one `Float[Tensor, "row"]` an answer, the user's own first.
+            means: one `Float[Tensor, "*rows"]` an answer, the user's own first.
             lengths: tokens of each answer.
         """
         nlls = [mean if self.per_token else mean * length for mean, length in zip(means, lengths, strict=True)]
         return self.combined(torch.stack(nlls, dim=-1))
 
     @abstractmethod
-    def combined(self, nlls: Float[Tensor, "row answer"]) -> Float[Tensor, " row"]:
+    def combined(self, nlls: Float[Tensor, "*rows answer"]) -> Float[Tensor, "*rows"]:
         """The objective, from the NLLs of the answers, the user's own first; lower is better."""
 
 
@@ -117,7 +117,7 @@ class Pair(AnswersObjective):
 
     name: ClassVar[str] = "pair"
 
-    def combined(self, nlls: Float[Tensor, "row answer"]) -> Float[Tensor, " row"]:
+    def combined(self, nlls: Float[Tensor, "*rows answer"]) -> Float[Tensor, "*rows"]:
         return nlls[..., 0] - nlls[..., 1:].mean(-1)
 
 
@@ -130,7 +130,7 @@ class Choice(AnswersObjective):
 
     name: ClassVar[str] = "choice"
 
-    def combined(self, nlls: Float[Tensor, "row answer"]) -> Float[Tensor, " row"]:
+    def combined(self, nlls: Float[Tensor, "*rows answer"]) -> Float[Tensor, "*rows"]:
         return nlls[..., 0] + (-nlls).logsumexp(-1)
 
 

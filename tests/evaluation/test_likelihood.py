@@ -351,7 +351,13 @@ def test_pairs_under_steering_are_the_difference_of_their_answers(llama, probe):
     ]
     heads = dps.HeadSet.parse("L0H1,L1H2")
     methods = {"cad": "cad", "dps": ("dps", heads), "dps-patch": ("dps-patch", heads), "dola": "dola"}
-    options = {"strengths": (0.5, 2.0), "n_random": 2, "max_examples": 1, "run_config": dps.RunConfig(progress=False)}
+    options = {
+        "k": 2,
+        "strengths": (0.5, 2.0),
+        "n_random": 2,
+        "max_examples": 1,
+        "run_config": dps.RunConfig(progress=False),
+    }
 
     def of(who, objective):
         return dps.steering_sweep(
