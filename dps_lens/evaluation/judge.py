@@ -28,8 +28,12 @@ CRITERIA = {
     "profile": "which answer fits better to what the earlier texts tell about their author",
     "factuality": "which answer claims less that the task does not support",
 }
+STATED = ("preferences", "sessions", "pairs")
+"""Tasks whose profiles say, or show by what was chosen, what a user wants."""
+ADHERENCE = {"adherence": "which answer keeps to what the person is known to want"}
+"""Asked in these tasks, beside `CRITERIA`."""
 _SYSTEM = "You compare two answers to a task. You reply with one JSON object and nothing else."
-_ASK = """Earlier texts of the person who asks:
+_ASK = """{header}
 {texts}
 
 Task:
@@ -122,7 +126,8 @@ def judge(
         endpoint: the judge; the budget is its `max_calls`.
         against: the baseline.
         methods: all others by default; `"reference"` (what the user wrote) is one if named.
-        criteria: name → what the judge is asked; `CRITERIA` by default.
+        criteria: name → what the judge is asked; `CRITERIA` by default, and `ADHERENCE` where the profile states
+            preferences or shows choices.
         documents: earlier texts that are shown, by retrieval, 400 characters each.
         attempts: until a reply that is not valid counts as none.
         seed: of the order.
@@ -132,7 +137,7 @@ def judge(
         EvaluationError: a method is not in the evaluation, or the endpoint fails; its answers so far are kept, and the
             same call goes on from there.
     """
-    asked = dict(criteria or CRITERIA)
+    asked = dict(criteria or CRITERIA | (ADHERENCE if evaluation.task.name in STATED else {}))
     chosen = [m for m in evaluation.methods if m not in (against, REFERENCE)] if methods is None else list(methods)
     for name in (*chosen, against):
         if name not in evaluation.methods:
@@ -188,7 +193,13 @@ def _question(example: Example, a: str, b: str, criteria: Mapping[str, str], doc
     texts = ["- " + "".join(example.task.parts(document.fields))[:_SHOWN_CHARACTERS] for document in shown]
     listed = "\n".join(f"- {name}: {meaning}" for name, meaning in criteria.items())
     return _ASK.format(
-        texts="\n".join(texts), task=example.input.strip(), a=a, b=b, criteria=listed, form=_form(criteria)
+        header="Earlier texts of the person who asks:" if example.task.name not in STATED else example.task.header,
+        texts="\n".join(texts),
+        task=example.input.strip(),
+        a=a,
+        b=b,
+        criteria=listed,
+        form=_form(criteria),
     )
 
 

@@ -117,6 +117,30 @@ def test_a_fair_judge(server, endpoint, answered, probe):
     assert any(document.fields["title"] in own[0] for document in user.examples[-1].profile)
 
 
+def test_a_stated_preference_is_asked_about(server, endpoint, llama):
+    rows = [
+        {
+            "preference": f"I avoid loud places, {n}.",
+            "question": f"Where to eat in Oslo, day {n}?",
+            "classification_task_options": ["A calm cafe.", "A bar.", "A club."],
+        }
+        for n in range(2)
+    ]
+    users = dps.load_users(rows)
+    quiet = dps.RunConfig(progress=False)
+    table = dps.evaluate(
+        llama.hooked, users, {"plain": "plain", "rag": "rag"}, max_new_tokens=3, metrics=["ROUGE-L"], run_config=quiet
+    )
+    server.reply = lambda messages: json.dumps(dict.fromkeys([*CRITERIA, "adherence"], "A"))
+    found = dps.judge(table, users, endpoint)
+    verdicts = found.rows.query("criterion == 'adherence' and asked")["verdict"]
+    assert len(verdicts)
+    assert verdicts.notna().all()
+    asked = server.asked[0]["messages"][-1]["content"]
+    assert asked.startswith("About this user:\n- I avoid loud places")
+    assert "adherence: which answer keeps to what the person is known to want" in asked
+
+
 def test_a_judge_that_prefers_the_first_answer_decides_nothing(server, endpoint, answered, probe):
     server.reply = lambda messages: "Of course! " + json.dumps(dict.fromkeys(CRITERIA, "A"))
     found = run(answered, probe, endpoint, methods=["long"])
