@@ -12,11 +12,12 @@ from dps_lens.data.examples import by_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import ScoreError
 from dps_lens.evaluation import steering_grid
-from dps_lens.explorer.page import ExampleView, Exploration
+from dps_lens.explorer.page import Answer, ExampleView, Exploration
 from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
-from dps_lens.model import HookedModel, describe_model
+from dps_lens.model import HookedModel, PromptCache, describe_model, runner_of
 from dps_lens.scores import HeadScores
+from dps_lens.scoring import CleanRun
 from dps_lens.selection import check_held_out, rankings
 from dps_lens.stats.overlap import Overlap, overlap
 from dps_lens.validation.attention import attention_pattern
@@ -171,7 +172,7 @@ def _looked_at(scores: HeadScores, families: Mapping[str, HeadScores], shape: tu
 
 @dataclass
 class ViewWork(Work):
-    """Attention of heads in the newest evaluation example of every user."""
+    """Attention of heads in the newest evaluation example of every user, and what the profile does to its answers."""
 
     model: HookedModel
     users: Sequence[User]
@@ -183,13 +184,24 @@ class ViewWork(Work):
         return by_key([user.examples[-1] for user in self.users])
 
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
-        prompt = build_prompt(self.model, self.by_key[key], config=self.prompt_config)
-        return {"attention": attention_pattern(self.model, prompt, self.heads).mean}
+        own, none = (
+            build_prompt(self.model, self.by_key[key], of, config=self.prompt_config) for of in ("own", "none")
+        )
+        unit = {"attention": attention_pattern(self.model, own, self.heads).mean}
+        caches: dict[str, PromptCache | None] = {"own": None, "none": None}
+        for place, answers in enumerate(zip(own.answers, none.answers, strict=True)):
+            losses = []
+            for name, prompt in zip(caches, answers, strict=True):
+                run = CleanRun(runner_of(self.model), prompt, prompt_cache=caches[name])
+                caches[name] = run.prompt_cache
+                losses.append(run.losses)
+            unit[f"gains.{place}"] = losses[1] - losses[0]
+        return unit
 
     def views(self, run: Run) -> tuple[ExampleView, ...]:
         """What the page shows of each."""
         inputs = describe_inputs(self.model, self.users, list(self.by_key.values()), self.prompt_config)
-        run.open(lambda: {"call": "attention", "heads": str(self.heads), **inputs})
+        run.open(lambda: {"call": "views", "heads": str(self.heads), **inputs})
         units = run.units(self, list(self.by_key), "attention")
         views = []
         for key, unit in units.made.items():
@@ -197,5 +209,14 @@ class ViewWork(Work):
             prompt = build_prompt(self.model, example, config=self.prompt_config)
             pieces = tuple(self.model.tokenizer.decode([token]) for token in prompt.tokens.tolist())
             heads = tuple(self.heads)
-            views.append(ExampleView(example.user_id, example.id, pieces, prompt.spans, heads, unit["attention"]))
+            answers = tuple(
+                Answer(
+                    tuple(self.model.tokenizer.decode([token]) for token in one.response_tokens.tolist()),
+                    tuple(unit[f"gains.{place}"].tolist()),
+                )
+                for place, one in enumerate(prompt.answers)
+            )
+            views.append(
+                ExampleView(example.user_id, example.id, pieces, prompt.spans, heads, unit["attention"], answers)
+            )
         return tuple(views)

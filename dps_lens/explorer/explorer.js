@@ -272,6 +272,24 @@ function drawAttention() {
   $("view-note").textContent = `${state.head}, mean over the response: ${(100 * inProfile).toFixed(0)}% on the profile (blue line), darkest ${(100 * largest).toFixed(1)}%`;
 }
 
+/** Log p of each token of the answers, with the profile minus without. */
+function drawAnswers() {
+  const view = views.find((one) => one.key === state.view), answers = view?.answers ?? [];
+  $("answers").previousElementSibling.hidden = !answers.length;
+  const largest = Math.max(1e-9, ...answers.flatMap((one) => one.gains.map(Math.abs)));
+  $("answers").replaceChildren(...answers.flatMap(({ pieces, gains }, place) => {
+    const mean = gains.reduce((sum, gain) => sum + gain, 0) / gains.length, text = element("p", undefined, { class: "tokens" });
+    text.append(...pieces.map((piece, at) => {
+      const found = element("span", piece), gain = gains[at];
+      found.style.background = `rgba(${gain < 0 ? RED : BLUE},${(0.75 * Math.abs(gain) / largest).toFixed(3)})`;
+      hint(found, `log p with the profile \u2212 without ${number(gain, 3)}`);
+      return found;
+    }));
+    const whose = place ? "rejected" : "the user's own";
+    return [element("p", `${whose}: ${number(mean, 3)} nats per token; blue tokens are likelier with the profile`, { class: "hint" }), text];
+  }));
+}
+
 function press(event) {
   const move = { ArrowUp: data.heads, ArrowDown: -data.heads, ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (!move) return;
@@ -406,7 +424,7 @@ function draw() {
     $("gamma").value = gammas.indexOf(+state.gamma); $("gamma-value").textContent = state.gamma;
     $("k").value = grid.ks.indexOf(+state.k); $("k-value").textContent = state.k;
   }
-  if (state.tab === "heads") { drawHeatmap(); drawDetail(); drawAttention(); }
+  if (state.tab === "heads") { drawHeatmap(); drawDetail(); drawAttention(); drawAnswers(); }
   if (state.tab === "texts") drawTexts();
   const chosen = state[state.tab] ?? "";
   if (state.tab in data.figures && drawn.get(state.tab) !== chosen) { drawn.set(state.tab, chosen); drawFigures(state.tab); }

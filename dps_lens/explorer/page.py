@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,9 +39,21 @@ _SINGLE = 500_000
 _GENERATOR = b'<meta name="generator" content="dps_lens">'
 
 
+class Answer(NamedTuple):
+    """An answer, and what the user's own profile does to it.
+
+    Attributes:
+        pieces: text of each token.
+        gains: log p with the own profile minus log p without one, nats, of each token.
+    """
+
+    pieces: tuple[str, ...]
+    gains: tuple[float, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class ExampleView:
-    """What heads look at in one prompt.
+    """What heads look at in one prompt, and what its profile does to the answers.
 
     Attributes:
         user: who asks.
@@ -50,6 +62,7 @@ class ExampleView:
         spans: `"profile"`, `"task"` and `"response"`, `(start, stop)`.
         heads: whose attention is there.
         attention: mean over the positions that give the response.
+        answers: the user's own, then the rejected ones.
     """
 
     user: str
@@ -58,6 +71,7 @@ class ExampleView:
     spans: dict[str, tuple[int, int]]
     heads: tuple[Head, ...]
     attention: Float[Tensor, "head pos"]
+    answers: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -262,6 +276,7 @@ def _view(view: ExampleView) -> dict[str, Any]:
         "heads": [str(head) for head in view.heads],
         "largest": [round(float(value), 4) for value in top],
         "values": base64.b64encode(scaled.numpy().tobytes()).decode(),
+        "answers": [{"pieces": one.pieces, "gains": [round(gain, 3) for gain in one.gains]} for one in view.answers],
     }
 
 

@@ -17,11 +17,12 @@ from playwright.sync_api import expect
 import dps_lens as dps
 from dps_lens.errors import ScoreError, SteeringError
 from dps_lens.explorer import ExampleView, Exploration
-from dps_lens.explorer.page import content, page
+from dps_lens.explorer.page import Answer, content, page
 from dps_lens.explorer.server import HOST, Writer, make_app
 from dps_lens.heads import Head, HeadSet
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+EVIL_ANSWERS = (Answer((EVIL,), (0.5,)), Answer((EVIL,), (-0.5,)))
 PROMPT = dps.PromptConfig(items=2, profile_tokens=60, task_tokens=20, response_tokens=6)
 
 
@@ -164,6 +165,32 @@ def test_attention_is_shown_token_by_token(explored, report, open_page, llama, p
     assert int(re.search(r"(\d+)% on the profile", note)[1]) == pytest.approx(100 * inside, abs=1.5)
 
 
+def test_a_pair_shows_both_answers_with_what_the_profile_does(llama, probe, tmp_path, open_page):
+    users = dps.make_pairs(probe[:2])
+    options = {"prompt_config": PROMPT, "max_examples": 1}
+    scores = dps.score_heads(llama.hooked, users, objective="pair", **options)
+    found = dps.explore(llama.hooked, users, scores, k=2, gammas=(1.0,), ks=(2,), max_users=1, max_new_tokens=4)
+    page = open_page(found.write(tmp_path / "pair.html").as_uri()).page
+    example = users[0].examples[-1]
+    own, none = (dps.build_prompt(llama.hooked, example, of, config=PROMPT) for of in ("own", "none"))
+    shown_answers = page.locator("#answers p.tokens")
+    assert shown_answers.count() == 2
+    for place, prompts in enumerate(zip(own.answers, none.answers, strict=True)):
+        logps = []
+        for prompt in prompts:
+            start, stop = prompt.spans["response"]
+            with torch.no_grad():
+                logits = llama.plain(input_ids=prompt.tokens[None]).logits[0, start - 1 : stop - 1].double()
+            logps.append(logits.log_softmax(-1).gather(-1, prompt.response_tokens[:, None])[:, 0])
+        spans = shown_answers.nth(place).locator("span")
+        whole = (example.reference, *example.rejected)[place]
+        assert whole.startswith("".join(spans.all_text_contents()).strip())
+        for index, gain in enumerate((logps[0] - logps[1]).tolist()):
+            said = spans.nth(index).get_attribute("aria-label").rsplit(" ", 1)[1].replace("−", "-")
+            assert float(said) == pytest.approx(gain, abs=2e-3)
+    assert page.locator("#answers p.hint").nth(1).inner_text().startswith("rejected: ")
+
+
 def test_sliders_show_the_grid(explored, report, open_page):
     opened = open_page(report.as_uri() + "#tab=texts")
     page, grid = opened.page, explored.grid
@@ -250,7 +277,9 @@ def test_no_text_of_users_runs(explored, tmp_path, open_page):
         families={EVIL: explored.families["induction"]},
         between_users=dps.overlap(renamed, k=3, n_null=20, n_splits=5),
         between_families=explored.between_families,
-        views=(ExampleView(EVIL, EVIL, (EVIL,) * len(view.pieces), view.spans, view.heads, view.attention),),
+        views=(
+            ExampleView(EVIL, EVIL, (EVIL,) * len(view.pieces), view.spans, view.heads, view.attention, EVIL_ANSWERS),
+        ),
         grid=type(grid)(tuple(texts), grid.gammas, grid.ks, dict.fromkeys(grid.references, EVIL), grid.manifest),
         title=EVIL,
     )
