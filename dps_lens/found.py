@@ -63,10 +63,10 @@ class FoundHeads(Result):
         resampled: the sets of fits to users drawn with replacement.
         example_ids: one a row of the evidence.
         user_ids: one a row.
-        effects: by measure `[example]`, nats per token: `necessity` (patched from the counterfactual run, the set
-            raises the NLL of the own text by so much), `sufficiency` (patched into the counterfactual run, it lowers it
-            by so much), `task_cost` and `neutral_cost` (zeroed without a profile, and on neutral text, it raises the
-            NLL).
+        effects: by measure `[example]`: `necessity` (patched from the counterfactual run, the set raises the NLL of the
+            own text, or the objective of `FindConfig`, by so much), `sufficiency` (patched into the counterfactual run,
+            it lowers it by so much), `task_cost` and `neutral_cost` (zeroed without a profile, and on neutral text, it
+            raises the NLL, nats per token).
         crossed: the same of the fold's set; empty without folds.
         nll: of the unedited model, by condition `[example]`, nats per token: `own`, `against`, `no_profile`.
         manifest: model, data, settings and seeds.

@@ -123,13 +123,15 @@ class HeadScores(Result):
         if "family" in about:
             return str(about["family"]).replace("_", " ")
         against, method = PROFILES.get(str(about.get("against"))), about.get("method", "exact")
-        ablation = about.get("ablation", "zero")
+        ablation, objective = about.get("ablation", "zero"), about.get("objective", "nll")
+        of = objective["name"] if isinstance(objective, dict) else objective
+        measured = "" if of == "nll" else f", {of}"
         if ablation == "patch":
             back = "denoising" if about.get("direction") == "denoising" else "patch"
-            return f"{method} {back} → {against}"
+            return f"{method} {back} → {against}{measured}"
         name = f"PCS, own profile − {against}" if against else "PCS"
         how = [str(one) for one in (ablation, method) if one not in ("zero", "exact")]
-        return f"{name} ({', '.join(how)})" if how else name
+        return (f"{name} ({', '.join(how)})" if how else name) + measured
 
     def name_of(self, component: str) -> str:
         """What a component is, in a few words."""

@@ -12,7 +12,7 @@ from dps_lens.cli.checks import (
     families,
     heads_of,
     numbers,
-    objective_of,
+    objective_named,
     paired,
     sizes_of,
     with_discovery,
@@ -91,7 +91,7 @@ def ablate(
             "seed": seed,
             "out": out,
             "engine": engine,
-            "held_out_config": dps.HeldOutConfig(objective=objective_of(objective)),
+            "held_out_config": dps.HeldOutConfig(objective=objective_named(objective)),
             "run_config": dps.RunConfig(force=force, batch_size=batch_size or "auto"),
         }
         tested = with_discovery("ablate", tested, strict=strict) if select == "user" else tested

@@ -118,7 +118,7 @@ def paired(users: "Sequence[User]", pairs: str | None) -> "list[User]":
     return list(users) if pairs is None else make_pairs(users, same=None if pairs == "any" else pairs)
 
 
-def objective_of(text: str | None) -> "ObjectiveLike | None":
+def objective_named(text: str | None) -> "ObjectiveLike | None":
     """An objective by name or import path."""
     if text is None or not is_path(text):
         return text

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, families, heads_of, numbers, objective_of, paired, with_discovery
+from dps_lens.cli.checks import check_same_model, families, heads_of, numbers, objective_named, paired, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     BatchSize,
@@ -80,7 +80,7 @@ def faithfulness(
             seed=seed,
             out=out,
             engine=engine,
-            held_out_config=dps.HeldOutConfig(objective=objective_of(objective)),
+            held_out_config=dps.HeldOutConfig(objective=objective_named(objective)),
             run_config=dps.RunConfig(force=force, batch_size=batch_size or "auto"),
             **options,
         )

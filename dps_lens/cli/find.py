@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import finder_of, objective_of, paired, template_kwargs, with_discovery
+from dps_lens.cli.checks import finder_of, objective_named, paired, template_kwargs, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, Workers, engine_of, load_for
 from dps_lens.cli.options import (
     BatchSize,
@@ -100,7 +100,7 @@ def find(
                 n_donors=n_donors,
                 n_bootstraps=n_bootstraps,
                 strict=strict,
-                objective=objective_of(objective),
+                objective=objective_named(objective),
             ),
             seed=seed,
             out=out,

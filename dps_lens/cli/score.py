@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import ablation_of, objective_of, paired, template_kwargs, with_discovery
+from dps_lens.cli.checks import ablation_of, objective_named, paired, template_kwargs, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
 from dps_lens.cli.options import (
     Ablation,
@@ -82,7 +82,7 @@ def score(
             loaded,
             ablation=ablation_of(ablation) or "patch",
             against=None if against == "none" else against,
-            objective=objective_of(objective),
+            objective=objective_named(objective),
             positions=positions,
             method=method,
             max_examples=max_examples,

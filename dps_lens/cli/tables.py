@@ -74,7 +74,9 @@ def print_found(found: "FoundHeads") -> None:
         _add(table, row["place"], row["name"], f"{row['value']:.4f}", *share, row["folds"])
     console = _console()
     console.print(table)
-    table = Table(title="Discovery examples: nats per token, 95% interval over users")
+    unit = found.manifest.get("unit", "nats per token")
+    costs = "" if unit == "nats per token" else ", costs in nats per token"
+    table = Table(title=printable(f"Discovery examples: {unit}{costs}, 95% interval over users"))
     for column in ("sample", "measure", "mean", "interval"):
         table.add_column(column, justify="left" if column in ("sample", "measure") else "right")
     for row in found.evidence().to_dict("records"):
@@ -95,8 +97,13 @@ def print_answers(frame: "pandas.DataFrame", summary: str) -> None:
         (row["condition"], row["measure"]): f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
         for row in frame.to_dict("records")
     }
-    for measure in dict.fromkeys(frame["measure"]):
-        _add(table, measure, *(cells.get((condition, measure), "") for condition in conditions))
+    units = dict(zip(frame["measure"], frame["unit"], strict=True))
+    for measure, unit in units.items():
+        _add(
+            table,
+            measure if unit == "share" else f"{measure}, {unit}",
+            *(cells.get((condition, measure), "") for condition in conditions),
+        )
     _console().print(table)
 
 
@@ -108,9 +115,8 @@ def print_cost(cost: "SetEffects") -> None:
 
     console, frame = _console(), cost.beside_random()
     rows = frame.to_dict("records")
-    console.print(
-        "Held-out examples: nats per token, 95% intervals over users (of a difference, also over random sets)"
-    )
+    intervals = "95% intervals over users (of a difference, also over random sets)"
+    console.print(printable(f"Held-out examples: {_units(cost)}, {intervals}"))
     for row in (row for row in rows if row["ablated"] == FULL):
         console.print(printable(f"{row['measure']}: {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f})"))
     sets = [name for name in dict.fromkeys(frame["ablated"]) if name != FULL]
@@ -131,7 +137,7 @@ def print_faithfulness(curves: "Faithfulness") -> None:
     from rich.table import Table
 
     console, gain = _console(), curves.gain()
-    console.print(f"gain: {gain['mean']:.3f} ({gain['low']:.3f} to {gain['high']:.3f}) nats per token")
+    console.print(f"gain: {gain['mean']:.3f} ({gain['low']:.3f} to {gain['high']:.3f}) {curves.unit}")
     if undefined := curves.undefined():
         console.print(printable(f"no faithfulness: {undefined}"))
         return
@@ -209,6 +215,12 @@ def print_effects(effects: "SetEffects") -> None:
         console.print(effects.no_range)
 
 
+def _units(effects: "SetEffects") -> str:
+    """The unit of all measures, or of what is removed and of costs."""
+    removed, costs = (effects.unit_of(name) for name in ("gain_removed", "task_cost"))
+    return removed if removed == costs else f"{removed}, costs in {costs}"
+
+
 def _side_by_side(effects: "SetEffects", frame: "pandas.DataFrame", measures: Sequence[str]) -> "Table":
     """One row a family and K; a sign where a measure can be told from random sets."""
     from rich.box import SIMPLE
@@ -217,7 +229,7 @@ def _side_by_side(effects: "SetEffects", frame: "pandas.DataFrame", measures: Se
     from dps_lens.validation.verdict import stands_out
 
     told = ": +, −: more, less than random sets do (each one-sided, 5%)" if effects.n_random else ""
-    title = printable(f"Means, nats per token{told}")
+    title = printable(f"Means, {_units(effects)}{told}")
     table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("family", "K", *(name.replace("_", " ") for name in measures)):
         table.add_column(printable(column), justify="left" if column == "family" else "right", overflow="fold")

@@ -8,6 +8,7 @@ import torch
 from dps_lens.data.examples import unit_key
 from dps_lens.data.prompts import Prompt, PromptConfig, build_prompt
 from dps_lens.data.records import Example, User
+from dps_lens.data.same import normalised
 from dps_lens.data.tokenizer import PromptTokenizer
 from dps_lens.errors import ScoreError
 from dps_lens.model import HookedModel
@@ -21,9 +22,13 @@ _NEUTRAL_PROMPT, _NEUTRAL_RESPONSE = 16, 48
 def donors_of(example: Example, users: Sequence[User], n: int, seed: int) -> list[User]:
     """At most `n` other users whose profiles stand in for the example's own.
 
-    The same for every run with this seed, in whatever order the users come.
+    The same for every run with this seed, in whatever order the users come. Where there is anybody else, none of them
+    wrote what the example rejects: a profile by the same author would favour it.
     """
     others = sorted((user for user in users if user.id != example.user_id), key=lambda user: user.id)
+    if example.rejected:
+        rejected = {*map(normalised, example.rejected)}
+        others = [user for user in others if not user.pool.held & rejected] or others
     return random.Random(f"{seed}|{unit_key(example)}").sample(others, min(n, len(others)))
 
 

@@ -64,6 +64,11 @@ class Pool:
         return frozenset(self.parts)
 
     @cached_property
+    def held(self) -> frozenset[str]:
+        """Every text of every document, normalised."""
+        return frozenset(part for parts in self.parts for part in parts)
+
+    @cached_property
     def texts(self) -> SameTexts:
         """Finds documents by their texts."""
         return SameTexts(self.parts)

@@ -1,5 +1,7 @@
 """Records of a file, with where they stand, so that every complaint names file, record and field."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -41,3 +43,10 @@ class Record:
     def first_of(self, names: Iterable[str]) -> str | None:
         """The first of these fields that is there."""
         return next((name for name in names if self.has(name) and self.value[name] != ""), None)
+
+
+def id_of(record: Record, fields: Mapping[str, Any]) -> str:
+    """A document's own id, or one made of its content, so that equal documents are one."""
+    if record.has("id"):
+        return str(record.value["id"])
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:12]

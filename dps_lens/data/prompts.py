@@ -162,7 +162,7 @@ def build_prompt(
         response: append the user's own answer, and keep the rejected ones beside it.
 
     Raises:
-        PromptError: the prompt does not fit the context, nothing is left of an answer, or two answers are alike.
+        PromptError: the prompt does not fit the context, or nothing is left of the response.
     """
     config = config or PromptConfig()
     tokenizer = PromptTokenizer(model, config.chat_template_kwargs)
@@ -182,15 +182,23 @@ def build_prompt(
         "profile": span(offsets, *shown_at) if header else (0, 0),
         "task": span(offsets, asked_at, asked_at + len(own)),
     }
-    answer, *rejected = _answers(tokenizer, example, config) if response else [[]]
+    answer = tokenizer.answer(example.reference, config.response_tokens) if response else []
+    if response and not answer:
+        reason = (
+            "a first character that is longer than response_tokens"
+            if example.reference.strip()
+            else "an empty reference"
+        )
+        raise PromptError(f"build_prompt: example {example.id!r} has {reason}")
+    # What compares answers refuses those that cannot be compared; to everything else they do not matter.
+    rejected = [tokenizer.answer(text, config.response_tokens) for text in example.rejected] if response else []
     if not header:
         spans["profile"] = (spans["task"][0], spans["task"][0])
     spans["response"] = (len(ids), len(ids) + len(answer))
     limit = model.cfg.n_ctx
-    longest = len(ids) + max(map(len, (answer, *rejected)))
-    if longest > limit:
+    if len(ids) + len(answer) > limit:
         raise PromptError(
-            f"build_prompt: example {example.id!r} takes {longest} tokens, the model's context is "
+            f"build_prompt: example {example.id!r} takes {len(ids) + len(answer)} tokens, the model's context is "
             f"{limit}; lower profile_tokens, task_tokens or response_tokens in PromptConfig"
         )
     condition = profile.id if isinstance(profile, User) else "note" if isinstance(profile, Note) else profile
@@ -210,25 +218,8 @@ def build_prompt(
         shown,
         tuple(items),
         tuple(bodies),
-        tuple(map(torch.tensor, rejected)),
+        tuple(torch.tensor(tokens, dtype=torch.long) for tokens in rejected),
     )
-
-
-def _answers(tokenizer: PromptTokenizer, example: Example, config: PromptConfig) -> list[list[int]]:
-    """The tokens of the user's own answer and of the rejected ones."""
-    found: list[list[int]] = []
-    for kind, text in (("reference", example.reference), *(("rejected answer", one) for one in example.rejected)):
-        answer = tokenizer.answer(text, config.response_tokens)
-        if not answer:
-            why = "a first character that is longer than response_tokens" if text.strip() else f"an empty {kind}"
-            raise PromptError(f"build_prompt: example {example.id!r} has {why}")
-        if answer in found:
-            raise PromptError(
-                f"build_prompt: example {example.id!r} has two answers that begin alike for response_tokens="
-                f"{config.response_tokens}, {text[:40]!r} one of them; raise it in PromptConfig, or leave one out"
-            )
-        found.append(answer)
-    return found
 
 
 def chat_prompt(
@@ -296,7 +287,8 @@ def _snippets(
     parts = [tuple(map(tokenizer.defuse, example.task.parts(document.fields))) for document in documents]
     frames = [tokenizer.count(before + after + "\n") for before, _, after in parts]
     budget -= tokenizer.count(example.task.header + "\n" + BETWEEN)
-    while len(parts) > 1 and sum(frames) > budget:
+    least = example.task.least
+    while len(parts) > 1 and sum(frames) + least * len(parts) > budget:
         del parts[-1], frames[-1]
     wanted = [tokenizer.count("".join(part) + "\n") for part in parts]
     snippets = []

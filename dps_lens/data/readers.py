@@ -1,7 +1,6 @@
 """Read users from LaMP and LongLaMP files, preferences, JSON lines, datasets, or the built-in probe."""
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -13,15 +12,17 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
+import numpy as np
+
 from dps_lens.checks import check_whole
 from dps_lens.data.dates import iso_dates
 from dps_lens.data.documents import Document, Pool, Profile
 from dps_lens.data.examples import count_of
 from dps_lens.data.fetch import folder_of
-from dps_lens.data.fields import Record, TooShortError
+from dps_lens.data.fields import Record, TooShortError, id_of
 from dps_lens.data.preferences import holds_preferences, read_preferences
 from dps_lens.data.records import Example, User
-from dps_lens.data.tasks import TASKS, Task, find_task
+from dps_lens.data.tasks import OF_PREFERENCES, TASKS, Task, find_task
 from dps_lens.errors import DataError, reason
 from dps_lens.files import parse_json, read_text
 
@@ -73,14 +74,20 @@ def load_users(
     items = [Record(name, index, value) for index, value in enumerate(records)]
     if not items:
         raise DataError(f"{name} holds no records")
-    if holds_preferences(items[0]):
+    preferences = holds_preferences(items[0]) and (task is None or task in OF_PREFERENCES)
+    if preferences:
         users = read_preferences(items, outputs, lambda path: _open(str(path)), N_NEWEST)
     elif not items[0].has("profile"):
         users = _from_documents(items, task)
     else:
         golds, named = _golds(source, outputs) if not items[0].has("output") else ({}, None)
         users = _from_records(items, golds, task or named)
-    return _usable(name, users, max_users, strict)
+    found = _usable(name, users, max_users, strict)
+    kinds = {user.task.name: user.id for user in found}
+    if preferences and (len(kinds) > 1 or task not in (None, *kinds)):
+        held = ", ".join(f"{kind} (user {user!r})" for kind, user in kinds.items())
+        raise DataError(f"{name}: profiles must be of one kind, found {held}" + (f", asked for {task}" if task else ""))
+    return found
 
 
 def _usable(name: str, users: Mapping[str, Callable[[], User]], limit: int | None, strict: bool) -> list[User]:
@@ -131,7 +138,7 @@ def _open(source: str) -> tuple[str, list[Any]]:
         return "probe", _parse("probe", files("dps_lens.data").joinpath("probe.jsonl").read_text(encoding="utf-8"))
     path = Path(source).expanduser()
     if os.path.isfile(path):
-        return path.name, _table(_read(path)) if path.suffix == ".csv" else _parse(path.name, _read(path))
+        return path.name, _table(path.name, _read(path)) if path.suffix == ".csv" else _parse(path.name, _read(path))
     if source.lower().startswith("longlamp/"):
         return source, _from_hub(source)
     if source.lower().startswith("lamp-"):
@@ -140,9 +147,15 @@ def _open(source: str) -> tuple[str, list[Any]]:
     raise DataError(f"load_users: {found}; give a file, 'probe' or 'longlamp/CONFIG'")
 
 
-def _table(text: str) -> list[Any]:
+def _table(name: str, text: str) -> list[Any]:
     """The rows of a CSV file, whose first line names the fields."""
-    return list(csv.DictReader(io.StringIO(text, newline="")))
+    longest = csv.field_size_limit(len(text) + 1)
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise DataError(f"{name}: it is no CSV table ({error})") from error
+    finally:
+        csv.field_size_limit(longest)
 
 
 def _rows(source: Any) -> tuple[str, list[Any]]:
@@ -150,7 +163,14 @@ def _rows(source: Any) -> tuple[str, list[Any]]:
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
         raise DataError(f"load_users: {type(source).__name__} is no source; give a file, 'probe' or a list of records")
     to_dict = getattr(source, "to_dict", None) if hasattr(source, "iloc") else None
-    return type(source).__name__, list(to_dict("records") if to_dict else source)
+    return type(source).__name__, [_bare(row) for row in (to_dict("records") if to_dict else source)]
+
+
+def _bare(row: Any) -> Any:
+    """A row whose arrays, as parquet gives them to pandas, are lists."""
+    if not isinstance(row, Mapping):
+        return row
+    return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in row.items()}
 
 
 def _read(path: Path) -> str:
@@ -284,14 +304,7 @@ def _documents(record: Record, task: Task) -> list[_Found]:
 
 def _found(record: Record, task: Task, dates: tuple[str, ...] = _DATE_FIELDS) -> _Found:
     fields = {name: record.field(name) for name in task.fields}
-    return _Found(Document(_id_of(record, fields), fields), record, record.first_of(dates))
-
-
-def _id_of(record: Record, fields: Mapping[str, Any]) -> str:
-    """A document's own id, or one made of its content, so that equal documents are one."""
-    if record.has("id"):
-        return str(record.value["id"])
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return _Found(Document(id_of(record, fields), fields), record, record.first_of(dates))
 
 
 def _distinct(user_id: str, documents: Iterable[_Found]) -> list[_Found]:

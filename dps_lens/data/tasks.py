@@ -18,7 +18,7 @@ class Task:
 
     Attributes:
         name: `"lamp-1"` … `"lamp-7"`, `"longlamp-abstract"`, `"longlamp-review"`, `"longlamp-topic"`; of preferences
-            `"pairs"`, `"questions"`, `"sessions"`, `"preferences"`, by what stands in the profile.
+            `"pairs"`, `"choices"`, `"questions"`, `"sessions"`, `"preferences"`, by what stands in the profile.
         fields: fields that a document of the history must have.
         body: the field that is cut when a document is too long for its share of a prompt.
         snippet: how a document reads in a prompt; `{field}` stands for a field.
@@ -30,6 +30,8 @@ class Task:
         closed: answers come from a closed set, so that equal answers do not mean equal texts.
         max_new_tokens: a generous length for a generated answer.
         header: stands above a profile.
+        brief: letters that a profile shows of each field but the body; None shows all.
+        least: tokens of a body for which a profile has room, before it shows another document.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Task:
     closed: bool = False
     max_new_tokens: int = 32
     header: str = "Earlier texts by this user:"
+    brief: int | None = None
+    least: int = 0
 
     @property
     def has_pairs(self) -> bool:
@@ -53,6 +57,9 @@ class Task:
         """A document's snippet as text before, inside and after the field that may be cut."""
         before, after = self.snippet.split("{" + self.body + "}")
         values = {name: _one_line(fields[name]) for name in self.fields}
+        for name in self.fields:
+            if name != self.body and self.brief is not None and len(values[name]) > self.brief:
+                values[name] = values[name][: self.brief].rstrip() + " …"
         return before.format(**values), values[self.body], after.format(**values)
 
     def query(self, task_input: str) -> str:
@@ -181,12 +188,30 @@ TASKS: dict[str, Task] = {
             asked="prompt",
             max_new_tokens=256,
             header="What this user preferred before:",
+            brief=160,
+            least=24,
+        ),
+        Task(
+            "choices",
+            ("prompt", "chosen"),
+            "prompt",
+            'to "{prompt}" the user chose "{chosen}"',
+            "",
+            target="chosen",
+            asked="prompt",
+            closed=True,
+            header="What this user chose before:",
+            brief=160,
+            least=24,
         ),
         Task("questions", ("text",), "text", '"{text}"', "", max_new_tokens=256, header="Earlier texts by this user:"),
         Task("sessions", ("text",), "text", "{text}", "", max_new_tokens=256, header="Earlier conversations:"),
         Task("preferences", ("text",), "text", "{text}", "", max_new_tokens=256, header="About this user:"),
     )
 }
+
+OF_PREFERENCES = ("pairs", "choices", "questions", "sessions", "preferences")
+"""Tasks of `dps_lens.data.preferences`."""
 
 _LAMP_MARKS = {
     "lamp-1": "which reference is related",

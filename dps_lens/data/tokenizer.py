@@ -187,8 +187,8 @@ class PromptTokenizer:
         if profile and where != "message":
             if found := self._apart(profile, content, where):
                 return found
-            there = "a chat template" if not self.chat else f"a chat template with a place for {where!r}"
-            warn(f"build_prompt: the tokenizer has no {there[2:]}; the profile stands in the message", stacklevel=4)
+            lacking = f"chat template with a place for {where!r}" if self.chat else "chat template"
+            warn(f"build_prompt: the tokenizer has no {lacking}; the profile stands in the message", stacklevel=4)
         before = profile + BETWEEN if profile else ""
         text, begin = self.render(before + content)
         return text, (begin, begin + len(before)), begin + len(before)

@@ -151,6 +151,7 @@ class SteeringSweep(Result):
                 "choose: this sweep was measured on held-out texts, which must not choose; sweep with "
                 "held_out_config=HeldOutConfig(on='discovery')"
             )
+        unit = self.manifest.get("unit", "nats per token")
         rows, owners, corrected = [], np.array(self.user_ids), 1 - (1 - level) / len(self.strengths)
         for user in dict.fromkeys(self.user_ids):
             changes = self.change[method][:, owners == user].numpy()
@@ -158,7 +159,7 @@ class SteeringSweep(Result):
             found, n = interval(changes[best], corrected), changes.shape[1]
             helps, at = found["high"] < 0, self.strengths[best]
             spread = f"{found['low']:+.3f} to {found['high']:+.3f}, {n} texts" if n > 1 else "one text, no interval"
-            about = f"the {self.loss} of the own texts changes by {found['mean']:+.3f} nats per token ({spread})"
+            about = f"the {self.loss} of the own texts changes by {found['mean']:+.3f} {unit} ({spread})"
             reason = f"at {at:g} {about}" if helps else f"no strength is shown to help; at {at:g}, the best, {about}"
             row = {"user": user, "strength": at if helps else 0.0, "best": at, **found, "n": n, "reason": reason}
             rows.append(row)

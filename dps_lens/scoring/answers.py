@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from dps_lens.data import Prompt
-from dps_lens.errors import ScoreError
+from dps_lens.errors import PromptError, ScoreError
 from dps_lens.intervene import Patch
 from dps_lens.model import Runner
 from dps_lens.scoring.clean_run import CleanRun
@@ -99,6 +99,12 @@ def example_run(
         return CleanRun(runner, prompt, objective=objective, **options)  # type: ignore[arg-type]
     runs: list[CleanRun] = []
     for answer in answers_of(prompt, objective):
+        if len(answer.tokens) > runner.cfg.n_ctx:
+            raise PromptError(
+                f"example {prompt.example_id!r} takes {len(answer.tokens)} tokens with one of its rejected answers, "
+                f"the model's context is {runner.cfg.n_ctx}; lower profile_tokens, task_tokens or response_tokens in "
+                "PromptConfig"
+            )
         shared = runs[0].prompt_cache if runs else None
         runs.append(CleanRun(runner, answer, prompt_cache=shared, **options))  # type: ignore[arg-type]
     return AnswersRun(runs, objective)
@@ -109,12 +115,23 @@ def answers_of(prompt: Prompt, objective: Objective) -> list[Prompt]:
 
     Raises:
         ScoreError: there is one only.
+        PromptError: an answer is empty, or two of them are the same tokens.
     """
     if not prompt.rejected:
         raise ScoreError(
             f"example {prompt.example_id!r}: the objective {objective.name!r} compares answers, and this one has no "
             "rejected answer; load pairs or choices, or give each text one of another user's: make_pairs(users)"
         )
+    found: list[list[int]] = []
+    for answer in prompt.answers:
+        tokens = answer.response_tokens.tolist()
+        if not tokens or tokens in found:
+            why = "are the same for response_tokens" if tokens else "hold one without a token"
+            raise PromptError(
+                f"example {prompt.example_id!r}: its answers {why}, so that they cannot be compared; raise "
+                "response_tokens in PromptConfig, or leave the example out"
+            )
+        found.append(tokens)
     return prompt.answers
 
 

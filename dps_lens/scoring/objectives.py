@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from dps_lens.checks import check_flag
 from dps_lens.errors import ScoreError
 from dps_lens.extensions import settings_of
 from dps_lens.model.losses import token_losses
@@ -79,8 +80,12 @@ class AnswersObjective(Objective):
     def unit(self) -> str:
         return "nats per token" if self.per_token else "nats"
 
+    def __post_init__(self) -> None:
+        check_flag(ScoreError, f"{type(self).__name__}: per_token", self.per_token)
+
     def settings(self) -> Any:
-        return self.name if self.per_token else super().settings()
+        found = super().settings()
+        return self.name if found == {"name": self.name, "per_token": True} else found
 
     def losses(
         self,
@@ -88,8 +93,12 @@ class AnswersObjective(Objective):
         targets: Int[Tensor, " pos"],
         clean: Float[Tensor, "pos d_vocab"],
     ) -> Float[Tensor, " pos"]:
-        """−log p of the tokens of one answer."""
-        return token_losses(logits, targets)
+        """Refuses: one answer has no such objective.
+
+        Raises:
+            ScoreError: always.
+        """
+        raise ScoreError(f"objective {self.name!r} compares the answers of an example; `example_run` runs them all")
 
     def of_means(self, means: Sequence[Tensor], lengths: Sequence[int]) -> Float[Tensor, "*rows"]:
         """The objective of each row, from the mean NLL of every answer in that row.
@@ -129,6 +138,10 @@ class Choice(AnswersObjective):
     """
 
     name: ClassVar[str] = "choice"
+
+    @property
+    def unit(self) -> str:
+        return "nats"
 
     def combined(self, nlls: Float[Tensor, "*rows answer"]) -> Float[Tensor, "*rows"]:
         return nlls[..., 0] + (-nlls).logsumexp(-1)

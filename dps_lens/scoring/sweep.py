@@ -32,11 +32,9 @@ from dps_lens.scoring.answers import AnswersRun, ExampleRun, example_run, nll_ru
 from dps_lens.scoring.attribution import attribute
 from dps_lens.scoring.clean_run import CleanRun, single_heads
 from dps_lens.scoring.means import MeanWork
-from dps_lens.scoring.objectives import Objective
+from dps_lens.scoring.objectives import NLL, Objective
 from dps_lens.scoring.paths import STEPS, PathScores, integrated
 from dps_lens.work import BatchSize, Run, Units, Work
-
-SIGN = "positive: ablating the head raises the NLL of the user's own text"
 
 _SHARES: dict[ScoreAgainst, dict[Against, float]] = {
     "other_user": {"other_user": 1.0},
@@ -321,6 +319,11 @@ class Sweep(Work):
             "examples": [unit_key(example) for example in self.examples],
         }
 
+    @property
+    def _sign(self) -> str:
+        of = "the NLL of the user's own text" if isinstance(self.objective, NLL) else f"{self.objective.name!r}"
+        return f"positive: ablating the head raises {of}"
+
     def weight(self, component: str) -> float:
         """Of a component in the score."""
         shares = {str(name): share for name, share in self.shares.items()}
@@ -349,7 +352,7 @@ class Sweep(Work):
             **({"exact": torch.stack([unit["exact"].bool() for unit in made])} if "exact" in made[0] else {}),
             **({"gap": torch.stack([unit["gap"] for unit in made])} if "gap" in made[0] else {}),
             tensors={f"mean.{name}": mean for name, mean in self.means.items()},
-            manifest={**manifest, "sign": SIGN, "unit": self.objective.unit, "profiles": dated},
+            manifest={**manifest, "sign": self._sign, "unit": self.objective.unit, "profiles": dated},
         )
 
 

@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from dps_lens.checks import check_whole
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.data.conditions import DONORS, check_same_answers, prompts_in
 from dps_lens.data.examples import by_key, held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
+from dps_lens.errors import ScoreError
 from dps_lens.literals import AGAINST
 from dps_lens.model import HookedModel, Runner, runner_of
 from dps_lens.result import Result
@@ -24,8 +26,6 @@ from dps_lens.work import BatchSize, Engine, Run, RunConfig, Work
 
 if TYPE_CHECKING:
     import pandas
-
-_BINS, _RESAMPLES = 10, 1000
 
 
 def rank_answers(
@@ -43,7 +43,7 @@ def rank_answers(
     """How likely a model finds the user's own answer beside the rejected ones, on evaluation examples.
 
     Each example is read with the user's own profile, without one, and with other users'; all of its answers follow the
-    same prompt. `.to_frame()` gives accuracy beside chance, margin and calibration.
+    same prompt. `.to_frame()` gives accuracy beside chance, margin and overconfidence.
 
     Args:
         model: a hooked model.
@@ -61,6 +61,7 @@ def rank_answers(
         PromptError: two answers of an example begin alike for `response_tokens`.
         RunError: `out` holds a run with other settings.
     """
+    check_whole(ScoreError, "rank_answers: n_donors", n_donors, least=0)
     run = Run(model, AnswerRanks, out, engine, run_config)
     work = _Ranking(
         model, list(users), n_donors, max_examples, prompt_config or PromptConfig(), seed, run.config.batch_size
@@ -127,9 +128,8 @@ class _Ranking(Work):
                 assert isinstance(run, AnswersRun)
                 rows.append(torch.tensor([one.nll for one in run.runs], dtype=torch.float64))
                 unit["length"] = torch.tensor([float(len(one.targets)) for one in run.runs], dtype=torch.float64)
-            if rows:
-                # Donors stay apart: a mean of NLLs would be no model's.
-                unit |= {f"{name}.{place}" if place else name: row for place, row in enumerate(rows)}
+            # Donors stay apart: a mean of NLLs would be no model's.
+            unit |= {f"{name}.{place}" if place else name: row for place, row in enumerate(rows)}
         return unit
 
     def fingerprint(self) -> dict[str, Any]:
@@ -172,12 +172,12 @@ class AnswerRanks(Result):
         """One row a condition and measure, and one for what the own profile adds: `own − no_profile`, ….
 
         `accuracy`: how often the user's own answer is the likeliest, ties shared; `chance`: one over the number of
-        answers; `margin`: log-probability of the own answer beyond the mean of the rejected ones; `probability` of the
-        own answer among them; `calibration`: by how much confidence and accuracy differ, the expected calibration error
-        in ten bins (Guo et al. 2017, arXiv 1706.04599).
+        answers; `margin`: log-probability of the own answer beyond the mean of the rejected ones. Of whole answers,
+        whatever `per_token` says, as their probabilities are: `probability` of the own answer among them, and
+        `overconfidence`, the probability of the likeliest answer minus how often that is the own one, 0 for a
+        calibrated model.
 
-        Columns: `mean`, `low`, `high`: Student's t over users; of the calibration, which is no mean of users, the
-        percentiles of 1,000 resamples of users.
+        Columns: `mean`, `low`, `high`, Student's t over users, and `unit`.
 
         Args:
             per_token: compare means over the tokens of an answer, as in `Pair`; else log-probabilities of whole
@@ -186,78 +186,59 @@ class AnswerRanks(Result):
         """
         import pandas as pd
 
+        units = {"margin": "nats per token" if per_token else "nats"}
         rows: list[dict[str, Any]] = []
         of_users: dict[tuple[str, str], np.ndarray] = {}
-        for condition, drawn in self._drawn(per_token).items():
-            for measure, values in self._measured(drawn).items():
-                means = of_users[condition, measure] = user_means(torch.from_numpy(values), self.user_ids)
-                rows.append({"condition": condition, "measure": measure, **interval(means, level)})
-            rows.append({"condition": condition, "measure": "calibration", **self._calibration(drawn, level)})
-        for other in AGAINST:
+
+        def add(condition: str, measure: str, values: np.ndarray) -> None:
+            about = {"condition": condition, "measure": measure, **interval(values, level)}
+            rows.append(about | {"unit": units.get(measure, "share")})
+
+        for condition in self.conditions:
+            for measure, values in self._measured(condition, per_token).items():
+                of_users[condition, measure] = user_means(torch.from_numpy(values), self.user_ids)
+                add(condition, measure, of_users[condition, measure])
+        for other in self.conditions[1:]:
             for measure in ("accuracy", "margin", "probability"):
-                if (other, measure) in of_users:
-                    added = of_users["own", measure] - of_users[other, measure]
-                    rows.append({"condition": f"own − {other}", "measure": measure, **interval(added, level)})
+                add(f"own − {other}", measure, of_users["own", measure] - of_users[other, measure])
         return pd.DataFrame(rows)
 
     def by_user(self, measure: str = "margin", *, per_token: bool = True) -> "pandas.DataFrame":
-        """One row a user, one column a condition: `accuracy`, `chance`, `margin` or `probability`, as in `to_frame`."""
+        """One row a user, one column a condition, of a measure of `to_frame`.
+
+        Raises:
+            ScoreError: there is no such measure.
+        """
         import pandas as pd
 
-        found = {
-            condition: user_means(torch.from_numpy(self._measured(drawn)[measure]), self.user_ids)
-            for condition, drawn in self._drawn(per_token).items()
-        }
-        return pd.DataFrame({"user": list(dict.fromkeys(self.user_ids)), **found})
+        found = {condition: self._measured(condition, per_token) for condition in self.conditions}
+        if measure not in found["own"]:
+            raise ScoreError(f"by_user: measure {measure!r} is unknown; use one of {', '.join(found['own'])}")
+        means = {name: user_means(torch.from_numpy(of[measure]), self.user_ids) for name, of in found.items()}
+        return pd.DataFrame({"user": list(dict.fromkeys(self.user_ids)), **means})
 
-    def _drawn(self, per_token: bool) -> dict[str, list[np.ndarray]]:
-        """The log-probabilities of answers by condition, those of every donor apart."""
-        found: dict[str, list[np.ndarray]] = {}
-        for name, nll in self.nll.items():
-            found.setdefault(name.split(".")[0], []).append(self._logits(nll, per_token))
-        return found
+    @property
+    def conditions(self) -> list[str]:
+        """What prompts showed, the own profile first."""
+        return list(dict.fromkeys(name.split(".")[0] for name in self.nll))
 
-    def _logits(self, nll: Tensor, per_token: bool) -> Float[np.ndarray, "example answer"]:
-        return (-nll if per_token else -nll * self.length).numpy()
-
-    @staticmethod
-    def _measured(drawn: Sequence[np.ndarray]) -> dict[str, Float[np.ndarray, " example"]]:
+    def _measured(self, condition: str, per_token: bool) -> dict[str, Float[np.ndarray, " example"]]:
         """Every measure of every example, a mean over donors."""
         found: dict[str, list[np.ndarray]] = {}
-        for logits in drawn:
-            best = logits == np.nanmax(logits, axis=1, keepdims=True)
-            found.setdefault("accuracy", []).append(best[:, 0] / best.sum(1))
-            found.setdefault("chance", []).append(1 / (~np.isnan(logits)).sum(1))
-            found.setdefault("margin", []).append(logits[:, 0] - np.nanmean(logits[:, 1:], axis=1))
-            found.setdefault("probability", []).append(_softmax(logits)[:, 0])
+        for nll in (nll for name, nll in self.nll.items() if name.split(".")[0] == condition):
+            whole = (-nll * self.length).numpy()
+            compared = (-nll).numpy() if per_token else whole
+            shares = np.exp(whole - np.nanmax(whole, axis=1, keepdims=True))
+            shares /= np.nansum(shares, axis=1, keepdims=True)
+            found.setdefault("accuracy", []).append(_first_is_best(compared))
+            found.setdefault("chance", []).append(1 / (~np.isnan(compared)).sum(1))
+            found.setdefault("margin", []).append(compared[:, 0] - np.nanmean(compared[:, 1:], axis=1))
+            found.setdefault("probability", []).append(shares[:, 0])
+            found.setdefault("overconfidence", []).append(np.nanmax(shares, axis=1) - _first_is_best(whole))
         return {name: np.mean(rows, axis=0) for name, rows in found.items()}
 
-    def _calibration(self, drawn: Sequence[np.ndarray], level: float) -> dict[str, float]:
-        confidence, right, owner = [], [], []
-        for logits in drawn:
-            shares = _softmax(logits)
-            confidence.append(np.nanmax(shares, axis=1))
-            best = logits == np.nanmax(logits, axis=1, keepdims=True)
-            right.append(best[:, 0] / best.sum(1))
-            owner.append(np.array(self.user_ids))
-        confidence, right, owner = (np.concatenate(each) for each in (confidence, right, owner))  # type: ignore[assignment]
-        users = list(dict.fromkeys(self.user_ids))
-        rows = [np.flatnonzero(owner == user) for user in users]
-        rng = np.random.default_rng(0)
-        resampled = []
-        for _ in range(_RESAMPLES if len(users) > 1 else 0):
-            drawn_rows = np.concatenate([rows[one] for one in rng.integers(len(users), size=len(users))])
-            resampled.append(_calibration_error(confidence[drawn_rows], right[drawn_rows]))
-        low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2]) if resampled else (np.nan, np.nan)
-        return {"mean": _calibration_error(confidence, right), "low": float(low), "high": float(high)}
 
-
-def _softmax(logits: Float[np.ndarray, "example answer"]) -> Float[np.ndarray, "example answer"]:
-    shares = np.exp(logits - np.nanmax(logits, axis=1, keepdims=True))
-    return shares / np.nansum(shares, axis=1, keepdims=True)
-
-
-def _calibration_error(confidence: Any, right: Any) -> float:
-    places = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
-    gaps = [abs((confidence - right)[places == place].sum()) for place in range(_BINS)]
-    return float(sum(gaps) / len(confidence))
+def _first_is_best(values: Float[np.ndarray, "example answer"]) -> Float[np.ndarray, " example"]:
+    """1 where the first answer is the best, less where it shares that place."""
+    best = values == np.nanmax(values, axis=1, keepdims=True)
+    return best[:, 0] / best.sum(1)

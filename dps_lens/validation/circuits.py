@@ -26,7 +26,7 @@ _PROFILES = {"other_user": "another user's profile", "no_profile": "no profile"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness(Result):
-    """NLL when all heads but the top of a ranking are patched, nats per token, of `faithfulness`.
+    """NLL, or another objective, when all heads but the top of a ranking are patched, of `faithfulness`.
 
     Attributes:
         families: names.
@@ -55,6 +55,11 @@ class Faithfulness(Result):
     circuits: Float64[Tensor, "example family size"]
     random: Float64[Tensor, "example draw size"]
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """Of losses and gains."""
+        return str(self.manifest.get("unit", "nats per token"))
 
     def to_frame(self, *, level: float = 0.95) -> "pandas.DataFrame":
         """One row a family and size.
@@ -129,7 +134,7 @@ class Faithfulness(Result):
             return ""
         over = _PROFILES[self.manifest.get("against", "other_user")]
         return (
-            f"the gain over {over} is not reliably above 0 ({gain['mean']:.3f} nats per token, interval "
+            f"the gain over {over} is not reliably above 0 ({gain['mean']:.3f} {self.unit}, interval "
             f"{gain['low']:.3f} to {gain['high']:.3f}), so there is no share of it"
         )
 

@@ -212,9 +212,14 @@ class SetEffects(Result):
         return "same layers"
 
     def _users(self, tensors: Mapping[str, Tensor], weights: Mapping[str, float], part: Share) -> np.ndarray:
-        if part != "all" and "task" in self.full:
+        if part != "all" and self.compares:
             raise ScoreError(f"part {part!r}: {self.loss!r} compares answers, not tokens; use 'all'")
         return user_means(_sum(tensors, weights, part), self.user_ids)
+
+    @property
+    def compares(self) -> bool:
+        """What was measured compares the answers of an example."""
+        return bool(self.manifest.get("compares"))
 
     @property
     def loss(self) -> str:
@@ -223,12 +228,12 @@ class SetEffects(Result):
 
     def _named(self, condition: str) -> str:
         """What was measured in a condition; of neutral text, which has one answer, that is the NLL."""
-        return f"{'NLL' if condition == 'neutral' and 'task' in self.full else self.loss}, {condition}"
+        return f"{'NLL' if condition == 'neutral' and self.compares else self.loss}, {condition}"
 
     def unit_of(self, measure: str) -> str:
         """The unit of a measure, or of a condition of the full model; off-target costs are of the NLL."""
         costs = ("task_cost", "neutral_cost", "NLL, neutral")
-        per_token = measure in costs and "task" in self.full
+        per_token = measure in costs and self.compares
         return "nats per token" if per_token else str(self.manifest.get("unit", "nats per token"))
 
     def summary(self) -> str:

@@ -272,6 +272,7 @@ class HeldOutWork(Work):
             "positions": self.settings.positions,
             "objective": self.settings.objective.settings(),
             "unit": self.settings.objective.unit,
+            "compares": self.compares,
             "ks": self.ks,
             "n_random": self.n_random,
             "spread": self.spread,

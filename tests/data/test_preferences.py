@@ -1,12 +1,14 @@
 """Pairs, choices and stated preferences: records of our own, and the layouts of published sets, with texts of ours."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
 
 import dps_lens as dps
 from dps_lens.data import load_users
+from dps_lens.data.conditions import donors_of
 from dps_lens.errors import DataError, PromptError
 
 PAIRS = [
@@ -74,7 +76,13 @@ def test_the_right_option_is_named_by_letter_place_or_text(answer):
     ("change", "message"),
     [
         ({"chosen": None}, "field 'options' is missing|field 'chosen' is missing|holds no"),
-        ({"rejected": "walk  4 miles!"}, "the chosen answer is rejected, too"),
+        ({"rejected": "walk  4 miles!"}, "two answers are the same"),
+        ({"rejected": ["Rest.", "rest"]}, "two answers are the same"),
+        (
+            {"prompt": [{"role": "user", "content": "I am vegan"}, {"role": "user", "content": "Dinner?"}]},
+            "into 'history'",
+        ),
+        ({"chosen": [{"role": "user", "content": "Rest."}]}, "not 'assistant'"),
         ({"rejected": ""}, "field 'rejected' is empty"),
         ({"rejected": []}, "rejected"),
         ({"prompt": None}, "field 'prompt' is missing"),
@@ -95,6 +103,7 @@ def test_records_that_tell_nothing_are_refused(change, message):
         ({"options": ["Milk"]}, "a choice needs two"),
         ({"answer": "Water"}, "none of the 3 options"),
         ({"answer": 7}, "none of the 3 options"),
+        ({"answer": True}, "none of the 3 options"),
         ({"history": []}, "is empty"),
     ],
 )
@@ -150,8 +159,7 @@ def test_prism(tmp_path):
         )
     ]
     rows += [said(9, 0, 0, "Same.", 50, True), said(9, 0, 1, "Same.", 50, False), said(0, 1, 0, "Later.", 9, True)]
-    with pytest.warns(UserWarning, match="1 interactions"):
-        (user,) = load_users(write(tmp_path, "utterances.jsonl", rows))
+    (user,) = load_users(write(tmp_path, "utterances.jsonl", rows))
     assert user.examples[0].reference == "Bring bread 2."
     assert user.examples[0].rejected == ("Bring rain 2.",)
     assert user.examples[0].input == "Plan picnic 2"
@@ -208,7 +216,7 @@ def test_personamem(tmp_path, llama):
     assert "afterwards" not in text
     with pytest.raises(DataError, match=r"outputs='shared_contexts_32k"):
         load_users(questions)
-    with pytest.raises(DataError, match="holds no context"):
+    with pytest.raises(DataError, match="there is no context 'abc'"):
         load_users(questions, outputs=write(tmp_path, "other.jsonl", [{"xyz": []}]))
 
 
@@ -302,12 +310,128 @@ def test_no_prompt_shows_a_rejected_text(probe):
             assert not titles & {example.reference, *example.rejected}
 
 
+def test_each_question_keeps_its_own_profile():
+    """Texts without ids are known by what they hold."""
+    row = {"user_id": "ann", "question": "A drink?", "options": ["Milk", "Tea"], "answer": "b"}
+    (user,) = load_users([{**row, "history": ["I like tea."]}, {**row, "history": ["I hate hot drinks."], "id": "2"}])
+    shown = [[document.fields["text"] for document in example.profile] for example in user.examples]
+    assert shown == [["I like tea."], ["I hate hot drinks."]]
+    assert len(user.history) == 2
+    twice = [{"id": "1", "text": "I like tea."}, {"id": "1", "text": "I hate tea."}]
+    with pytest.raises(DataError, match="stands twice"):
+        load_users([{**row, "history": twice}])
+
+
+def test_pairs_are_ordered_by_their_dates():
+    rows = [{**one, "date": f"2024-01-{9 - n:02d}"} for n, one in enumerate(PAIRS)]
+    (user,) = load_users(rows)
+    assert user.dated
+    assert [example.reference for example in user.examples] == ["Walk 1 miles.", "Walk 0 miles."]
+
+
+def test_choices_may_have_the_same_options_again(llama):
+    rows = [
+        {"user_id": "ann", "question": f"Is day {n} good?", "options": ["Yes", "No"], "answer": n % 2} for n in range(8)
+    ]
+    (user,) = load_users(rows)
+    assert len(user.discovery_examples()) == 6
+    text = dps.build_prompt(llama.hooked, user.examples[-1]).text
+    assert 'the user chose "No"' in text
+
+
+def test_a_profile_of_pairs_shows_what_was_preferred(llama):
+    """Long prompts do not crowd the answers out, nor the profile out of its budget."""
+    long = "plan it well, with many words, and nothing left out of what I said before; " * 12
+    rows = [
+        {**one, "prompt": one["prompt"] + long, "chosen": f"Walk {n} miles, then eat."} for n, one in enumerate(PAIRS)
+    ]
+    (user,) = load_users(rows)
+    config = dps.PromptConfig(profile_tokens=400, task_tokens=20)
+    prompt = dps.build_prompt(llama.hooked, user.examples[0], config=config)
+    assert "the user preferred " in prompt.text
+    assert 'preferred ""' not in prompt.text
+    start, stop = prompt.spans["profile"]
+    assert stop - start <= 400
+
+
+def test_only_what_is_asked_for_is_read():
+    """Later users' records are not looked at, and one without a history is left out."""
+    broken = {"user_id": "bob", "prompt": "Plan.", "chosen": "Walk.", "rejected": "Walk."}
+    assert [user.id for user in load_users([*PAIRS, broken], max_users=1)] == ["ann"]
+    row = {
+        "user_id": "ann",
+        "question": "A drink?",
+        "options": ["Milk", "Tea"],
+        "answer": "b",
+        "history": ["I like tea."],
+    }
+    with pytest.warns(UserWarning, match="1 user is left out"):
+        users = load_users([row, {**row, "user_id": "bob", "history": []}])
+    assert [user.id for user in users] == ["ann"]
+
+
+def test_documents_with_other_columns_stay_documents(probe):
+    rows = [
+        {"user_id": "ann", "title": f"Title {n}", "text": f"Some text {n}.", "options": [], "preference": "none"}
+        for n in range(5)
+    ]
+    assert load_users(rows)[0].task.name == "lamp-4"
+
+
+def test_profiles_of_several_kinds_are_refused():
+    row = {
+        "user_id": "ann",
+        "question": "A drink?",
+        "options": ["Milk", "Tea"],
+        "answer": "b",
+        "history": ["I like tea."],
+    }
+    pairs = [{"prompt": "A meal?", "chosen": "Soup.", "rejected": "Cake."}]
+    with pytest.raises(DataError, match="of one kind"):
+        load_users([row, {**row, "user_id": "bob", "history": pairs}])
+    with pytest.raises(DataError, match="several kinds"):
+        load_users([row, {**row, "id": "2", "history": pairs}])
+
+
+def test_data_frames_with_arrays_are_read():
+    import numpy as np
+    import pandas as pd
+
+    row = {"user_id": "ann", "question": "A drink?", "options": np.array(["Milk", "Tea"]), "answer": "b",
+           "history": np.array(["I like tea.", "It rains."])}  # fmt: skip
+    (user,) = load_users(pd.DataFrame([row, {**row, "id": "2"}]))
+    assert user.examples[0].reference == "Tea"
+
+
+def test_pairs_of_texts_reject_nothing_of_the_users_own(probe):
+    own = [dataclasses.replace(probe[1], id="twin", history=(*probe[0].history[:3], *probe[1].history)), *probe]
+    for user in dps.make_pairs(own):
+        titles = {document.fields["title"] for document in user.history}
+        titles |= {example.reference for example in user.examples}
+        for example in (*user.examples, *user.discovery_examples()):
+            assert not titles & {*example.rejected}
+    with pytest.raises(DataError, match="have rejected answers"):
+        dps.make_pairs(dps.make_pairs(probe))
+
+
+def test_a_donor_did_not_write_what_is_rejected(probe):
+    made = dps.make_pairs(probe)
+    author = {document.fields["title"]: user.id for user in probe for document in user.history}
+    for user in made:
+        for example in user.examples:
+            donors = donors_of(example, made, 5, 0)
+            assert author[example.rejected[0]] not in {donor.id for donor in donors}
+    assert donors_of(made[0].examples[0], made[:2], 5, 0), "nobody else is there"
+
+
 def test_answers_that_begin_alike_are_refused(llama):
     rows = [{**one, "rejected": one["chosen"] + " And rest."} for one in PAIRS]
     (user,) = load_users(rows)
     dps.build_prompt(llama.hooked, user.examples[0])
-    with pytest.raises(PromptError, match="begin alike"):
-        dps.build_prompt(llama.hooked, user.examples[0], config=dps.PromptConfig(response_tokens=3))
+    config = dps.PromptConfig(response_tokens=3)
+    dps.build_prompt(llama.hooked, user.examples[0], config=config)  # the NLL needs no other answer
+    with pytest.raises(PromptError, match="are the same for response_tokens"):
+        dps.rank_answers(llama.hooked, [user], prompt_config=config, run_config=dps.RunConfig(progress=False))
 
 
 def test_rejected_answers_decide_what_a_run_is(probe, llama, tmp_path):
