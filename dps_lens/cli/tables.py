@@ -86,24 +86,15 @@ def print_found(found: "FoundHeads") -> None:
 
 
 def print_answers(frame: "pandas.DataFrame", summary: str) -> None:
-    """One row a measure, one column a condition, and what the own profile adds."""
+    """One row a condition and measure, and what the own profile adds."""
     from rich.table import Table
 
-    table = Table(title=printable(f"{summary}, 95% over users"))
-    conditions = list(dict.fromkeys(frame["condition"]))
-    for column in ("", *conditions):
-        table.add_column(printable(column), justify="right" if column else "left")
-    cells = {
-        (row["condition"], row["measure"]): f"{row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-        for row in frame.to_dict("records")
-    }
-    units = dict(zip(frame["measure"], frame["unit"], strict=True))
-    for measure, unit in units.items():
-        _add(
-            table,
-            measure if unit == "share" else f"{measure}, {unit}",
-            *(cells.get((condition, measure), "") for condition in conditions),
-        )
+    table = Table(title=printable(f"{summary}, 95% interval over users"))
+    for column in ("profile", "measure", "mean", "interval"):
+        table.add_column(column, justify="left" if column in ("profile", "measure") else "right")
+    for row in frame.to_dict("records"):
+        measure = row["measure"] if row["unit"] == "share" else f"{row['measure']}, {row['unit']}"
+        _add(table, row["condition"], measure, f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}")
     _console().print(table)
 
 

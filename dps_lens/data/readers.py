@@ -30,6 +30,11 @@ N_NEWEST = 2
 _USER_FIELDS = ("user_id", "name", "author", "reviewerId")
 _DATE_FIELDS = ("date", "year")
 _NO_USER = "field 'user_id' is missing"
+_HUB = {
+    "longlamp": ("LongLaMP/LongLaMP", "val"),
+    "rewardbench": ("QiyaoMa/Personalized-RewardBench", "test"),
+    "prism": ("HannahRoseKirk/prism-alignment", "train"),
+}
 
 
 def load_users(
@@ -52,7 +57,7 @@ def load_users(
             pairs `{"user_id", "prompt", "chosen", "rejected"}`, choices `{"user_id", "question", "options", "answer"}`,
             each with a `"profile"` or `"history"` of its own, or the newest 2 of each user for evaluation; and the
             files of Personalized-RewardBench, PRISM (`utterances.jsonl`), PersonalLLM's interaction database,
-            PersonaMem and PrefEval.
+            PersonaMem and PrefEval; of the Hub `"rewardbench/Society_and_Culture"` and the like, `"prism/utterances"`.
         outputs: the LaMP outputs file, as `{"task", "golds": [{"id", "output"}]}` or the bare list; PersonaMem's
             contexts; PrefEval's file of options of the same topic.
         task: a task name, when neither the outputs nor the inputs tell it.
@@ -139,12 +144,13 @@ def _open(source: str) -> tuple[str, list[Any]]:
     path = Path(source).expanduser()
     if os.path.isfile(path):
         return path.name, _table(path.name, _read(path)) if path.suffix == ".csv" else _parse(path.name, _read(path))
-    if source.lower().startswith("longlamp/"):
+    if source.lower().split("/")[0] in _HUB and "/" in source:
         return source, _from_hub(source)
     if source.lower().startswith("lamp-"):
         raise DataError(f"load_users: {source} is not on this machine; run: dps-lens fetch {source.lower()}")
     found = f"{source[:200]!r} is a folder" if os.path.isdir(path) else f"there is no file {source[:200]!r}"
-    raise DataError(f"load_users: {found}; give a file, 'probe' or 'longlamp/CONFIG'")
+    sets = ", ".join(f"'{name}/CONFIG'" for name in _HUB)
+    raise DataError(f"load_users: {found}; give a file, 'probe', or of the Hub {sets}")
 
 
 def _table(name: str, text: str) -> list[Any]:
@@ -198,9 +204,10 @@ def _check_whole(where: str, record: Any) -> None:
 def _from_hub(source: str) -> list[Any]:
     from datasets import load_dataset
 
-    config = source.split("/", 1)[1]
+    name, config = source.split("/", 1)
+    repository, split = _HUB[name.lower()]
     try:
-        return list(load_dataset("LongLaMP/LongLaMP", config, split="val"))
+        return list(load_dataset(repository, config, split=split))
     except Exception as error:
         raise DataError(f"{source}: the Hub could not be read ({str(error).splitlines()[0]})") from error
 

@@ -120,7 +120,8 @@ def answers_of(prompt: Prompt, objective: Objective) -> list[Prompt]:
     if not prompt.rejected:
         raise ScoreError(
             f"example {prompt.example_id!r}: the objective {objective.name!r} compares answers, and this one has no "
-            "rejected answer; load pairs or choices, or give each text one of another user's: make_pairs(users)"
+            "rejected answer; load pairs or choices, or give each text one of another user's: make_pairs(users), "
+            "--pairs any"
         )
     found: list[list[int]] = []
     for answer in prompt.answers:

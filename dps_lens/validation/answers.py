@@ -70,11 +70,12 @@ def rank_answers(
     units = run.units(work, list(work.by_key), "ranking answers").made
     examples = [work.by_key[key] for key in units]
     most = max(len(unit["length"]) for unit in units.values())
-    padded = {
-        name: torch.stack([torch.nn.functional.pad(unit[name], (0, most - len(unit[name])), value=torch.nan)
-                           for unit in units.values()])
-        for name in next(iter(units.values()))
-    }  # fmt: skip
+    names = sorted({name for unit in units.values() for name in unit}, key=_place)
+    # Examples may have other numbers of answers, and of donors.
+    padded = {name: torch.full((len(units), most), torch.nan, dtype=torch.float64) for name in names}
+    for row, unit in enumerate(units.values()):
+        for name, values in unit.items():
+            padded[name][row, : len(values)] = values
     length = padded.pop("length")
     return run.keep(
         AnswerRanks(
@@ -85,6 +86,12 @@ def rank_answers(
             manifest=run.manifest,
         )
     )
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Conditions in their order."""
+    order = ("own", *AGAINST, "length")
+    return order.index(name.split(".", maxsplit=1)[0]), name
 
 
 @dataclass
@@ -220,22 +227,27 @@ class AnswerRanks(Result):
     @property
     def conditions(self) -> list[str]:
         """What prompts showed, the own profile first."""
-        return list(dict.fromkeys(name.split(".")[0] for name in self.nll))
+        return list(dict.fromkeys(name.split(".")[0] for name in sorted(self.nll, key=_place)))
 
     def _measured(self, condition: str, per_token: bool) -> dict[str, Float[np.ndarray, " example"]]:
         """Every measure of every example, a mean over donors."""
         found: dict[str, list[np.ndarray]] = {}
         for nll in (nll for name, nll in self.nll.items() if name.split(".")[0] == condition):
-            whole = (-nll * self.length).numpy()
-            compared = (-nll).numpy() if per_token else whole
+            there = ~torch.isnan(nll).all(1).numpy()
+            whole = np.where(there[:, None], (-nll * self.length).numpy(), 0.0)
+            compared = np.where(there[:, None], (-nll).numpy(), 0.0) if per_token else whole
             shares = np.exp(whole - np.nanmax(whole, axis=1, keepdims=True))
             shares /= np.nansum(shares, axis=1, keepdims=True)
-            found.setdefault("accuracy", []).append(_first_is_best(compared))
-            found.setdefault("chance", []).append(1 / (~np.isnan(compared)).sum(1))
-            found.setdefault("margin", []).append(compared[:, 0] - np.nanmean(compared[:, 1:], axis=1))
-            found.setdefault("probability", []).append(shares[:, 0])
-            found.setdefault("overconfidence", []).append(np.nanmax(shares, axis=1) - _first_is_best(whole))
-        return {name: np.mean(rows, axis=0) for name, rows in found.items()}
+            measured = {
+                "accuracy": _first_is_best(compared),
+                "chance": 1 / (~np.isnan(compared)).sum(1),
+                "margin": compared[:, 0] - np.nanmean(compared[:, 1:], axis=1),
+                "probability": shares[:, 0],
+                "overconfidence": np.nanmax(shares, axis=1) - _first_is_best(whole),
+            }
+            for name, values in measured.items():
+                found.setdefault(name, []).append(np.where(there, values, np.nan))
+        return {name: np.nanmean(rows, axis=0) for name, rows in found.items()}
 
 
 def _first_is_best(values: Float[np.ndarray, "example answer"]) -> Float[np.ndarray, " example"]:

@@ -53,7 +53,8 @@ class HeldOutConfig:
             `noising_other` and `denoising_other`. Of what is left out, nothing is claimed beside random sets.
         ngram: a response token counts as copied when it ends an n-gram of the response that the profile holds.
         neutral: texts to measure the neutral cost on; by default prose of the package.
-        objective: what is measured, as in `score_heads`; by default as for the scores, else the NLL of the response.
+        objective: what is measured, as in `score_heads`; by default as for the scores, else the NLL of the response;
+            `steering_sweep` takes the NLL where none is given.
             With `"pair"` and `"choice"`, both off-target costs stay changes of NLL: of the user's own answer without a
             profile, and of neutral text.
         on: `"discovery"` lets `steering_sweep` measure on the examples that choose.

@@ -83,6 +83,7 @@ def test_help_answers_at_once_and_names_every_command():
         "describe",
         "paths",
         "publish",
+        "answers",
     ):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
@@ -113,6 +114,30 @@ def test_score_writes_a_run_and_resumes(scored, model):
     assert other.returncode == 2
     assert other.stderr.strip().endswith("use another folder, or --force to start anew")
     assert "Traceback" not in other.stderr
+
+
+def test_pairs_are_ranked_scored_and_tested(model, tmp_path):
+    shared = ("--model", model, "--max-users", 3, "--max-examples", 1, "--pairs", "any")
+    done = run("answers", "--out", tmp_path / "answers", *shared, "--summed")
+    assert done.returncode == 0, done.stderr
+    frame = dps.AnswerRanks.load(tmp_path / "answers").to_frame(per_token=False)
+    margin = frame.query("condition == 'own' and measure == 'margin'").iloc[0]
+    line = next(line for line in done.stdout.splitlines() if "margin, nats" in line)
+    assert f"{margin['mean']:.3f}" in line
+    assert f"{margin['low']:.3f} to {margin['high']:.3f}" in line
+    done = run("score", "--out", tmp_path / "scores", *shared, "--objective", "pair")
+    assert done.returncode == 0, done.stderr
+    assert dps.HeadScores.load(tmp_path / "scores").manifest["objective"] == "pair"
+    command = ["ablate", "--run", tmp_path / "scores", "--out", tmp_path / "a", *KINDS, "--ks", "1", "--n-random", 0]
+    done = run(*command, *shared)
+    assert done.returncode == 0, done.stderr
+    assert dps.SetEffects.load(tmp_path / "a").loss == "pair"
+    bare = run("ablate", "--run", tmp_path / "scores", "--out", tmp_path / "b", *KINDS, *shared[:-2], "--ks", "1")
+    assert bare.returncode == 2
+    assert "make_pairs(users)" in bare.stderr
+    assert "--pairs" in bare.stderr
+    wrong = run("score", "--out", tmp_path / "c", *shared, "--objective", "margin")
+    assert "use one of nll, pair, choice" in wrong.stderr
 
 
 def test_find_prints_the_set_with_its_inclusion_and_costs(model, tmp_path):

@@ -21,6 +21,10 @@ PAIRS = [
     for n in range(5)
 ]
 
+CHOICE = {
+    "user_id": "ann", "question": "A drink?", "options": ["Milk", "Tea"], "answer": "b", "history": ["I like tea."],
+}  # fmt: skip
+
 
 def write(folder, name, value):
     path = folder / name
@@ -312,7 +316,7 @@ def test_no_prompt_shows_a_rejected_text(probe):
 
 def test_each_question_keeps_its_own_profile():
     """Texts without ids are known by what they hold."""
-    row = {"user_id": "ann", "question": "A drink?", "options": ["Milk", "Tea"], "answer": "b"}
+    row = CHOICE
     (user,) = load_users([{**row, "history": ["I like tea."]}, {**row, "history": ["I hate hot drinks."], "id": "2"}])
     shown = [[document.fields["text"] for document in example.profile] for example in user.examples]
     assert shown == [["I like tea."], ["I hate hot drinks."]]
