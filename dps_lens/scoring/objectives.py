@@ -117,11 +117,11 @@ class AnswersObjective(Objective):
 
 @dataclass(frozen=True)
 class Pair(AnswersObjective):
-    """`NLL(own) − NLL(rejected)`, the log-odds by which the model prefers what the user rejected; of several rejected
-    answers their mean.
+    """`NLL(own) − NLL(rejected)`, the log-odds by which the model prefers what the user rejected.
 
-    What any text needs changes both NLLs alike and cancels. Minus this is the margin, which with `per_token=False` is
-    the difference of log-probabilities that direct preference optimisation learns from (arXiv 2305.18290).
+    Of several rejected answers their mean NLL counts. What any text needs changes both NLLs alike and cancels. Minus this
+    is the margin, which with `per_token=False` is the difference of log-probabilities that direct preference
+    optimisation learns from (arXiv 2305.18290).
     """
 
     name: ClassVar[str] = "pair"
