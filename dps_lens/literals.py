@@ -28,6 +28,9 @@ VectorAgainst: TypeAlias = Literal["other_user", "no_profile", "generic"]
 Recipe: TypeAlias = Literal["difference", "probe", "persona"]
 """How a head vector is made of the two kinds of z."""
 
+ProfileIn: TypeAlias = Literal["message", "system", "turn"]
+"""Where a prompt shows the profile: before the task, in the system turn, or in an earlier message of the user's."""
+
 Discovery: TypeAlias = Literal["history", "labelled"]
 Select: TypeAlias = Literal["global", "user"]
 """Heads by other users, or by each user's own examples."""

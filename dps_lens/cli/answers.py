@@ -16,6 +16,7 @@ from dps_lens.cli.options import (
     Model,
     Outputs,
     Pairs,
+    ProfilePlace,
     Strict,
     TemplateKwargs,
     Users,
@@ -32,6 +33,7 @@ def answers(
     strict: Strict = False,
     pairs: Pairs = None,
     chat_template_kwargs: TemplateKwargs = None,
+    profile_in: ProfilePlace = "message",
     max_examples: HeldOutExamples = None,
     n_donors: Annotated[int, typer.Option(min=1, help="Other users for each example.")] = 2,
     per_token: Annotated[
@@ -53,7 +55,9 @@ def answers(
         loaded,
         n_donors=n_donors,
         max_examples=max_examples,
-        prompt_config=dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs)),
+        prompt_config=dps.PromptConfig(
+            chat_template_kwargs=template_kwargs(chat_template_kwargs), profile_in=profile_in
+        ),
         seed=seed,
         out=out,
         run_config=dps.RunConfig(force=force),

@@ -19,6 +19,7 @@ from dps_lens.cli.options import (
     Objective,
     Outputs,
     Pairs,
+    ProfilePlace,
     Strict,
     TemplateKwargs,
     Users,
@@ -37,6 +38,7 @@ def find(
     strict: Strict = False,
     pairs: Pairs = None,
     chat_template_kwargs: TemplateKwargs = None,
+    profile_in: ProfilePlace = "message",
     k: Annotated[int, typer.Option(min=1, help="At most so many heads.")] = 10,
     method: Annotated[
         str,
@@ -94,7 +96,9 @@ def find(
             max_task_cost=None if math.isinf(max_task_cost) else max_task_cost,
             max_neutral_cost=None if math.isinf(max_neutral_cost) else max_neutral_cost,
             max_examples=max_examples,
-            prompt_config=dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs)),
+            prompt_config=dps.PromptConfig(
+                chat_template_kwargs=template_kwargs(chat_template_kwargs), profile_in=profile_in
+            ),
             find_config=dps.FindConfig(
                 discovery=discovery,
                 n_donors=n_donors,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dps_lens.literals import ScoreAgainst, Select
+from dps_lens.literals import ProfileIn, ScoreAgainst, Select
 
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2-135m, a Hugging Face id, a folder or a .gguf file.")]
 Users = Annotated[
@@ -22,6 +22,10 @@ Strict = Annotated[
 TemplateKwargs = Annotated[
     str | None,
     typer.Option("--chat-template-kwargs", help="JSON for the chat template, such as '{\"enable_thinking\": false}'."),
+]
+ProfilePlace = Annotated[
+    ProfileIn,
+    typer.Option("--profile-in", help="Where a prompt shows the profile: before the task, or in a turn of its own."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; by default the GPU when there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

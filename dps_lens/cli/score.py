@@ -20,6 +20,7 @@ from dps_lens.cli.options import (
     Objective,
     Outputs,
     Pairs,
+    ProfilePlace,
     Strict,
     TemplateKwargs,
     Users,
@@ -38,6 +39,7 @@ def score(
     strict: Strict = False,
     pairs: Pairs = None,
     chat_template_kwargs: TemplateKwargs = None,
+    profile_in: ProfilePlace = "message",
     max_examples: Annotated[
         int | None, typer.Option(min=1, help="Newest discovery examples of each user; all by default.")
     ] = None,
@@ -86,7 +88,9 @@ def score(
             positions=positions,
             method=method,
             max_examples=max_examples,
-            prompt_config=dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs)),
+            prompt_config=dps.PromptConfig(
+                chat_template_kwargs=template_kwargs(chat_template_kwargs), profile_in=profile_in
+            ),
             score_config=dps.ScoreConfig(discovery=discovery, strict=strict),
             seed=seed,
             out=out,

@@ -18,9 +18,10 @@ from dps_lens.checks import check_whole
 from dps_lens.data.documents import Document
 from dps_lens.data.records import Example, User
 from dps_lens.data.retrieval import RetrievalMethod, retrieve
-from dps_lens.data.tokenizer import BETWEEN, ProfileIn, PromptTokenizer, span
+from dps_lens.data.tokenizer import BETWEEN, PromptTokenizer, span
 from dps_lens.data.words import RetrievalTokens
 from dps_lens.errors import PromptError
+from dps_lens.literals import ProfileIn
 from dps_lens.model import HookedModel
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 from warnings import warn
 
 import regex
@@ -13,14 +13,12 @@ from torch import Tensor
 
 from dps_lens.data.templates import ChatTemplate
 from dps_lens.errors import PromptError
+from dps_lens.literals import ProfileIn
 from dps_lens.model import HookedModel
 
 BETWEEN = "\n\n"
 _ANSWER = "\n\nAnswer:"
 _NOTED = "Thank you. I will keep that in mind."
-
-ProfileIn: TypeAlias = Literal["message", "system", "turn"]
-"""Where a prompt shows the profile."""
 
 _GRAPHEME = regex.compile(r"\X")
 # Something in brackets, as <think>, [INST], {{user}} or <|im_end|>; not runs of spaces, words or single signs.
