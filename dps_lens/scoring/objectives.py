@@ -119,8 +119,8 @@ class AnswersObjective(Objective):
 class Pair(AnswersObjective):
     """`NLL(own) − NLL(rejected)`, the log-odds by which the model prefers what the user rejected.
 
-    Of several rejected answers their mean NLL counts. What any text needs changes both NLLs alike and cancels. Minus this
-    is the margin, which with `per_token=False` is the difference of log-probabilities that direct preference
+    Of several rejected answers their mean NLL counts. What any text needs changes both NLLs alike and cancels. Minus
+    this is the margin, which with `per_token=False` is the difference of log-probabilities that direct preference
     optimisation learns from (arXiv 2305.18290).
     """
 
