@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import dps_lens as dps
 from dps_lens.errors import RunError, ScoreError, SteeringError
-from dps_lens.evaluation.likelihood import SweepWork
+from dps_lens.evaluation.steered import SweepWork
 from dps_lens.evaluation.sweep import SteeringSweep
 from dps_lens.heads import Head, HeadSet
 from dps_lens.plots import steering
