@@ -213,6 +213,7 @@ PROMPTS = {
     "seed": 1,
     "retrieval_tokens": "script",
     "chat_template_kwargs": {"place": " in Rome"},
+    "profile_in": "turn",
 }
 REFUSED = {
     head: "model.weights was",
