@@ -204,7 +204,7 @@ TASKS: dict[str, Task] = {
             brief=160,
             least=24,
         ),
-        Task("questions", ("text",), "text", '"{text}"', "", max_new_tokens=256, header="Earlier texts by this user:"),
+        Task("questions", ("text",), "text", '"{text}"', "", max_new_tokens=256),
         Task("sessions", ("text",), "text", "{text}", "", max_new_tokens=256, header="Earlier conversations:"),
         Task("preferences", ("text",), "text", "{text}", "", max_new_tokens=256, header="About this user:"),
     )

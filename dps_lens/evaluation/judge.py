@@ -28,7 +28,7 @@ CRITERIA = {
     "profile": "which answer fits better to what the earlier texts tell about their author",
     "factuality": "which answer claims less that the task does not support",
 }
-STATED = ("preferences", "sessions", "pairs")
+STATED = ("preferences", "sessions", "pairs", "choices")
 """Tasks whose profiles say, or show by what was chosen, what a user wants."""
 ADHERENCE = {"adherence": "which answer keeps to what the person is known to want"}
 """Asked in these tasks, beside `CRITERIA`."""

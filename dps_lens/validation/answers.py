@@ -58,7 +58,7 @@ def rank_answers(
 
     Raises:
         ScoreError: an example has no rejected answer.
-        PromptError: two answers of an example begin alike for `response_tokens`.
+        PromptError: two answers of an example are the same, cut to `response_tokens`, or one is empty or too long.
         RunError: `out` holds a run with other settings.
     """
     check_whole(ScoreError, "rank_answers: n_donors", n_donors, least=0)

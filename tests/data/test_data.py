@@ -205,8 +205,9 @@ def test_malformed_lines_and_sources(tmp_path):
     with pytest.raises(DataError, match="run: dps-lens fetch lamp-"):
         load_users("lamp-4")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(DataError, match="the Hub could not be read"):
-        load_users("longlamp/topic_writing_user")
+    for source in ("longlamp/topic_writing_user", "rewardbench/Society_and_Culture", "prism/utterances"):
+        with pytest.raises(DataError, match=f"{source}: the Hub could not be read"):
+            load_users(source)
 
 
 def all_texts(example):

@@ -25,6 +25,14 @@ CHOICE = {
     "user_id": "ann", "question": "A drink?", "options": ["Milk", "Tea"], "answer": "b", "history": ["I like tea."],
 }  # fmt: skip
 
+DRINK = {
+    "user_id": "ann",
+    "question": "A drink?",
+    "options": ["Milk", "Tea"],
+    "answer": "b",
+    "history": ["I like tea."],
+}
+
 
 def write(folder, name, value):
     path = folder / name
@@ -362,13 +370,7 @@ def test_only_what_is_asked_for_is_read():
     """Later users' records are not looked at, and one without a history is left out."""
     broken = {"user_id": "bob", "prompt": "Plan.", "chosen": "Walk.", "rejected": "Walk."}
     assert [user.id for user in load_users([*PAIRS, broken], max_users=1)] == ["ann"]
-    row = {
-        "user_id": "ann",
-        "question": "A drink?",
-        "options": ["Milk", "Tea"],
-        "answer": "b",
-        "history": ["I like tea."],
-    }
+    row = DRINK
     with pytest.warns(UserWarning, match="1 user is left out"):
         users = load_users([row, {**row, "user_id": "bob", "history": []}])
     assert [user.id for user in users] == ["ann"]
@@ -383,13 +385,7 @@ def test_documents_with_other_columns_stay_documents(probe):
 
 
 def test_profiles_of_several_kinds_are_refused():
-    row = {
-        "user_id": "ann",
-        "question": "A drink?",
-        "options": ["Milk", "Tea"],
-        "answer": "b",
-        "history": ["I like tea."],
-    }
+    row = DRINK
     pairs = [{"prompt": "A meal?", "chosen": "Soup.", "rejected": "Cake."}]
     with pytest.raises(DataError, match="of one kind"):
         load_users([row, {**row, "user_id": "bob", "history": pairs}])
