@@ -14,7 +14,7 @@ from torch import Tensor
 from dps_lens.checks import check_flag, check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import DONORS, check_same_answers, neutral_prompt, prompts_in
-from dps_lens.data.examples import by_key, choosing_examples, key_of, unit_key
+from dps_lens.data.examples import choosing_examples, key_of, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.digests import json_digest
 from dps_lens.errors import HeadError, RunError, ScoreError
@@ -26,11 +26,12 @@ from dps_lens.found import FoundHeads
 from dps_lens.heads import Head, HeadSet
 from dps_lens.intervene import Patch
 from dps_lens.literals import COUNTERFACTUALS, QUANTITIES, Counterfactual, Discovery, Quantity
-from dps_lens.model import HookedModel, Runner, runner_of
+from dps_lens.model import HookedModel
 from dps_lens.scoring import NLL, CleanRun, Objective, ObjectiveLike, example_run, find_objective, nll_run
 from dps_lens.scoring.paths import STEPS
+from dps_lens.scoring.work import ExampleWork
 from dps_lens.selection import folds
-from dps_lens.work import BatchSize, Run, Work
+from dps_lens.work import BatchSize, Run
 
 # Nats per token: what rounding may add to a set that was measured in another batch.
 _SLACK, _ROUGH_SLACK = 1e-5, 0.01
@@ -73,7 +74,7 @@ class FindConfig:
 
 
 @dataclass
-class FindWork(Work):
+class FindWork(ExampleWork):
     """One setting of `find_heads`: units are the paths of an example, some fits, or what an example's sets do.
 
     Attributes:
@@ -125,17 +126,9 @@ class FindWork(Work):
         return choosing_examples("find_heads", self.users, config.discovery, self.max_examples, strict=config.strict)
 
     @cached_property
-    def by_key(self) -> dict[str, Example]:
-        return by_key(self.examples)
-
-    @cached_property
     def places(self) -> dict[str, int]:
         """A number for each example, whatever the order of users."""
         return {key: place for place, key in enumerate(sorted(self.by_key))}
-
-    @cached_property
-    def runner(self) -> Runner:
-        return runner_of(self.model)
 
     @cached_property
     def _trials(self) -> dict[str, Trial]:

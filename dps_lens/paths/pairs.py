@@ -8,17 +8,18 @@ from typing import Any, ClassVar
 from dps_lens.checks import check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.conditions import prompts_in
-from dps_lens.data.examples import by_key, held_out_examples, unit_key
+from dps_lens.data.examples import held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import ScoreError
 from dps_lens.literals import AGAINST, Against
-from dps_lens.model import HookedModel, runner_of
+from dps_lens.model import HookedModel
 from dps_lens.scoring import CleanRun
-from dps_lens.work import BatchSize, Work
+from dps_lens.scoring.work import ExampleWork
+from dps_lens.work import BatchSize
 
 
 @dataclass(kw_only=True)
-class PairWork(Work):
+class PairWork(ExampleWork):
     """A run over evaluation examples, a unit each, that looks at two runs of a response.
 
     Attributes:
@@ -49,13 +50,6 @@ class PairWork(Work):
         """Evaluation examples, user by user."""
         return held_out_examples(self.call, self.users, self.max_examples)
 
-    @cached_property
-    def by_key(self) -> dict[str, Example]:
-        return by_key(self.examples)
-
-    def owner(self, key: str) -> str:
-        return self.by_key[key].user_id
-
     def prompts(self, example: Example) -> tuple[Prompt, list[Prompt]]:
         """With the own profile, and with each of the others."""
         config = self.prompt_config
@@ -65,7 +59,7 @@ class PairWork(Work):
         return build_prompt(self.model, example, config=config), others
 
     def clean_run(self, prompt: Prompt) -> CleanRun:
-        return CleanRun(runner_of(self.model), prompt, keep_z=True, batch_size=self.batch_size)
+        return CleanRun(self.runner, prompt, keep_z=True, batch_size=self.batch_size)
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the result, for the run folder and the manifest."""

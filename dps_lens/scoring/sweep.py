@@ -12,7 +12,7 @@ from torch import Tensor
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, User
 from dps_lens.data.conditions import DONORS, check_same_answers, prompts_in
-from dps_lens.data.examples import by_key, choosing_examples, unit_key
+from dps_lens.data.examples import choosing_examples, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import PromptError, ScoreError
 from dps_lens.intervene import Ablation, Context, Mean, Patch, Where, record_z
@@ -26,7 +26,7 @@ from dps_lens.literals import (
     ScoreAgainst,
     ScoreMethod,
 )
-from dps_lens.model import HookedModel, Runner, runner_of
+from dps_lens.model import HookedModel
 from dps_lens.scores import HeadScores
 from dps_lens.scoring.answers import AnswersRun, ExampleRun, example_run, nll_run
 from dps_lens.scoring.attribution import attribute
@@ -34,7 +34,8 @@ from dps_lens.scoring.clean_run import CleanRun, single_heads
 from dps_lens.scoring.means import MeanWork
 from dps_lens.scoring.objectives import NLL, Objective
 from dps_lens.scoring.paths import STEPS, PathScores, integrated
-from dps_lens.work import BatchSize, Run, Units, Work
+from dps_lens.scoring.work import ExampleWork
+from dps_lens.work import BatchSize, Run, Units
 
 _SHARES: dict[ScoreAgainst, dict[Against, float]] = {
     "other_user": {"other_user": 1.0},
@@ -107,7 +108,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Sweep(Work):
+class Sweep(ExampleWork):
     """One setting of `score_heads`: what is run for an example, and how results are put together.
 
     Attributes:
@@ -163,14 +164,6 @@ class Sweep(Work):
         config = self.config
         return choosing_examples("score_heads", self.users, config.discovery, self.max_examples, strict=config.strict)
 
-    @cached_property
-    def by_key(self) -> dict[str, Example]:
-        return by_key(self.examples)
-
-    @cached_property
-    def runner(self) -> Runner:
-        return runner_of(self.model)
-
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
         """Components `[layer head]` and clean NLLs of one example; `exact` says which values are measured."""
         parts, nlls = self.parts(self.by_key[key])
@@ -208,9 +201,6 @@ class Sweep(Work):
         if chosen.any():
             effects = [torch.where(chosen, part.exact(chosen), one) for part, one in zip(parts, effects, strict=True)]
         return effects, unit | {"exact": chosen}
-
-    def owner(self, key: str) -> str:
-        return self.by_key[key].user_id
 
     def prompts(self, example: Example, condition: str) -> list[Prompt]:
         options = {"n_donors": self.config.n_donors, "seed": self.seed, "config": self.prompt_config}

@@ -14,15 +14,16 @@ from torch import Tensor
 from dps_lens.checks import check_whole
 from dps_lens.data import Example, PromptConfig, User
 from dps_lens.data.conditions import DONORS, check_same_answers, prompts_in
-from dps_lens.data.examples import by_key, held_out_examples, unit_key
+from dps_lens.data.examples import held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import ScoreError
 from dps_lens.literals import AGAINST
-from dps_lens.model import HookedModel, Runner, runner_of
+from dps_lens.model import HookedModel
 from dps_lens.result import Result
 from dps_lens.scoring import AnswersRun, Choice, example_run
+from dps_lens.scoring.work import ExampleWork
 from dps_lens.stats.intervals import interval, user_means
-from dps_lens.work import BatchSize, Engine, Run, RunConfig, Work
+from dps_lens.work import BatchSize, Engine, Run, RunConfig
 
 if TYPE_CHECKING:
     import pandas
@@ -95,7 +96,7 @@ def _place(name: str) -> tuple[int, str]:
 
 
 @dataclass
-class _Ranking(Work):
+class _Ranking(ExampleWork):
     """The run of `rank_answers`."""
 
     model: HookedModel
@@ -109,17 +110,6 @@ class _Ranking(Work):
     @cached_property
     def examples(self) -> list[Example]:
         return held_out_examples("rank_answers", self.users, self.max_examples)
-
-    @cached_property
-    def by_key(self) -> dict[str, Example]:
-        return by_key(self.examples)
-
-    @cached_property
-    def runner(self) -> Runner:
-        return runner_of(self.model)
-
-    def owner(self, key: str) -> str:
-        return self.by_key[key].user_id
 
     def make(self, key: str, given: object = None) -> dict[str, Tensor]:
         """Mean NLL of every answer `[answer]` by condition, and the answers' tokens, `length`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dps_lens.checks import check_whole
 from dps_lens.data import Example, Prompt, PromptConfig, Shown, User, build_prompt
-from dps_lens.data.examples import by_key, held_out_examples, unit_key
+from dps_lens.data.examples import held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.digests import tensor_digest
 from dps_lens.errors import ScoreError
@@ -19,10 +19,11 @@ from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, AblationLike, Context, Mean, Where
 from dps_lens.literals import CONDITIONS, PATCHED, MeasuredOn, Positions, Select
-from dps_lens.model import HookedModel, ModelConfig, Runner, runner_of
+from dps_lens.model import HookedModel, ModelConfig
 from dps_lens.scores import HeadScores
 from dps_lens.scoring import AnswersObjective, ExampleRun, ObjectiveLike, example_run
 from dps_lens.scoring.means import MeanWork
+from dps_lens.scoring.work import ExampleWork
 from dps_lens.selection import (
     SHARED,
     HeadSource,
@@ -34,7 +35,7 @@ from dps_lens.selection import (
     rankings,
     undefined_of,
 )
-from dps_lens.work import BatchSize, Run, Work
+from dps_lens.work import BatchSize, Run
 
 Self = TypeVar("Self", bound="HeldOutWork")
 
@@ -79,7 +80,7 @@ class HeldOutConfig:
 
 
 @dataclass
-class HeldOutWork(Work):
+class HeldOutWork(ExampleWork):
     """A run over evaluation examples, one unit each.
 
     Attributes:
@@ -162,23 +163,12 @@ class HeldOutWork(Work):
         return held_out_examples(self.call, self.users, self.max_examples)
 
     @cached_property
-    def by_key(self) -> dict[str, Example]:
-        return by_key(self.examples)
-
-    @cached_property
-    def runner(self) -> Runner:
-        return runner_of(self.model)
-
-    @cached_property
     def ranked(self) -> tuple[Rankings, dict[str, str]]:
         """Sets of every family, user and k, and the families that are not defined."""
         undefined = undefined_of(self.families)
         if self.optional and len(undefined) == len(self.families):
             return {}, undefined
         return rankings(self.call, self.families, self.users, self.ks, self.select, self.config.exclude, self.seed)
-
-    def owner(self, key: str) -> str:
-        return self.by_key[key].user_id
 
     def build(self, example: Example, profile: Shown) -> Prompt:
         return build_prompt(self.model, example, profile, config=self.settings.prompt_config)
