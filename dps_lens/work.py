@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from warnings import warn
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dps_lens.checks import check_flag, check_whole
 from dps_lens.errors import RunError
 from dps_lens.model import HookedModel, has_hooks
+from dps_lens.progress import progress_bar
 from dps_lens.result import Result, provenance
 from dps_lens.runs import RunFolder, is_run
 
@@ -27,7 +27,7 @@ class RunConfig:
     Attributes:
         force: drop what the run folder holds.
         batch_size: rows of a batch; `"auto"` chooses by device.
-        progress: show progress bars; they are silent where there is no terminal.
+        progress: show progress: bars in a terminal or a notebook, and now and then a line in a log file.
     """
 
     force: bool = False
@@ -147,8 +147,7 @@ def make_units(
     else:
         source = engine.make(work, missing, folder.path if folder else None)
     quarantined: dict[str, str] = {}
-    disable = None if progress else True
-    with tqdm(total=len(keys), initial=len(made), desc=what, unit=unit, disable=disable) as bar:
+    with progress_bar(total=len(keys), initial=len(made), desc=what, unit=unit, shown=progress) as bar:
         for key, one in source:
             if isinstance(one, Failure):
                 quarantined[key] = one.reason

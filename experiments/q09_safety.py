@@ -28,12 +28,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 import dps_lens as dps
 from dps_lens.data import Document, Example, User, build_prompt
 from dps_lens.data.examples import data_digest
 from dps_lens.model import describe_model
+from dps_lens.progress import progress_bar
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scores import HeadScores
 from dps_lens.selection import random_sets
@@ -109,7 +109,7 @@ def written(users: Sequence[User], heads: Mapping[str, dps.HeadSet], config: Saf
     settings |= {"model": describe_model(lab.model), "data": data_digest(half, examples)}
     folder, rows = RunFolder(lab.out / "written", settings), []
     silent = {example.id: example for user in users for example in user.examples}
-    for example in tqdm(examples, desc="writing", unit="example", disable=None):
+    for example in progress_bar(examples, desc="writing", unit="example"):
         made = kept(
             folder,
             f"{example.user_id}|{example.id}",

@@ -32,7 +32,6 @@ from itertools import product
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import dps_lens as dps
 from dps_lens.data import Example, User
@@ -40,6 +39,7 @@ from dps_lens.data.conditions import prompts_in
 from dps_lens.data.examples import newest, unit_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.model import runner_of
+from dps_lens.progress import progress_bar
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scoring import CleanRun
 from dps_lens.scoring.paths import integrated
@@ -103,7 +103,7 @@ def paths(users: list[User], config: Integration, lab: Lab) -> tuple[Tensor, Ten
             change.append(along[-1].change)
         return {"scores": torch.stack(found), "change": torch.tensor(change, dtype=torch.float64)}
 
-    for example in tqdm(examples, desc="paths", unit="example", disable=None):
+    for example in progress_bar(examples, desc="paths", unit="example"):
         units.append(kept(folder, unit_key(example), partial(unit, example)))
     size = (len(users), config.max_examples)
     scores, change = (torch.stack([one[name] for one in units]).unflatten(0, size) for name in ("scores", "change"))

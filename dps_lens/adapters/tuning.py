@@ -63,7 +63,7 @@ def check_tunable(call: str, model: HookedModel) -> None:
     try:
         import peft  # noqa: F401
     except ImportError:
-        raise SteeringError(f"{call}: LoRA is trained by peft; run: pip install 'dps_lens[lora]'") from None
+        raise SteeringError(f"{call}: LoRA is trained by peft; run: pip install peft") from None
     if not is_bridge(model):
         raise SteeringError(f"{call}: LoRA needs the modules of Hugging Face; load the model with transformer-lens>=4")
 

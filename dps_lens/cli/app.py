@@ -1,13 +1,17 @@
 """The command line's root, and what its commands say when they end early."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from dps_lens.progress import QUIET
+from dps_lens.version import __version__
 
 
 class Command(TyperCommand):
@@ -43,6 +47,26 @@ class App(typer.Typer):
 app = App(
     help="Find the attention heads that carry a user's preferences, prove that they do, and steer with them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    # Without boxes, whose columns cut the names of options short in a narrow terminal.
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"dps-lens {__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; before the command.")] = False,
+) -> None:
+    if quiet:
+        os.environ[QUIET] = "1"

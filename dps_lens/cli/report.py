@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dps_lens.scores import HeadScores
     from dps_lens.validation.effects import SetEffects
 
-PAPER, SHOWN = "the paper's PCS, first-order estimate", 6
+PAPER, SHOWN = "the paper's PCS", 6
 
 Folder = Annotated[Path, typer.Argument(help="Run folder of 'score' or 'demo'.")]
 Effects = Annotated[Path | None, typer.Option(help="Run folder of 'ablate', for the ablation tab.")]
@@ -30,9 +30,14 @@ Kinds = Annotated[
     str, typer.Option(help="Families to compare with, such as induction,retrieval,function_vector; minutes once.")
 ]
 TopK = Annotated[int, typer.Option(min=1, help="Heads to outline and to compare.")]
-Gammas = Annotated[str, typer.Option(help="Positions of the γ slider.")]
-Ks = Annotated[str, typer.Option(help="Positions of the K slider.")]
-Shown = Annotated[int, typer.Option(min=1, help="Users with attention and texts, spread over all.")]
+Gammas = Annotated[
+    str | None, typer.Option(help="Positions of the γ slider; by default those of 'demo', else 0.5,1,2.")
+]
+Ks = Annotated[str | None, typer.Option(help="Positions of the K slider; by default those of 'demo', else 5,10.")]
+Shown = Annotated[
+    int | None,
+    typer.Option(min=1, help="Users with attention and texts, spread over all; by default those of 'demo', else 6."),
+]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a text; by default what the task needs.")]
 Force = Annotated[bool, typer.Option(help="Write texts and attention anew.")]
 
@@ -47,9 +52,9 @@ def report(
     mechanism: Mechanism = None,
     kinds: Kinds = "",
     k: TopK = 10,
-    gammas: Gammas = "0.5,1,2",
-    ks: Ks = "5,10",
-    shown_users: Shown = SHOWN,
+    gammas: Gammas = None,
+    ks: Ks = None,
+    shown_users: Shown = None,
     max_new_tokens: Length = None,
     model: Model = "smollm2-135m",
     device: Device = None,
@@ -78,9 +83,9 @@ def explore(
     mechanism: Mechanism = None,
     kinds: Kinds = "",
     k: TopK = 10,
-    gammas: Gammas = "0.5,1,2",
-    ks: Ks = "5,10",
-    shown_users: Shown = SHOWN,
+    gammas: Gammas = None,
+    ks: Ks = None,
+    shown_users: Shown = None,
     max_new_tokens: Length = None,
     model: Model = "smollm2-135m",
     device: Device = None,
@@ -90,9 +95,10 @@ def explore(
     """The page of 'report' with a live model: write anew at any γ and K. Only this machine can open it."""
     import logging
 
-    from dps_lens.explorer.server import HOST, check_flask, make_app
+    from dps_lens.explorer.server import HOST, check_flask, check_port, make_app
 
     check_flask()
+    check_port(port)
     from werkzeug.serving import make_server
 
     exploration, loaded, people = _explored(
@@ -119,9 +125,9 @@ def _explored(
     mechanism: list[Path] | None,
     kinds: str,
     k: int,
-    gammas: str,
-    ks: str,
-    shown_users: int,
+    gammas: str | None,
+    ks: str | None,
+    shown_users: int | None,
     max_new_tokens: int | None,
     model: str,
     device: str | None,
@@ -145,7 +151,10 @@ def _explored(
         raise DataError(
             f"{command}: none of the run's users ({scores.users[0]} …) is in --users {users}; name their file"
         )
-    sizes, strengths = numbers("ks", ks, int), numbers("gammas", gammas, float)
+    settings = _texts(
+        run, numbers("gammas", gammas, float) if gammas is not None else None,
+        numbers("ks", ks, int) if ks is not None else None, shown_users, max_new_tokens,
+    )  # fmt: skip
     loaded = dps.load_model(model, device=device, dtype=dtype)
     cost, maps = _of_demo(run)
     for one in (scores, *beside, *maps.values(), *([cost] if cost is not None else [])):
@@ -153,10 +162,7 @@ def _explored(
     references = dps.reference_heads(loaded, families(kinds)) if kinds else None
     exploration = dps.explore(
         loaded, people, {scores.name: scores, **maps} if maps else scores, families=references, effects=effects,
-        cost=cost, k=k, gammas=strengths, ks=sizes,
-        max_users=shown_users, max_new_tokens=max_new_tokens,
-        out=_folder(run, strengths, sizes, shown_users, max_new_tokens),
-        run_config=dps.RunConfig(force=force),
+        cost=cost, k=k, run_config=dps.RunConfig(force=force), **settings,
     )  # fmt: skip
     return exploration.showing(*beside), loaded, people
 
@@ -180,14 +186,19 @@ def _of_demo(run: Path) -> "tuple[SetEffects | None, dict[str, HeadScores]]":
     return cost, {PAPER: dps.HeadScores.load(paper)} if has_paper else {}
 
 
-def _folder(run: Path, strengths: "list[float]", sizes: "list[int]", *settings: Any) -> Path:
-    """Where texts of these settings are kept, beside those of others; where 'demo' wrote them, if it did."""
+def _texts(
+    run: Path, gammas: "list[float] | None", ks: "list[int] | None", shown_users: int | None, length: int | None
+) -> dict[str, Any]:
+    """What texts are shown, and the folder where they are kept, beside those of others; those of 'demo', if they do."""
     import dps_lens as dps
 
     written = run / "page" / "grid"
-    if settings == (SHOWN, None) and (written / f"{dps.SteeringGrid.stem}.json").is_file():
+    if (written / f"{dps.SteeringGrid.stem}.json").is_file():
         grid = dps.SteeringGrid.load(written)
-        if (sorted(strengths), sorted(sizes)) == (list(grid.gammas), list(grid.ks)):
-            return run / "page"
-    settings = (strengths, sizes, *settings)
-    return run / f"page-{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
+        of_demo = {"gammas": list(grid.gammas), "ks": list(grid.ks), "max_users": len({one.user for one in grid.texts})}
+        asked = {"gammas": gammas and sorted(gammas), "ks": ks and sorted(ks), "max_users": shown_users}
+        if length is None and all(value in (None, of_demo[name]) for name, value in asked.items()):
+            return {**of_demo, "out": run / "page"}
+    shown = {"gammas": gammas or [0.5, 1.0, 2.0], "ks": ks or [5, 10], "max_users": shown_users or SHOWN}
+    digest = hashlib.sha256(repr((*shown.values(), length)).encode()).hexdigest()[:8]
+    return {**shown, "max_new_tokens": length, "out": run / f"page-{digest}"}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tqdm.auto import tqdm
 
 from dps_lens.cli.app import app
 from dps_lens.cli.chat import chat as talk
@@ -16,6 +15,7 @@ from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Strict, T
 from dps_lens.cli.requests import Lines, Request, read_requests, sampling_of
 from dps_lens.cli.vectors import name_of, read_vectors, vector_of
 from dps_lens.literals import Positions
+from dps_lens.progress import progress_bar
 
 if TYPE_CHECKING:
     from dps_lens.data import Example, Prompt, PromptConfig
@@ -153,7 +153,7 @@ def steer(
         talk(loaded_model, options, out, chat_template_kwargs=config_of_prompts.chat_template_kwargs)
         return
     lines.begin(_decided_by(loaded_model, chosen_rule, config, config_of_prompts, added))
-    bar = tqdm(total=len(asked), initial=lines.done, desc="steering", unit="prompt", disable=None if out else True)
+    bar = progress_bar(total=len(asked), initial=lines.done, desc="steering", unit="prompt", shown=out is not None)
     with bar:
         # Batches are those of a run without interruption, for the last digits of a row depend on the others.
         for start in range(lines.done - lines.done % batch_size, len(asked), batch_size):

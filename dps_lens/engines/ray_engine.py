@@ -112,7 +112,7 @@ class RayEngine(Engine):
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             import ray
         except ImportError as error:
-            raise RunError("RayEngine needs Ray: pip install 'dps_lens[ray]'") from error
+            raise RunError("RayEngine needs Ray: pip install 'ray>=2.60,<2.61'") from error
         if ray.is_initialized():
             return
         where: dict[str, Any] = {"address": self.address}

@@ -85,7 +85,7 @@ class Endpoint:
         try:
             import openai
         except ImportError:
-            raise EvaluationError("Endpoint: the openai client is missing; pip install 'dps_lens[judge]'") from None
+            raise EvaluationError("Endpoint: the openai client is missing; pip install openai") from None
         # A server of one's own asks for no key, the client does.
         key = self._key or ("none" if self.base_url else None)
         bounded: dict[str, list[Any]] = {"response": [partial(_read_bounded, seconds=self._timeout)]}

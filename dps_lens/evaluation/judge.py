@@ -9,7 +9,6 @@ from warnings import warn
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from dps_lens.data import Example, User
 from dps_lens.data.retrieval import retrieve
@@ -17,6 +16,7 @@ from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.endpoint import BudgetError, Endpoint
 from dps_lens.evaluation.result import REFERENCE, Evaluation
 from dps_lens.files import parse_json
+from dps_lens.progress import progress_bar
 from dps_lens.result import Result
 from dps_lens.stats.intervals import interval
 from dps_lens.work import RunConfig
@@ -150,7 +150,7 @@ def judge(
     random.Random(f"judge|{seed}").shuffle(pairs)
     rows: list[dict[str, Any]] = []
     unfinished = 0
-    bar = tqdm(pairs, desc="judging", unit="pair", disable=None if (run_config or RunConfig()).progress else True)
+    bar = progress_bar(pairs, desc="judging", unit="pair", shown=(run_config or RunConfig()).progress)
     for number, (user, example, method) in enumerate(bar):
         own, other = texts[user, example, method], texts[user, example, against]
         try:

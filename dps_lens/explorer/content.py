@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dps_lens.checks import check_whole
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.data.examples import by_key
 from dps_lens.data.identity import describe_inputs
 from dps_lens.errors import ScoreError
-from dps_lens.evaluation import steering_grid
+from dps_lens.evaluation import SteeringGrid, steering_grid
 from dps_lens.explorer.page import Answer, ExampleView, Exploration
 from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
@@ -61,7 +62,7 @@ def explore(
         k: the top heads to outline and compare.
         gammas: grid of the slider.
         ks: grid of the other slider.
-        max_users: with attention and texts.
+        max_users: with attention and texts; 0 makes a page of maps and measures only.
         max_new_tokens: of a text; by default what the task needs.
         out: a folder, where finished examples are kept; a call that is started again resumes.
         engine: as in `score_heads`.
@@ -77,9 +78,10 @@ def explore(
     scores, maps = _main_and_others(scores)
     if tuple(scores.values.shape[1:]) != shape:
         raise ScoreError(f"explore: scores of {tuple(scores.values.shape[1:])} heads, the model has {shape}")
+    check_whole(ScoreError, "explore: max_users", max_users, least=0)
     shown = [user for user in users if user.examples]
-    shown = shown[:: max(1, len(shown) // max_users)][:max_users]
-    if not shown:
+    shown = shown[:: max(1, len(shown) // max(1, max_users))][:max_users]
+    if max_users and not shown:
         raise ScoreError("explore: none of the users has an evaluation example to show")
     shown_families = {name: _as_map(one) for name, one in (families or {}).items()}
     tested = {*map(str, cost.sets().values())} if cost is not None else set()
@@ -87,21 +89,24 @@ def explore(
     heads = next(iter(cost.sets().values())) if cost is not None and len(tested) == 1 else scores.top(k)
     config = PromptConfig(**scores.manifest.get("prompt_config", {}))
     check_held_out("explore", scores, [user.examples[-1] for user in shown])
-    grid = steering_grid(
-        model,
-        shown,
-        ranked_by(scores, max(ks)),
-        gammas=gammas,
-        ks=ks,
-        max_new_tokens=max_new_tokens,
-        prompt_config=config,
-        out=Path(out) / "grid" if out is not None else None,
-        engine=engine,
-        run_config=run_config,
-    )
-    looked = _looked_at(scores, shown_families, shape, len(shown) * config.profile_tokens * 2)
-    run = Run(model, None, Path(out) / "attention" if out is not None else None, engine, run_config)
-    views = ViewWork(model, shown, looked, config).views(run)
+    grid: SteeringGrid | None = None
+    views: tuple[ExampleView, ...] = ()
+    if shown:
+        grid = steering_grid(
+            model,
+            shown,
+            ranked_by(scores, max(ks)),
+            gammas=gammas,
+            ks=ks,
+            max_new_tokens=max_new_tokens,
+            prompt_config=config,
+            out=Path(out) / "grid" if out is not None else None,
+            engine=engine,
+            run_config=run_config,
+        )
+        looked = _looked_at(scores, shown_families, shape, len(shown) * config.profile_tokens * 2)
+        run = Run(model, None, Path(out) / "attention" if out is not None else None, engine, run_config)
+        views = ViewWork(model, shown, looked, config).views(run)
     # Of a found set, overlap is about the set, not about what the finder ranked by.
     defined = {name: (families or {})[name] for name, family in shown_families.items() if family.defined}
     return Exploration(

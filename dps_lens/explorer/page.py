@@ -1,13 +1,10 @@
 """The page: what it shows, one template, one script, and the data as JSON that nothing runs."""
 
 import base64
-import hashlib
+import gzip
 import json
 import math
-import re
 from dataclasses import dataclass, field, replace
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +18,8 @@ from dps_lens.data.examples import key_of
 from dps_lens.dossier import Dossier
 from dps_lens.errors import RunError, ScoreError, reason
 from dps_lens.evaluation import SteeringGrid
-from dps_lens.files import write_text
+from dps_lens.explorer.render import rendered
+from dps_lens.files import replacing, write_text
 from dps_lens.heads import Head, HeadSet
 from dps_lens.paths import PathEffects
 from dps_lens.plots import ablation, dossier, families, k_sweep, overlap, pareto, paths
@@ -91,6 +89,7 @@ class Exploration:
         grid: steered texts.
         mechanism: what heads do, and who feeds them.
         title: of the page.
+        note: below it, such as what is still missing.
     """
 
     scores: HeadScores
@@ -105,6 +104,7 @@ class Exploration:
     grid: SteeringGrid | None = None
     mechanism: tuple[Dossier | PathEffects, ...] = ()
     title: str = "Preference Heads"
+    note: str = ""
 
     def showing(self, *results: Dossier | PathEffects) -> "Exploration":
         """The same with a tab of dossiers and paths, of `describe_head` and `patch_paths`.
@@ -160,26 +160,28 @@ def page(found: Exploration, *, live: bool = False) -> str:
         found: what to show.
         live: let the page ask its server for new texts.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
-    from markupsafe import Markup
+    return rendered(described(found), live=live)
 
-    environment = Environment(
-        loader=PackageLoader("dps_lens", "explorer"),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-    )
-    scripts = [_plotly(), _read("explorer.js")]
-    return environment.get_template("explorer.html.jinja").render(
-        title=found.title,
-        lead=_lead(found),
-        verdict=found.cost.verdict() if found.cost is not None else "",
-        style=Markup(_read("explorer.css")),
-        scripts=[Markup(script) for script in scripts],
-        hashes=" ".join(_hash(script) for script in scripts),
-        connect="'self'" if live else "'none'",
-        data=Markup(_json(content(found) | {"live": live})),
-        facts=facts(found),
-        mechanism=bool(found.mechanism),
-    )
+
+def described(found: Exploration) -> dict[str, Any]:
+    """What a page says and draws, as plain values."""
+    return {
+        "title": found.title,
+        "lead": _lead(found),
+        "note": found.note,
+        "verdict": found.cost.verdict() if found.cost is not None else "",
+        "facts": facts(found),
+        "mechanism": bool(found.mechanism),
+        "data": content(found),
+    }
+
+
+def pack(found: Exploration, path: str | Path, note: str) -> None:
+    """Keep what a page says and draws, without the script that draws it."""
+    said = described(found) | {"note": note}
+    packed = gzip.compress(json.dumps(said, ensure_ascii=False, allow_nan=False).encode(), mtime=0)
+    with replacing(path) as temporary:
+        temporary.write_bytes(packed)
 
 
 def content(found: Exploration) -> dict[str, Any]:
@@ -319,28 +321,6 @@ def _packed(values: Tensor) -> dict[str, str]:
     """Numbers as base64, little-endian: single precision, or half where there are many, to keep a page small."""
     kind = "<f4" if values.numel() <= _SINGLE else "<f2"
     return {"kind": kind, "data": base64.b64encode(np.asarray(values.numpy(), dtype=kind).tobytes()).decode()}
-
-
-def _json(value: object) -> str:
-    """JSON that no text in it can end: a bare "<" is never needed."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-
-
-def _hash(script: str) -> str:
-    digest = hashlib.sha256(script.encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
-
-
-@cache
-def _read(name: str) -> str:
-    return (files("dps_lens") / "explorer" / name).read_text(encoding="utf-8")
-
-
-@cache
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return re.sub(r"</(?=script)", r"<\\/", get_plotlyjs(), flags=re.IGNORECASE).replace("\r\n", "\n")
 
 
 def significant(scores: HeadScores) -> list[str]:

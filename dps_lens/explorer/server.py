@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.data.examples import unit_key
-from dps_lens.errors import DPSLensError, SteeringError
+from dps_lens.errors import DPSLensError, SteeringError, reason
 from dps_lens.explorer.content import ranked_for
 from dps_lens.explorer.page import Exploration, page
 from dps_lens.files import parse_json
@@ -74,7 +75,23 @@ def check_flask() -> None:
         SteeringError: there is none.
     """
     if importlib.util.find_spec("flask") is None:
-        raise SteeringError("explore: the live page needs flask; run: pip install 'dps_lens[app]'")
+        raise SteeringError("explore: the live page needs flask; run: pip install flask")
+
+
+def check_port(port: int) -> None:
+    """Say that a port is taken before the work that a page takes.
+
+    Raises:
+        SteeringError: it is.
+    """
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((HOST, port))
+        except OSError as error:
+            raise SteeringError(
+                f"explore: port {port} of {HOST} cannot be had ({reason(error)}); --port 0 takes a free one"
+            ) from error
 
 
 class Writer:

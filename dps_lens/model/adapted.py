@@ -103,9 +103,7 @@ def merged(model: Any, adapter: Adapter, options: Options) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ModelLoadError(
-            f"load_model: {adapter.source!r} is a PEFT adapter: pip install 'dps_lens[lora]'"
-        ) from error
+        raise ModelLoadError(f"load_model: {adapter.source!r} is a PEFT adapter: pip install peft") from error
     config = peft.PeftConfig.from_pretrained(adapter.source, **_look_up(options))
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ModelLoadError(

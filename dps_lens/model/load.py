@@ -2,8 +2,12 @@
 
 import functools
 import importlib.util
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +69,15 @@ def load_model(
     )
     options = read_options(boot, device=device, revision=revision, trust_remote_code=trust_remote_code)
     spread = "device_map" in options.placement or "n_devices" in options.placement
+    _check_device(device)
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch_dtype = _dtype(dtype, device)
     with _reported(repr(name) + (f" at revision {revision!r}" if revision else "")):
         source = _resolve(name, torch_dtype, revision)
-        with _quiet(Path(source).is_dir()):
+        local = Path(source).exists()
+        if not local and "local_files_only" not in options.hub and not _hub_is_near():
+            options = replace(options, hub=options.hub | {"local_files_only": True})
+        with _quiet(local):
             found = read_checkpoint(source, device=device, dtype=torch_dtype, options=options)
         model = _hooked(found, None if spread and device != "meta" else device, torch_dtype, options)
     object.__setattr__(model, "_dps_lens_loader", again)
@@ -129,6 +137,38 @@ def _quiet(quiet: bool) -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse a GPU that is not there before anything is fetched or read.
+
+    Raises:
+        ModelLoadError: there is no such device.
+    """
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ModelLoadError(f"load_model: {device!r} is no device of torch: {reason(error)}") from error
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise ModelLoadError(f"load_model: torch finds no {kind} device here; leave device out, or give 'cpu'")
+
+
+def _hub_is_near() -> bool:
+    """Whether the Hub's name can be resolved; without a network transformers would try it for a minute.
+
+    Behind a proxy names need not be known here.
+    """
+    if any(urllib.request.getproxies()):
+        return True
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _dtype(dtype: str | torch.dtype, device: str) -> torch.dtype:

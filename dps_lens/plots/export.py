@@ -23,7 +23,7 @@ _LABELS, _TICKS = 10.7, 9.3
 _LONG = 40
 _SCALE = 3
 _HELP = (
-    "export: PDF, PNG and SVG need kaleido and Chromium or Chrome: pip install 'dps_lens[figures]', then "
+    "export: PDF, PNG and SVG need kaleido and Chromium or Chrome: pip install kaleido, then "
     "apt-get install chromium, or plotly_get_chrome"
 )
 

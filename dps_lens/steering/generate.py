@@ -8,7 +8,6 @@ from typing import Any, Literal, overload
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dps_lens.checks import check_flag, check_number, check_whole
 from dps_lens.data.tokenizer import end_tokens
@@ -17,6 +16,7 @@ from dps_lens.intervene import Ablation, AblationLike, Patch, Zero, find_ablatio
 from dps_lens.literals import Positions
 from dps_lens.model import HookedModel
 from dps_lens.model.positions import check_switch, is_long
+from dps_lens.progress import progress_bar
 from dps_lens.steering.decoder import Decoder, Row
 from dps_lens.steering.decoders import Decoders, decoder_of
 from dps_lens.steering.generation import Generation, Steps, TextStream
@@ -247,7 +247,7 @@ def _decode(
     """Step by step; yields the requests that got a token, which is in `steps`."""
     running, token = list(range(steps.rows)), None
     order = _lay_out(decoder, mixer, running)
-    with tqdm(total=max_new_tokens, desc="generating", disable=None if progress else True) as bar:
+    with progress_bar(total=max_new_tokens, desc="generating", unit="token", shown=progress) as bar:
         for _ in range(max_new_tokens):
             ran = running
             with decoder:

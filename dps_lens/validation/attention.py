@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from dps_lens.data import Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.examples import held_out_examples
 from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.model import HookedModel, Hooks, check_attention_reads, runner_of
+from dps_lens.progress import progress_bar
 from dps_lens.result import Result
 from dps_lens.work import RunConfig
 
@@ -121,8 +121,8 @@ def profile_attention(
     heads.mask(model.cfg)
     examples = held_out_examples("profile_attention", users, max_examples)
     rows = []
-    disable = None if (run_config or RunConfig()).progress else True
-    for example in tqdm(examples, desc="attention", unit="example", disable=disable):
+    shown = (run_config or RunConfig()).progress
+    for example in progress_bar(examples, desc="attention", unit="example", shown=shown):
         built = build_prompt(model, example, config=prompt_config)
         targets = targets_of(built)
         for head, pattern in _from_response(model, built, heads).items():

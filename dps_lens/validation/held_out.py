@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
 from dps_lens.data import User
 from dps_lens.data.examples import held_out_examples
 from dps_lens.model import HookedModel
+from dps_lens.progress import progress_bar
 from dps_lens.scores import HeadScores, NoiseFloor
 from dps_lens.scoring import score_heads
 from dps_lens.scoring.sweep import Sweep
@@ -54,8 +54,7 @@ def held_out_effects(
     config = settings.pop("score_config")
     sweep = Sweep(model, list(users), config=config, batch_size=run.config.batch_size, **settings).with_means(run)
     chosen, rows = heads.mask(model.cfg), []
-    disable = None if run.config.progress else True
-    for example in tqdm(examples, desc="held-out effects", unit="example", disable=disable):
+    for example in progress_bar(examples, desc="held-out effects", unit="example", shown=run.config.progress):
         parts, _ = sweep.parts(example)
         effects, _ = sweep.effects(parts, chosen)
         rows.append(sum((p.weight * effect for p, effect in zip(parts, effects, strict=True)), torch.zeros(())))

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import dps_lens as dps
 from dps_lens.data import Example, User
 from dps_lens.data.examples import unit_key
 from dps_lens.model import HookedModel, describe_model
+from dps_lens.progress import progress_bar
 from dps_lens.runs import RunFolder, kept
 from dps_lens.scores import HeadScores
 from dps_lens.scoring import CleanRun
@@ -49,7 +49,7 @@ def changes(
             found[f"nll.{name}"] = torch.tensor(branches.nll, dtype=torch.float64)
         return found
 
-    for example in tqdm(examples, desc=out.name, unit="example", disable=None):
+    for example in progress_bar(examples, desc=out.name, unit="example"):
         units.append(kept(folder, unit_key(example), partial(unit, example)))
     names = [name for name in units[0] if not name.startswith("nll.")]
     return Changes(

@@ -9,8 +9,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from dps_lens.evaluation import Evaluation
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
-COMMAND = (sys.executable, "-m", "dps_lens.cli")
+COMMAND = (sys.executable, "-m", "dps_lens")
 ENVIRONMENT = {"COLUMNS": "120", "NO_COLOR": "1"}
 
 
@@ -55,6 +57,41 @@ def run(*arguments, cwd=None):
 @pytest.fixture(scope="module")
 def model(tiny_folders):
     return str(tiny_folders["llama"])
+
+
+def test_the_command_says_what_it_is():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"dps-lens {dps.__version__}\n")
+    assert run("-h").stdout == run("--help").stdout
+    assert "--show-completion" in run("-h").stdout
+    assert "--max-neutral-cost" in spawn("find", "-h").stdout
+
+
+def test_names_of_options_are_whole_in_a_narrow_terminal(monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "COLUMNS", "60")
+    for command in ("find", "steer", "demo"):
+        assert not re.search(r"--[\w-]*…", run(command, "--help").stdout)
+    assert "--chat-template-kwargs" in run("find", "--help").stdout
+
+
+def test_what_cannot_be_is_refused_in_a_line_and_at_once(tmp_path, model, monkeypatch):
+    out = ("--out", tmp_path / "run", "--users", "probe")
+    refused = run("score", *out, "--model", model, "--device", "mps")
+    assert refused.stderr == "error: load_model: torch finds no mps device here; leave device out, or give 'cpu'\n"
+    refused = run("score", *out, "--model", model, "--device", "gpu")
+    assert "'gpu' is no device of torch" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+    def nobody_knows(*arguments, **options):
+        raise OSError("no address")
+
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", nobody_knows)
+    begun = time.monotonic()
+    refused = run("score", *out, "--model", "nobody/nothing")
+    assert time.monotonic() - begun < 15, "transformers alone tries for a minute"
+    assert "cannot load 'nobody/nothing'" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.fixture(scope="module")
@@ -591,12 +628,12 @@ def test_demo_writes_its_report(tmp_path, model):
     for user in ("asker-bread", "asker-bicycles", "asker-birds"):
         assert user in page
     found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
-    assert found["grid"]["gammas"] == [0.5, 1.0, 2.0]
-    assert found["grid"]["ks"] == [1, 3]
+    assert found["grid"]["gammas"] == [1.0, 2.0]
+    assert found["grid"]["ks"] == [3]
     assert len(found["tops"]) == 3
     assert found["cost"]
     # A report of the run shows what the demo measured, and writes no text anew.
-    again = run("report", tmp_path / "demo", "--out", tmp_path / "again.html", "--ks", "1,3", "--model", model)
+    again = run("report", tmp_path / "demo", "--out", tmp_path / "again.html", "--model", model)
     assert again.returncode == 0, again.stderr
     shown = (tmp_path / "again.html").read_text(encoding="utf-8")
     of_run = json.loads(re.search(r'id="data">(.*?)</script>', shown, re.DOTALL)[1])
@@ -605,6 +642,38 @@ def test_demo_writes_its_report(tmp_path, model):
     assert of_run["grid"] == found["grid"]
     assert not [*(tmp_path / "demo").glob("page-*")]
     assert ('class="verdict"' in shown) == ('class="verdict"' in page)
+
+
+def test_demo_grows_its_page_and_keeps_more_apart(tmp_path, model):
+    out = ("--model", model, "--out", tmp_path / "demo")
+    few = ("--k", 2, "--n-random", 1)
+    quick = run("demo", *out, *few, "--max-users", 6)
+    assert quick.returncode == 0, quick.stderr
+    said = [line.split(": ", 1)[1] for line in quick.stderr.splitlines() if "report.html, " in line]
+    assert said[0] == "2 of 6 users so far; nothing is tested yet."
+    assert len(said) == 4
+    assert said[-1] == "everything"
+    before = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert 'class="note"' not in before
+    full = run("demo", *out, *few, "--full", "--max-users", 2, "--max-examples", 1, "--held-out", 1)
+    assert full.returncode == 0, full.stderr
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert [*json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["maps"]][1:] == ["the paper's PCS"]
+    assert (tmp_path / "demo" / "full" / "scores.json").is_file()
+    again = run("demo", *out, *few, "--max-users", 6, "--force")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "demo" / "report.html").read_text(encoding="utf-8") == before
+
+
+def test_a_finished_page_comes_with_the_package(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "BROWSER": "true"}
+    code = "import sys; from dps_lens.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--show"], capture_output=True, text=True, env=environment, check=True
+    )
+    page, torch_was_loaded = done.stdout.split()
+    assert torch_was_loaded == "False"
+    assert "with: dps-lens demo" in Path(page).read_text(encoding="utf-8")
 
 
 def test_report_shows_a_run(scored, model, tmp_path):

@@ -138,7 +138,7 @@ def test_what_cannot_be_fetched_says_why(server, tmp_path):
 
 def test_a_fetched_task_loads_by_name(server, tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "dps_lens.cli", "fetch", "lamp-4", "--mirror", server.url]
+    command = [sys.executable, "-m", "dps_lens", "fetch", "lamp-4", "--mirror", server.url]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("data/lamp-4/dev_questions.json")

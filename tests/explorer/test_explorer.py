@@ -18,6 +18,7 @@ import dps_lens as dps
 from dps_lens.errors import ScoreError, SteeringError
 from dps_lens.explorer import ExampleView, Exploration
 from dps_lens.explorer.page import Answer, content, page
+from dps_lens.explorer.render import showcase
 from dps_lens.explorer.server import HOST, Writer, make_app
 from dps_lens.heads import Head, HeadSet
 
@@ -189,6 +190,31 @@ def test_a_pair_shows_both_answers_with_what_the_profile_does(llama, probe, tmp_
             said = spans.nth(index).get_attribute("aria-label").rsplit(" ", 1)[1].replace("−", "-")
             assert float(said) == pytest.approx(gain, abs=2e-3)
     assert page.locator("#answers p.hint").nth(1).inner_text().startswith("rejected: ")
+
+
+def test_the_page_of_the_package_works(tmp_path, open_page):
+    file = tmp_path / "shown.html"
+    file.write_text(showcase(), encoding="utf-8")
+    opened = open_page(file.as_uri())
+    assert re.search(r"Made by dps_lens .* with: dps-lens demo", opened.page.locator(".note").inner_text())
+    for tab in ("overlap", "ablation", "texts", "about", "heads"):
+        opened.page.click(f"#tab-{tab}")
+        assert opened.page.locator(f"#{tab}").inner_text().strip()
+    assert not opened.problems
+    assert opened.requests == [file.as_uri()]
+
+
+def test_a_page_of_maps_needs_no_held_out_text(explored, llama, probe, tmp_path, open_page):
+    users = [replace(user, examples=()) for user in probe[:6]]
+    found = dps.explore(llama.hooked, users, explored.scores, k=2, max_users=0)
+    assert (found.grid, found.views) == (None, ())
+    opened = open_page(replace(found, note="2 of 6 users").write(tmp_path / "maps.html").as_uri())
+    assert opened.page.locator(".note").inner_text() == "2 of 6 users"
+    assert detail(opened.page)[0] == str(found.heads[0])
+    opened.page.click("#tab-texts")
+    assert not opened.problems
+    with pytest.raises(ScoreError, match="max_users"):
+        dps.explore(llama.hooked, users, explored.scores, max_users=-1)
 
 
 def test_sliders_show_the_grid(explored, report, open_page):

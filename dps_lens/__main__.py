@@ -1,0 +1,5 @@
+"""`python -m dps_lens`, the command line."""
+
+from dps_lens.cli import main
+
+main()

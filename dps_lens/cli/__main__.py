@@ -1,3 +1,0 @@
-from dps_lens.cli import main
-
-main()

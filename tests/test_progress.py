@@ -1,0 +1,59 @@
+"""Progress is a bar where somebody looks, lines in a log file, and nothing where it was not asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dps_lens import progress
+
+WORK = """
+import time
+from dps_lens import progress
+
+progress._FIRST_LINE, progress._LINES_APART = {first}, {apart}
+for _ in progress.progress_bar(range(6), desc="counting", unit="step"):
+    time.sleep(0.05)
+"""
+
+
+def lines(first, apart, **env):
+    """What is written to a pipe, which is no terminal."""
+    done = subprocess.run(
+        [sys.executable, "-c", WORK.format(first=first, apart=apart)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env,
+    )
+    assert not done.stdout
+    return done.stderr.splitlines()
+
+
+def test_a_log_file_gets_a_line_now_and_then():
+    written = lines(0.06, 0.06)
+    assert 2 <= len(written) <= 6
+    assert written[-1].startswith("counting: 6 of 6, 00:00 gone")
+    assert len({*written}) == len(written)
+    assert not any("\r" in line for line in written)
+
+
+def test_short_work_writes_nothing_and_quiet_work_never_does():
+    assert lines(10, 30) == []
+    assert lines(0.0, 0.0, DPS_LENS_QUIET="1") == []
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_gets_a_bar(monkeypatch, widgets):
+    monkeypatch.setattr(progress, "_in_notebook", lambda: True)
+    find = progress.importlib.util.find_spec
+    monkeypatch.setattr(progress.importlib.util, "find_spec", lambda name: find(name) if widgets else None)
+    bar = progress.progress_bar(range(3), desc="counting")
+    assert type(bar).__module__ == ("tqdm.notebook" if widgets else "tqdm.std")
+    assert not bar.disable
+    assert list(bar) == [0, 1, 2]
+    assert bar.n == 3
+
+
+def test_a_kernel_is_told_from_a_script():
+    assert not progress._in_notebook()
