@@ -105,8 +105,13 @@ def explore(
         "explore", run, users, outputs, ablation, mechanism, kinds, k, gammas, ks, shown_users, max_new_tokens, model,
         device, dtype, force,
     )  # fmt: skip
+    more = f", outputs={str(outputs)!r}" if outputs is not None else ""
+    source = (
+        f"scored = dps.HeadScores.load({str(run)!r}).users\nmodel = dps.load_model({model!r})\n"
+        f"users = [user for user in dps.load_users({users!r}{more}) if user.id in scored]"
+    )
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = make_server(HOST, port, make_app(loaded, people, exploration), threaded=True)
+    server = make_server(HOST, port, make_app(loaded, people, exploration, source), threaded=True)
     typer.echo(f"http://{HOST}:{server.port}/  (Ctrl-C ends it)")
     try:
         server.serve_forever()

@@ -132,7 +132,7 @@ const first = data.tops.length ? data.tops[0] : nameOf(0);
 const fresh = {
   tab: "heads", user: EVERYBODY, map: data.main, head: first, view: views.length ? views[0].key : "",
   text: texts.length ? texts[0][0] : "", gamma: grid ? String(grid.gammas[Math.floor(grid.gammas.length / 2)]) : "0",
-  k: grid ? String(grid.ks[grid.ks.length - 1]) : "0", overlap: "", ablation: "", mechanism: "",
+  k: grid ? String(grid.ks[grid.ks.length - 1]) : "0", overlap: "", ablation: "", mechanism: "", ask: "", sets: "",
 };
 let state = read();
 
@@ -150,14 +150,15 @@ function read() {
   return found;
 }
 
-function go(change) {
+/** A step that Back undoes; of what is dragged or typed, the last one counts. */
+function go(change, { replace = false } = {}) {
   state = { ...state, ...change };
   const changed = Object.entries(state).filter(([name, value]) => value !== fresh[name]);
-  history.replaceState(null, "", `#${new URLSearchParams(changed)}`);
+  history[replace ? "replaceState" : "pushState"](null, "", `#${new URLSearchParams(changed)}`);
   draw();
 }
 
-addEventListener("hashchange", () => { state = read(); draw(); });
+addEventListener("popstate", () => { state = read(); draw(); });
 
 // heads
 
@@ -173,6 +174,7 @@ function drawHeatmap() {
     return { type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color, width } };
   };
   const boxes = data.tops.filter((name) => indexOf(name) >= 0).map((name) => box(name, "black", 1.2));
+  const picked = ask ? ask.heads().map((name) => box(name, "#009E73", 2)) : [];
   const dots = state.map === data.main && state.user === EVERYBODY ? data.significant.map(indexOf) : [];
   const clipped = [...mean.keys()].filter((i) => Math.abs(mean[i]) > limit);
   const marks = (cells, marker) => ({
@@ -190,14 +192,19 @@ function drawHeatmap() {
   const axis = (text, count) => ({ title: { text }, dtick: count <= 16 ? 1 : 5, range: [-0.5, count - 0.5], zeroline: false, showgrid: false, ticks: "outside", fixedrange: true });
   Plotly.react("heatmap", traces, {
     height: Math.max(360, Math.min(760, 110 + 15 * data.layers)), margin: { l: 52, r: 10, t: 10, b: 44 },
-    xaxis: axis("head", data.heads), yaxis: axis("layer", data.layers), shapes: [...boxes, box(state.head, "#E69F00", 3)],
+    xaxis: axis("head", data.heads), yaxis: axis("layer", data.layers), shapes: [...boxes, ...picked, box(state.head, "#E69F00", 3)],
     font: { family: "Helvetica, Arial, sans-serif", size: 12 },
   }, PLOT);
-  once("click", () => $("heatmap").on("plotly_click", ({ points: [{ x, y }] }) => go({ head: nameOf(y * data.heads + x) })));
+  once("click", () => $("heatmap").on("plotly_click", ({ points: [{ x, y }], event }) => {
+    const name = nameOf(y * data.heads + x);
+    if (ask && event.shiftKey) ask.toggle(name);
+    else go({ head: name });
+  }));
   const single = state.map === data.main && examples() ? `${n} example${n > 1 ? "s" : ""} of one user` : "Mean of one user's examples";
   const whom = isFamily(state.map) ? "" : state.user ? `${single}: no claim about heads. ` : `Mean of ${n} users. `;
   $("map-note").textContent = `${whom}Black: the ${data.tops.length} heads that are tested. ` +
-    (dots.length ? "Dots: p \u2264 0.05 over users, family-wise over heads. " : "") + (clipped.length ? "\u00d7: beyond the ends of the colours." : "");
+    (dots.length ? "Dots: p \u2264 0.05 over users, family-wise over heads. " : "") + (clipped.length ? "\u00d7: beyond the ends of the colours. " : "") +
+    (ask ? "Green: the heads that are asked about; Shift-click puts one in or takes it out." : "");
 }
 
 function drawDetail() {
@@ -373,6 +380,23 @@ function drawTexts() {
   $("write").disabled = writing !== null; $("cancel").disabled = writing === null; $("spinner").hidden = writing === null;
 }
 
+/** What a server answers line by line, each a JSON object; its refusals are thrown. */
+async function* lines(reply) {
+  const thrown = ({ error, field }) => Object.assign(new Error(error), { field });
+  if (!reply.ok) throw thrown(await reply.json());
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", done = false; !done;) {
+    const part = await reader.read();
+    done = part.done;
+    const texts = (rest + (part.value ?? "")).split("\n");
+    rest = texts.pop();
+    for (const line of texts.map((text) => JSON.parse(text))) {
+      if (line.error) throw thrown(line);
+      yield line;
+    }
+  }
+}
+
 async function write() {
   if (!["gamma-free", "k-free"].every((id) => $(id).reportValidity())) return;
   const asked = texts.find(([key]) => key === state.text)[1], control = new AbortController();
@@ -384,19 +408,11 @@ async function write() {
       method: "POST", headers: { "Content-Type": "application/json" }, signal: control.signal,
       body: JSON.stringify({ user: asked.user, example: asked.example, gamma: answer.gamma, k: answer.k }),
     });
-    if (!reply.ok) throw new Error((await reply.json()).error);
-    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let rest = "", done = false; !done;) {
-      const part = await reader.read();
-      done = part.done;
-      const lines = (rest + (part.value ?? "")).split("\n");
-      rest = lines.pop();
-      for (const line of lines.map((text) => JSON.parse(text))) {
-        if (line.error) throw new Error(line.error);
-        if (line.heads !== undefined) answer.heads = line.heads;
-        if (line.text !== undefined) answer.text += line.text;
-        if (line.done) { answer.one = line.done; answer.said = scores(line.done); }
-      }
+    for await (const line of lines(reply)) {
+      if (line.waiting !== undefined) answer.said = `waiting, ${line.waiting} before this one`;
+      if (line.heads !== undefined) Object.assign(answer, { heads: line.heads, said: "" });
+      if (line.text !== undefined) answer.text += line.text;
+      if (line.done) { answer.one = line.done; answer.said = scores(line.done); }
       if (live === answer) drawTexts();
     }
   } catch (error) {
@@ -409,6 +425,8 @@ async function write() {
 
 // everything
 
+const topOf = (name, k) => { const rank = ranks(name, EVERYBODY); return [...rank.keys()].sort((a, b) => rank[a] - rank[b]).slice(0, k).map(nameOf); };
+const ask = data.live ? globalThis.asking({ data, $, element, options, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf: () => state, go }) : null;
 const drawn = new Map();
 function draw() {
   for (const tab of document.querySelectorAll("[role=tab]")) {
@@ -426,6 +444,7 @@ function draw() {
   }
   if (state.tab === "heads") { drawHeatmap(); drawDetail(); drawAttention(); drawAnswers(); }
   if (state.tab === "texts") drawTexts();
+  if (ask) ask.draw();
   const chosen = state[state.tab] ?? "";
   if (state.tab in data.figures && drawn.get(state.tab) !== chosen) { drawn.set(state.tab, chosen); drawFigures(state.tab); }
 }
@@ -438,7 +457,7 @@ if (!grid) for (const part of document.querySelectorAll("#texts > :not(#texts-fi
 if (grid) {
   for (const [id, values] of [["gamma", [0, ...grid.gammas].sort((a, b) => a - b)], ["k", grid.ks]]) {
     Object.assign($(id), { min: 0, max: values.length - 1, step: 1 });
-    $(id).addEventListener("input", (event) => go({ [id]: String(values[event.target.value]) }));
+    $(id).addEventListener("input", (event) => go({ [id]: String(values[event.target.value]) }, { replace: true }));
   }
   if (data.live) {
     const free = (id, text, attributes) => { const label = element("label", `${text} `); label.append(element("input", undefined, { id, type: "number", required: "", ...attributes })); return label; };

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,12 +154,12 @@ def check_page(path: str | Path) -> None:
         raise RunError(f"{path} is there and is no page of dps_lens; use another file, or --force to replace it")
 
 
-def page(found: Exploration, *, live: bool = False) -> str:
+def page(found: Exploration, *, live: Mapping[str, Any] | None = None) -> str:
     """The whole page.
 
     Args:
         found: what to show.
-        live: let the page ask its server for new texts.
+        live: let the page ask its server; what its form starts from.
     """
     return rendered(described(found), live=live)
 

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 
-def rendered(said: Mapping[str, Any], *, live: bool = False) -> str:
+def rendered(said: Mapping[str, Any], *, live: Mapping[str, Any] | None = None) -> str:
     """The page of what `described` gives."""
     from jinja2 import Environment, PackageLoader, select_autoescape
     from markupsafe import Markup
@@ -20,12 +20,13 @@ def rendered(said: Mapping[str, Any], *, live: bool = False) -> str:
         loader=PackageLoader("dps_lens", "explorer"),
         autoescape=select_autoescape(default=True, default_for_string=True),
     )
-    scripts = [_plotly(), _read("explorer.js")]
+    scripts = [_plotly(), *([_read("ask.js")] if live else []), _read("explorer.js")]
     more = {
         "style": Markup(_read("explorer.css")),
         "scripts": [Markup(script) for script in scripts],
         "hashes": " ".join(_hash(script) for script in scripts),
         "connect": "'self'" if live else "'none'",
+        "live": live is not None,
         "data": Markup(_json(said["data"] | {"live": live})),
     }
     return environment.get_template("explorer.html.jinja").render(**{**said, **more})

@@ -2,16 +2,17 @@
 
 import importlib.util
 import json
-import math
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.data.examples import unit_key
 from dps_lens.errors import DPSLensError, SteeringError, reason
+from dps_lens.explorer.ask import ABLATED_BY, STEERED_BY, Asker, Refused, written_tokens
 from dps_lens.explorer.content import ranked_for
 from dps_lens.explorer.page import Exploration, page
 from dps_lens.files import parse_json
@@ -19,17 +20,22 @@ from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
 from dps_lens.steering import DecodeConfig, generate
 
+Q = TypeVar("Q")
+
 HOST = "127.0.0.1"
-_ALTERNATIVES = 3
+_ALTERNATIVES, _PATIENCE = 3, 0.5
+# A notebook of this machine may show the page.
+_FRAMED_BY = "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"
 
 
-def make_app(model: HookedModel, users: Sequence[User], found: Exploration) -> Any:
-    """A Flask application with the page at `/`, and `POST /steer`, which writes one text.
+def make_app(model: HookedModel, users: Sequence[User], found: Exploration, source: str = "") -> Any:
+    """A Flask application with the page at `/`; `POST /ask` and `/write` answer questions, `/steer` writes one text.
 
     Args:
         model: the model that was explored.
         users: those of the page.
         found: of `explore`; its grid names the rule, the examples and the length of a text.
+        source: lines of Python that make `model` and `users`, for the calls that the page offers.
 
     Raises:
         SteeringError: flask is not installed, or the exploration holds no texts.
@@ -39,33 +45,82 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration) -> A
 
     if found.grid is None:
         raise SteeringError("explore: the exploration holds no texts to steer; make it with a grid")
-    app, writer = Flask("dps_lens"), Writer(model, users, found)
+    app, writer, line = Flask("dps_lens"), Writer(model, users, found), Line()
+    asker = Asker(model, users, writer.config, source)
     app.config["MAX_CONTENT_LENGTH"] = 2**20
-    shown = page(found, live=True)
+    shown = page(found, live=_questions(users, found))
 
     @app.before_request
     def only_here() -> Any:
         # A page of another site may know this address, but not pretend to be it.
-        if request.host.partition(":")[0] not in (HOST, "localhost"):
+        here = (HOST, "localhost")
+        origin = request.headers.get("Origin")
+        foreign = origin is not None and urlsplit(origin).netloc != request.host
+        if request.host.partition(":")[0] not in here or foreign:
             return jsonify(error="open the page at 127.0.0.1"), 403
         return None
+
+    @app.after_request
+    def shut(response: Any) -> Any:
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Content-Security-Policy"] = _FRAMED_BY
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
 
     @app.get("/")
     def index() -> Any:
         return Response(shown, mimetype="text/html")
 
-    @app.post("/steer")
-    def steer() -> Any:
+    def answered(read: Callable[[object], Q], answer: Callable[[Q], Iterator[dict[str, Any]]]) -> Any:
+        """An answer line by line, as soon as it is this request's turn."""
         # Other sites cannot send JSON without being asked for permission.
         text = request.get_data(as_text=True) if request.is_json else "null"
         try:
-            example, heads, gamma = writer.asked(parse_json(text, "steer", SteeringError))
+            asked = read(parse_json(text, "ask", SteeringError))
+            ticket = line.join()
+        except Refused as error:
+            return jsonify(error=error.reason, field=error.field), 400
+        except BusyError as error:
+            return jsonify(error=str(error)), 429
         except DPSLensError as error:
             return jsonify(error=str(error)), 400
-        lines = (json.dumps(line) + "\n" for line in writer.write(example, heads, gamma))
-        return Response(lines, mimetype="application/x-ndjson")
+        lines = (json.dumps(one) + "\n" for one in line.served(ticket, lambda: answer(asked)))
+        response = Response(lines, mimetype="application/x-ndjson")
+        response.call_on_close(lambda: line.leave(ticket))
+        return response
+
+    @app.post("/ask")
+    def ask() -> Any:
+        return answered(asker.read, lambda asked: iter([asker.measure(asked)]))
+
+    @app.post("/write")
+    def write() -> Any:
+        return answered(asker.read, asker.write)
+
+    @app.post("/steer")
+    def steer() -> Any:
+        return answered(writer.asked, lambda asked: writer.write(*asked))
 
     return app
+
+
+def _questions(users: Sequence[User], found: Exploration) -> dict[str, Any]:
+    """What the form of a live page starts from: the examples that are shown, and what may be chosen."""
+    assert found.grid is not None
+    asked = {one.key for one in found.grid.texts}
+    shown = [one for user in users for one in user.examples if unit_key(one) in asked]
+    examples = [
+        {"key": unit_key(one), "user": one.user_id, "example": one.id, "prompt": one.input, "text": one.reference}
+        for one in shown
+    ]
+    length = found.grid.manifest["max_new_tokens"]
+    return {
+        "examples": examples,
+        "users": [user.id for user in users],
+        "ablations": ABLATED_BY,
+        "rules": STEERED_BY,
+        "length": length,
+    }
 
 
 def check_flask() -> None:
@@ -94,6 +149,63 @@ def check_port(port: int) -> None:
             ) from error
 
 
+class BusyError(SteeringError):
+    """Too many are waiting."""
+
+
+class Line:
+    """Who waits for the model: one is served at a time, in the order of asking.
+
+    Args:
+        most: who may wait or be served.
+    """
+
+    def __init__(self, most: int = 16) -> None:
+        self._tickets: list[object] = []
+        self._most, self._changed = most, threading.Condition()
+
+    def join(self) -> object:
+        """A place in the line.
+
+        Raises:
+            BusyError: there is none.
+        """
+        with self._changed:
+            if len(self._tickets) >= self._most:
+                raise BusyError(f"{len(self._tickets)} questions are waiting; try again when some are answered")
+            ticket = object()
+            self._tickets.append(ticket)
+        return ticket
+
+    def leave(self, ticket: object) -> None:
+        """Give a place up, served or not."""
+        with self._changed:
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+            self._changed.notify_all()
+
+    def served(self, ticket: object, answer: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        """`{"waiting": how many are before it}` until it is its turn, then the answer, or `{"error": …}`."""
+        try:
+            while place := self._place(ticket):
+                yield {"waiting": place}
+            yield from answer()
+        except Refused as error:
+            yield {"error": error.reason, "field": error.field}
+        except DPSLensError as error:
+            yield {"error": str(error)}
+        finally:
+            self.leave(ticket)
+
+    def _place(self, ticket: object) -> int:
+        with self._changed:
+            place = self._tickets.index(ticket)
+            if place:
+                self._changed.wait(_PATIENCE)
+                place = self._tickets.index(ticket)
+            return place
+
+
 class Writer:
     """Writes texts of the page's examples, one at a time."""
 
@@ -106,8 +218,7 @@ class Writer:
         total = found.scores.values[0].numel()
         owners = {one.user_id for one in self._examples.values()}
         self._heads = ranked_for(found.scores, [user for user in users if user.id in owners], total)
-        self._config = PromptConfig(**self.grid.manifest["prompt_config"])
-        self._lock = threading.Lock()
+        self.config = PromptConfig(**self.grid.manifest["prompt_config"])
 
     def asked(self, request: object) -> tuple[Example, HeadSet, float]:
         """Example, heads and γ of a request.
@@ -126,46 +237,24 @@ class Writer:
         return example, heads[: check_whole(SteeringError, "steer: k", k, least=1, most=len(heads))], strength
 
     def write(self, example: Example, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:
-        """`{"heads": …}`, `{"text": …}` piece by piece, then `{"done": …}`, or `{"error": …}`; closing it ends the
-        text.
+        """`{"heads": …}`, `{"text": …}` piece by piece, then `{"done": …}`; closing it ends the text.
 
-        Texts are written one after the other. Between pieces the model is free for other calls of this thread; where
-        another thread is using it, the text ends with an error.
+        Between pieces the model is free for other calls of this thread; where another thread is using it, an error is
+        raised.
         """
         assert self.grid is not None
         yield {"heads": str(heads) if gamma else ""}
-        with self._lock:
-            try:
-                prompt = build_prompt(self.model, example, config=self._config)
-                stream = generate(
-                    self.model,
-                    prompt,
-                    heads=heads,
-                    gamma=gamma,
-                    rule=self.grid.manifest["rule"],
-                    max_new_tokens=self.grid.manifest["max_new_tokens"],
-                    decode_config=DecodeConfig(keep_alternatives=_ALTERNATIVES),
-                    stream=True,
-                )
-                for _, text in stream:
-                    yield {"text": text}
-                written = stream.generation
-            except DPSLensError as error:
-                yield {"error": str(error)}
-                return
-            yield {
-                "done": {
-                    "gamma": gamma,
-                    "k": len(heads),
-                    "pieces": written.pieces[0],
-                    "shifts": _plain(written.shifts[0].tolist()),
-                    "kl": _plain(written.kl[0].tolist()),
-                    "alternatives": written.alternatives[0] if written.alternatives else [],
-                    "scores": {},
-                }
-            }
-
-
-def _plain(values: Sequence[float]) -> list[float | None]:
-    """JSON knows no NaN."""
-    return [None if math.isnan(value) else value for value in values]
+        prompt = build_prompt(self.model, example, config=self.config)
+        stream = generate(
+            self.model,
+            prompt,
+            heads=heads,
+            gamma=gamma,
+            rule=self.grid.manifest["rule"],
+            max_new_tokens=self.grid.manifest["max_new_tokens"],
+            decode_config=DecodeConfig(keep_alternatives=_ALTERNATIVES),
+            stream=True,
+        )
+        for _, text in stream:
+            yield {"text": text}
+        yield {"done": {"gamma": gamma, "k": len(heads), **written_tokens(stream.generation)}}

@@ -1,0 +1,347 @@
+"""Questions to a live page: any prompt, profile and heads; answered as the library call that is shown beside."""
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dps_lens.checks import check_number, check_whole
+from dps_lens.data import Document, Example, Prompt, PromptConfig, User, build_prompt
+from dps_lens.data.examples import unit_key
+from dps_lens.data.tasks import TASKS
+from dps_lens.errors import DPSLensError, SteeringError
+from dps_lens.heads import HeadSet
+from dps_lens.intervene import Ablation, Edit, Where, attention_for, everywhere, find_ablation
+from dps_lens.model import HookedModel, PromptCache, runner_of
+from dps_lens.scoring import CleanRun, nll_run
+from dps_lens.steering import DecodeConfig, Generation, generate
+from dps_lens.steering.rules import RULES
+from dps_lens.validation.curve import AblationWork
+from dps_lens.validation.effects import FULL
+from dps_lens.work import Units
+
+ABLATED_BY = ("zero", "uniform")
+STEERED_BY = tuple(
+    name for name, rule in RULES.items() if rule.takes_gamma and not rule.needs_vectors and not rule.patched
+)
+PASTED = "you"
+"""The user whose documents were pasted."""
+
+_MOST_LETTERS, _MOST_TOKENS, _MOST_GAMMA = 100_000, 512, 1000
+_NEXT, _ALTERNATIVES = 8, 3
+_KEPT_RUNS = 12
+
+
+class Refused(SteeringError):
+    """A question that cannot be answered.
+
+    Attributes:
+        field: of the form, that is to be mended.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field, self.reason = field, reason
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        users: as `ablation_cost` takes them: the asker with one evaluation example, the others with none.
+        example: that is asked about; its reference is empty where no text is to be measured.
+        heads: that are ablated, patched or steered with.
+        ablation: what is done to them.
+        rule: of `generate`, to write with.
+        gamma: its strength.
+        length: of a written text, in tokens.
+        code: lines of Python that make `users`, `example` and `heads`.
+    """
+
+    users: tuple[User, ...]
+    example: Example
+    heads: HeadSet
+    ablation: str
+    rule: str
+    gamma: float
+    length: int
+    code: str
+
+
+class Asker:
+    """Answers questions about a model.
+
+    Args:
+        model: a hooked model.
+        users: of the page.
+        config: how its prompts are built.
+        source: lines of Python that make `model` and `users`.
+    """
+
+    def __init__(self, model: HookedModel, users: Sequence[User], config: PromptConfig, source: str = "") -> None:
+        self.model, self.users, self.config, self.source = model, tuple(users), config, source
+        self._runs: OrderedDict[Any, CleanRun] = OrderedDict()
+
+    def read(self, request: object) -> Question:
+        """A request, checked.
+
+        Raises:
+            Refused: names the field that is missing or wrong.
+        """
+        if not isinstance(request, dict):
+            raise Refused("prompt", "send a JSON object")
+        texts = {name: _text(request, name) for name in ("user", "prompt", "text", "documents", "heads")}
+        heads = self._heads(texts["heads"])
+        ablation, rule = _one_of(request, "ablation", ABLATED_BY), _one_of(request, "rule", STEERED_BY)
+        gamma = _number(request, "gamma", least=-1.0 if rule in ("dps", "amplify") else 0.0)
+        length = request.get("length", 32)
+        try:
+            check_whole(SteeringError, "length", length, least=1, most=_MOST_TOKENS)
+        except SteeringError as error:
+            raise Refused("length", str(error).removeprefix("length ")) from error
+        if not texts["prompt"].strip():
+            raise Refused("prompt", "is empty; write what the model is asked")
+        users, example, code = self._asked(texts)
+        code += f"\nheads = dps.HeadSet.parse({str(heads)!r})"
+        return Question(users, example, heads, ablation, rule, gamma, length, code)
+
+    def _heads(self, names: str) -> HeadSet:
+        try:
+            heads = HeadSet.parse(names)
+            heads.mask(self.model.cfg)
+        except DPSLensError as error:
+            raise Refused("heads", str(error)) from error
+        if not len(heads):
+            raise Refused("heads", "none are named; click cells of the map, or write names such as L12H3,L4H0")
+        return heads
+
+    def _asked(self, texts: Mapping[str, str]) -> tuple[tuple[User, ...], Example, str]:
+        """The users of a call, the example, and lines that make them."""
+        prompt, text = texts["prompt"].strip(), texts["text"].strip()
+        if texts["user"]:
+            asker = next((one for one in self.users if one.id == texts["user"]), None)
+            if asker is None:
+                raise Refused("user", f"{texts['user']!r:.80} is not on this page")
+            code = f"asker = next(one for one in users if one.id == {asker.id!r})"
+            users = self.users
+            same = (one for one in asker.examples if (one.input.strip(), one.reference.strip()) == (prompt, text))
+            example = next(same, None)
+            if example is not None:
+                code += f"\nexample = next(one for one in asker.examples if one.id == {example.id!r})"
+            else:
+                example = Example("asked", asker.id, asker.task, prompt, text, asker.history)
+                code += f'\nexample = dps.Example("asked", asker.id, asker.task, {prompt!r}, {text!r}, asker.history)'
+        else:
+            documents = [part.strip() for part in texts["documents"].split("\n\n") if part.strip()]
+            if not documents:
+                raise Refused("documents", "are empty; paste earlier texts of the user, blank lines between them")
+            history = tuple(Document(str(place), {"text": one}) for place, one in enumerate(documents))
+            example = Example("asked", PASTED, TASKS["questions"], prompt, text, history)
+            users = (User(PASTED, TASKS["questions"], history, (example,)),)
+            code = (
+                "from dps_lens.data.tasks import TASKS\n\n"
+                f"texts = {documents!r}\n"
+                'history = tuple(dps.Document(str(place), {"text": one}) for place, one in enumerate(texts))\n'
+                f'example = dps.Example("asked", {PASTED!r}, TASKS["questions"], {prompt!r}, {text!r}, history)\n'
+                f'users = [dps.User({PASTED!r}, TASKS["questions"], history, (example,))]'
+            )
+        users = tuple(replace(one, examples=(example,) if one.id == example.user_id else ()) for one in users)
+        code += "\nasked = [replace(one, examples=(example,) if one.id == example.user_id else ()) for one in users]"
+        return users, example, code
+
+    def measure(self, asked: Question) -> dict[str, Any]:
+        """What the heads do to the text, if there is one, as `ablation_cost` measures it, and to the next token.
+
+        Raises:
+            Refused: the prompt cannot be built.
+        """
+        try:
+            found = {"rows": self._effects(asked) if asked.example.reference else [], "next": self._next(asked)}
+        except DPSLensError as error:
+            raise Refused("prompt", str(error)) from error
+        call = (
+            f"effects = dps.ablation_cost(\n    model, asked, heads, ablation={asked.ablation!r}, n_random=0, "
+            f"prompt_config={self._config}\n)\nprint(effects.to_frame())"
+        )
+        return found | {"python": self._python(asked, call)}
+
+    def _effects(self, asked: Question) -> list[dict[str, Any]]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the other users have no examples
+            work = _KeptRuns.of(
+                "ablation_cost",
+                self.model,
+                asked.users,
+                {"heads": asked.heads},
+                (len(asked.heads),),
+                ablation=asked.ablation,
+                prompt_config=self.config,
+                n_random=0,
+                select="global",
+                max_examples=None,
+                seed=0,
+                spread=False,
+                runs=self._runs,
+            )
+            key = unit_key(asked.example)
+            effects = work.collect(Units({key: work.make(key)}), {"spread": False})
+        frame = effects.to_frame()
+        full = frame[frame["family"] == FULL].set_index("measure")["mean"]
+        edited = frame[frame["family"] != FULL].set_index("measure")["mean"]
+        rows = [
+            {"measure": name, "full": float(full[name]), "edited": float(edited[name])}
+            for name in full.index
+            if name in edited.index
+        ]
+        gains = [
+            {"measure": name, "full": float(full[name]), "edited": float(edited[left])}
+            for name, left in (("gain", "gain_left"), ("gain_other", "gain_left_other"))
+            if name in full.index and left in edited.index
+        ]
+        used = {*full.index, "gain_left", "gain_left_other"}
+        more = [{"measure": name, "value": float(value)} for name, value in edited.items() if name not in used]
+        return [*rows, *gains, *more]
+
+    @torch.inference_mode()
+    def _next(self, asked: Question) -> list[tuple[str, float, float]]:
+        """The likeliest next tokens: text, p of the model, p with the heads ablated at the last prompt token."""
+        example = asked.example
+        prompt = build_prompt(self.model, example, config=self.config, response=bool(example.reference))
+        runner, ablation = runner_of(self.model), find_ablation(asked.ablation)
+        last = prompt.prompt_tokens[None, -1:].to(runner.device)
+        shares: list[Float[Tensor, " d_vocab"]] = []
+        with attention_for(self.model, ablation):
+            cache = self._prefilled(prompt, ablation)
+            edit = Edit(asked.heads.mask(runner.cfg)[None], ablation, everywhere, ablation.standalone("ask"))
+            shares.append(runner.logits(last, prompt=cache, keep=1)[0, -1].float().softmax(-1).cpu())
+            with edit.on(self.model):
+                shares.append(runner.logits(last, prompt=cache, keep=1)[0, -1].float().softmax(-1).cpu())
+        shown = dict.fromkeys(token for share in shares for token in share.topk(_NEXT).indices.tolist())
+        ordered = sorted(shown, key=lambda token: -float(shares[0][token]))
+        return [(self.model.tokenizer.decode([one]), *(float(share[one]) for share in shares)) for one in ordered]
+
+    def _prefilled(self, prompt: Prompt, ablation: Ablation) -> PromptCache:
+        """Keys and values of all but the last token; those of the measured run, where it is kept."""
+        measured = self._runs.get(_run_key(prompt, "own", ablation))
+        if measured is not None and measured.prompt_cache is not None:
+            cache: PromptCache = measured.prompt_cache
+            return cache
+        runner = runner_of(self.model)
+        return runner.prefill(prompt.prompt_tokens[None, :-1].to(runner.device))
+
+    def write(self, asked: Question) -> Iterator[dict[str, Any]]:
+        """`{"text": …}` piece by piece, then `{"done": …}` with tokens, their shifts and KL.
+
+        Raises:
+            Refused: the prompt cannot be built, or the rule cannot write it.
+        """
+        try:
+            prompt = build_prompt(self.model, asked.example, config=self.config, response=False)
+            stream = generate(
+                self.model,
+                prompt,
+                heads=asked.heads,
+                rule=asked.rule,
+                gamma=asked.gamma,
+                max_new_tokens=asked.length,
+                decode_config=DecodeConfig(keep_alternatives=_ALTERNATIVES),
+                stream=True,
+            )
+            for _, text in stream:
+                yield {"text": text}
+        except DPSLensError as error:
+            raise Refused("prompt", str(error)) from error
+        written = stream.generation
+        call = (
+            f"prompt = dps.build_prompt(model, example, config={self._config}, response=False)\n"
+            f"written = dps.generate(\n    model, prompt, heads=heads, rule={asked.rule!r}, gamma={asked.gamma!r}, "
+            f"max_new_tokens={asked.length}\n)\nprint(written.texts[0])"
+        )
+        yield {"done": written_tokens(written), "python": self._python(asked, call)}
+
+    @property
+    def _config(self) -> str:
+        """The prompts' settings as Python."""
+        usual = PromptConfig()
+        changed = {name: value for name, value in vars(self.config).items() if value != getattr(usual, name)}
+        return f"dps.PromptConfig({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+    def _python(self, asked: Question, call: str) -> str:
+        source = self.source or "# model and users: those that the page was made of"
+        return f"from dataclasses import replace\n\nimport dps_lens as dps\n\n{source}\n{asked.code}\n{call}\n"
+
+
+@dataclass
+class _KeptRuns(AblationWork):
+    """`ablation_cost` that keeps its clean runs, so that other heads of the same question are measured at once."""
+
+    runs: OrderedDict[Any, CleanRun] = field(default_factory=OrderedDict)
+
+    def clean_run(
+        self,
+        prompt: Prompt,
+        condition: str,
+        *,
+        ablation: Ablation | None = None,
+        where: Where | None = None,
+        keep_z: bool = False,
+    ) -> CleanRun:
+        key = _run_key(prompt, condition, ablation or self.settings.ablation)
+        if key not in self.runs or (keep_z and self.runs[key].z is None):
+            run = super().clean_run(prompt, condition, ablation=ablation, where=where, keep_z=keep_z)
+            self.runs[key] = nll_run(run)
+            while len(self.runs) > _KEPT_RUNS:
+                self.runs.popitem(last=False)
+        self.runs.move_to_end(key)
+        return self.runs[key]
+
+
+def _run_key(prompt: Prompt, condition: str, ablation: Ablation) -> tuple[Any, ...]:
+    """What a clean run depends on."""
+    return tuple(prompt.tokens.tolist()), condition, ablation.name
+
+
+def written_tokens(written: Generation) -> dict[str, Any]:
+    """The tokens of the first text, what steering did to each, and what it moved there."""
+    return {
+        "pieces": written.pieces[0],
+        "shifts": _numbers(written.shifts[0].tolist()),
+        "kl": _numbers(written.kl[0].tolist()),
+        "alternatives": written.alternatives[0] if written.alternatives else [],
+        "scores": {},
+    }
+
+
+def _numbers(values: Sequence[float]) -> list[float | None]:
+    """JSON knows no NaN."""
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _text(request: Mapping[str, Any], name: str) -> str:
+    value = request.get(name, "")
+    if not isinstance(value, str):
+        raise Refused(name, "is not a text")
+    if len(value) > _MOST_LETTERS:
+        raise Refused(name, f"has {len(value)} letters; at most {_MOST_LETTERS} are taken")
+    return value
+
+
+def _one_of(request: Mapping[str, Any], name: str, known: Sequence[str]) -> str:
+    value = request.get(name, known[0])
+    if value not in known:
+        raise Refused(name, f"{value!r:.80} is unknown; use one of {', '.join(known)}")
+    return str(value)
+
+
+def _number(request: Mapping[str, Any], name: str, *, least: float) -> float:
+    try:
+        return check_number(SteeringError, name, request.get(name, 1.0), least=least, most=_MOST_GAMMA)
+    except SteeringError as error:
+        raise Refused(name, str(error).removeprefix(f"{name} ")) from error
