@@ -219,8 +219,8 @@ def browser(browser_path):
 class Page:
     """A page in the browser, with everything that went wrong in it."""
 
-    def __init__(self, browser, *, offline: bool = True) -> None:
-        self.context = browser.new_context(offline=offline, viewport={"width": 1280, "height": 1000})
+    def __init__(self, browser, *, offline: bool = True, **context) -> None:
+        self.context = browser.new_context(offline=offline, viewport={"width": 1280, "height": 1000}, **context)
         self.page, self.problems = self.context.new_page(), []
         self.page.on("console", lambda said: said.type in ("error", "warning") and self.problems.append(said.text))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))

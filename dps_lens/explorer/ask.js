@@ -1,7 +1,7 @@
 "use strict";
 
 /** The tab where a live page is asked. It is given the page's tools, and gives back what the page draws and calls. */
-globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf, go }) => {
+globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf, go, take, walk }) => {
   const start = data.live, [shown] = start.examples, PASTED = "";
   const fresh = {
     user: shown.user, prompt: shown.prompt, text: shown.text, documents: "", heads: data.tops.join(","),
@@ -67,7 +67,8 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
       for await (const line of lines(reply)) {
         if (line.waiting !== undefined) answer.said = `waiting, ${line.waiting} before this one`;
         if (line.text !== undefined) { answer.text += line.text; answer.said = "writing"; }
-        if (line.rows) Object.assign(answer, { rows: line.rows, next: line.next, said: "" });
+        if (line.next) Object.assign(answer, { next: line.next, said: answer.asked.text.trim() ? "measuring" : "" });
+        if (line.rows) Object.assign(answer, { rows: line.rows, said: "" });
         if (line.done) Object.assign(answer, { one: { ...line.done, gamma: Number(asked.gamma) }, said: "" });
         if (line.python) answer.python = line.python;
         draw();
@@ -94,14 +95,6 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
     return found;
   }
 
-  function copied(text, what) {
-    return button(`Copy ${what}`, async (event) => {
-      const pressed = event.target;
-      try { await navigator.clipboard.writeText(text()); pressed.textContent = "Copied"; } catch { pressed.textContent = "Cannot copy"; }
-      setTimeout(() => { pressed.textContent = `Copy ${what}`; }, 1500);
-    });
-  }
-
   function card(answer) {
     const found = element("article", undefined, { class: "answer", id: `answer-${answer.number}` });
     const whose = answer.asked.user === PASTED ? "pasted documents" : `profile of ${answer.asked.user}`;
@@ -119,15 +112,15 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
       found.append(next);
     }
     if (answer.text) {
-      const text = element("p", answer.text, { class: "tokens" });
+      const text = walk(element("p", answer.text, { class: "tokens" }), "tokens of the text");
       if (answer.one) tokens(text, answer.one, Math.max(1e-9, ...answer.one.shifts.map((shift) => Math.abs(shift ?? 0))));
       found.append(text);
     }
     const controls = element("div", undefined, { class: "controls" });
     controls.append(button(answer.pinned ? "Unpin" : "Pin", () => { pin(answer); }),
       button("Ask this again", () => { change(answer.asked); }));
-    if (answer.python) controls.append(copied(() => answer.python, "Python"));
-    if (answer.text) controls.append(copied(() => answer.text, "text"));
+    if (answer.python) controls.append(take.copy("Copy Python", () => answer.python));
+    if (answer.text) controls.append(take.copy("Copy text", () => answer.text));
     controls.append(button("Remove", () => { answers.splice(answers.indexOf(answer), 1); draw(); }));
     found.append(controls);
     if (answer.python) {

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Document, Example, Prompt, PromptConfig, User, build_prompt
@@ -18,7 +16,7 @@ from dps_lens.data.tasks import TASKS
 from dps_lens.errors import DPSLensError, SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, Edit, Where, attention_for, everywhere, find_ablation
-from dps_lens.model import HookedModel, PromptCache, runner_of
+from dps_lens.model import HookedModel, runner_of
 from dps_lens.scoring import CleanRun, nll_run
 from dps_lens.steering import DecodeConfig, Generation, generate
 from dps_lens.steering.rules import RULES
@@ -156,23 +154,27 @@ class Asker:
         code += "\nasked = [replace(one, examples=(example,) if one.id == example.user_id else ()) for one in users]"
         return users, example, code
 
-    def measure(self, asked: Question) -> dict[str, Any]:
-        """What the heads do to the text, if there is one, as `ablation_cost` measures it, and to the next token.
+    def measure(self, asked: Question) -> Iterator[dict[str, Any]]:
+        """`{"next": …}`, what the heads do to the next token; then `{"rows": …}`, what they do to the text, if there is
+        one, as `ablation_cost` measures it.
 
         Raises:
             Refused: the prompt cannot be built.
         """
         try:
-            found = {"rows": self._effects(asked) if asked.example.reference else [], "next": self._next(asked)}
+            work = self._work(asked) if asked.example.reference else None
+            yield {"next": self._next(asked, work)}
+            rows = self._effects(asked, work) if work is not None else []
         except DPSLensError as error:
             raise Refused("prompt", str(error)) from error
         call = (
             f"effects = dps.ablation_cost(\n    model, asked, heads, ablation={asked.ablation!r}, n_random=0, "
             f"prompt_config={self._config}\n)\nprint(effects.to_frame())"
         )
-        return found | {"python": self._python(asked, call)}
+        yield {"rows": rows, "python": self._python(asked, call)}
 
-    def _effects(self, asked: Question) -> list[dict[str, Any]]:
+    def _work(self, asked: Question) -> "_KeptRuns":
+        """The run of `ablation_cost`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the other users have no examples
             work = _KeptRuns.of(
@@ -190,8 +192,12 @@ class Asker:
                 spread=False,
                 runs=self._runs,
             )
-            key = unit_key(asked.example)
-            effects = work.collect(Units({key: work.make(key)}), {"spread": False})
+            work.examples  # noqa: B018
+        return work
+
+    def _effects(self, asked: Question, work: "_KeptRuns") -> list[dict[str, Any]]:
+        key = unit_key(asked.example)
+        effects = work.collect(Units({key: work.make(key)}), {"spread": False})
         frame = effects.to_frame()
         full = frame[frame["family"] == FULL].set_index("measure")["mean"]
         edited = frame[frame["family"] != FULL].set_index("measure")["mean"]
@@ -210,31 +216,27 @@ class Asker:
         return [*rows, *gains, *more]
 
     @torch.inference_mode()
-    def _next(self, asked: Question) -> list[tuple[str, float, float]]:
+    def _next(self, asked: Question, work: "_KeptRuns | None") -> list[tuple[str, float, float]]:
         """The likeliest next tokens: text, p of the model, p with the heads ablated at the last prompt token."""
-        example = asked.example
-        prompt = build_prompt(self.model, example, config=self.config, response=bool(example.reference))
         runner, ablation = runner_of(self.model), find_ablation(asked.ablation)
+        prompt = build_prompt(self.model, asked.example, config=self.config, response=work is not None)
         last = prompt.prompt_tokens[None, -1:].to(runner.device)
-        shares: list[Float[Tensor, " d_vocab"]] = []
         with attention_for(self.model, ablation):
-            cache = self._prefilled(prompt, ablation)
-            edit = Edit(asked.heads.mask(runner.cfg)[None], ablation, everywhere, ablation.standalone("ask"))
-            shares.append(runner.logits(last, prompt=cache, keep=1)[0, -1].float().softmax(-1).cpu())
-            with edit.on(self.model):
-                shares.append(runner.logits(last, prompt=cache, keep=1)[0, -1].float().softmax(-1).cpu())
+            if work is not None:
+                # The run that is measured has read the prompt.
+                run = work.clean_run(prompt, "own", keep_z=True)
+                cache, full = run.prompt_cache, run.logits[0]
+            else:
+                cache = runner.prefill(prompt.prompt_tokens[None, :-1].to(runner.device))
+                full = runner.logits(last, prompt=cache, keep=1)[0, -1]
+            with Edit(asked.heads.mask(runner.cfg)[None], ablation, everywhere, ablation.standalone("ask")).on(
+                self.model
+            ):
+                edited = runner.logits(last, prompt=cache, keep=1)[0, -1]
+        shares = [logits.float().softmax(-1).cpu() for logits in (full, edited)]
         shown = dict.fromkeys(token for share in shares for token in share.topk(_NEXT).indices.tolist())
         ordered = sorted(shown, key=lambda token: -float(shares[0][token]))
         return [(self.model.tokenizer.decode([one]), *(float(share[one]) for share in shares)) for one in ordered]
-
-    def _prefilled(self, prompt: Prompt, ablation: Ablation) -> PromptCache:
-        """Keys and values of all but the last token; those of the measured run, where it is kept."""
-        measured = self._runs.get(_run_key(prompt, "own", ablation))
-        if measured is not None and measured.prompt_cache is not None:
-            cache: PromptCache = measured.prompt_cache
-            return cache
-        runner = runner_of(self.model)
-        return runner.prefill(prompt.prompt_tokens[None, :-1].to(runner.device))
 
     def write(self, asked: Question) -> Iterator[dict[str, Any]]:
         """`{"text": …}` piece by piece, then `{"done": …}` with tokens, their shifts and KL.

@@ -6,7 +6,9 @@ const size = data.layers * data.heads;
 const $ = (id) => document.getElementById(id);
 const PLOT = { displayModeBar: false, responsive: true };
 const BLUE = "0,114,178", RED = "178,24,43";
-const EVERYBODY = "";
+/** A colour behind a text, from −1 to 1; never so strong that the text could not be read on it, dark or light. */
+const behind = (share) => `rgba(${share < 0 ? RED : BLUE},${(Math.min(1, Math.abs(share)) * (share < 0 ? 0.55 : 0.7)).toFixed(3)})`;
+const EVERYBODY = "", MOST_ROWS = 200;
 
 // numbers
 
@@ -106,22 +108,83 @@ function options(select, entries) {
   select.replaceChildren(...entries.map(([value, text]) => element("option", text, { value })));
 }
 
+/** What a word of a table means. */
+const TERMS = {
+  "NLL, own": "Negative log-likelihood of the user's own text, with the user's own profile in the prompt.",
+  "NLL, no_profile": "The same text without a profile.",
+  "NLL, other_user": "The same text with another user's profile.",
+  "NLL, neutral": "Negative log-likelihood of text that is nobody's.",
+  gain: "What the own profile brings: NLL without a profile minus NLL with the own one.",
+  gain_other: "What the own profile brings beyond another user's: NLL with another's minus NLL with the own.",
+  gain_left: "The gain that is left under the ablation.",
+  gain_left_other: "The gain over another user that is left under the ablation.",
+  gain_removed: "The part of the gain that the ablation removes.",
+  gain_removed_other: "The part of the gain over another user that the ablation removes.",
+  task_cost: "Off-target: what the ablation costs the same task without a profile.",
+  neutral_cost: "Off-target: what the ablation costs text that is nobody's.",
+  task_cost_other: "Off-target: what the ablation costs over another user's profile.",
+  necessity: "What is lost when the heads' outputs come from a run without a profile.",
+  sufficiency: "What a run without a profile gets back with the heads' outputs of the own run.",
+  necessity_other: "What is lost when the heads' outputs come from a run with another user's profile.",
+  sufficiency_other: "What a run with another user's profile gets back with the heads' outputs of the own run.",
+  "95% interval": "Student's t over users, one head at a time.",
+  rank: "Place of the head among all, the largest score first.",
+  population: "A test over users, with family-wise error over all heads.",
+  induction: "Family: heads that attend to what followed the same token before.",
+  retrieval: "Family: heads that copy a needle out of a long text (arXiv 2404.15574).",
+  "function vector": "Family: heads that carry what a few examples ask for (arXiv 2310.15213).",
+  found: "The set that find_heads found, by what the finder ranked by.",
+};
+
+/** A word, with what it means where it is one of the terms. */
+function explained(tag, text, attributes = {}) {
+  const found = element(tag, undefined, attributes);
+  found.append(Object.hasOwn(TERMS, text) ? element("abbr", text, { title: TERMS[text], tabindex: "0" }) : document.createTextNode(text ?? ""));
+  return found;
+}
+
 function table(target, head, rows) {
-  const cell = (tag) => (value, column) => element(tag, value, column ? { class: "number" } : {});
+  const cell = (tag) => (value, column) => explained(tag, value, column ? { class: "number" } : {});
   const line = (tag, values) => { const row = element("tr"); row.append(...values.map(cell(tag))); return row; };
   target.replaceChildren(line("th", head), ...rows.map((row) => line("td", row)));
 }
 
-const tip = $("tip");
+const tip = $("tip"), hints = new WeakMap();
+
+function tell(text, x, y) {
+  tip.textContent = text;
+  tip.hidden = false;
+  tip.style.left = `${Math.max(0, Math.min(x + 12, innerWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${Math.max(0, Math.min(y + 16, innerHeight - tip.offsetHeight - 8))}px`;
+}
+
+/** What is said of an element under the mouse, to the keyboard (`walk`), and to a screen reader. */
 function hint(target, text) {
-  target.addEventListener("mousemove", (event) => {
-    tip.textContent = text;
-    tip.hidden = false;
-    tip.style.left = `${Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 8)}px`;
-    tip.style.top = `${Math.min(event.clientY + 16, innerHeight - tip.offsetHeight - 8)}px`;
-  });
+  hints.set(target, text);
+  target.addEventListener("mousemove", (event) => { tell(text, event.clientX, event.clientY); });
   target.addEventListener("mouseleave", () => { tip.hidden = true; });
-  target.setAttribute("aria-label", text.replaceAll("\n", "; "));
+  target.setAttribute("aria-description", text.replaceAll("\n", "; "));
+}
+
+/** Arrow keys go from hint to hint inside what has the focus. */
+function walk(box, label) {
+  if (box.hasAttribute("tabindex")) return box;
+  for (const [name, value] of Object.entries({ tabindex: "0", role: "group", "aria-label": `${label}; arrow keys go through it` })) box.setAttribute(name, value);
+  let at = -1;
+  const leave = () => { box.querySelectorAll(".at").forEach((one) => one.classList.remove("at")); tip.hidden = true; };
+  box.addEventListener("keydown", (event) => {
+    const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = [...box.querySelectorAll("*")].filter((one) => hints.has(one));
+    if (!move || !all.length) return;
+    event.preventDefault();
+    at = Math.max(0, Math.min(all.length - 1, at + move));
+    leave();
+    all[at].classList.add("at");
+    all[at].scrollIntoView({ block: "nearest" });
+    const { left, bottom } = all[at].getBoundingClientRect();
+    tell(hints.get(all[at]), left, bottom - 8);
+  });
+  box.addEventListener("blur", leave);
+  return box;
 }
 
 // state, kept in the address
@@ -214,13 +277,48 @@ function drawDetail() {
   if (half && n > 1) facts.push(["95% interval", `${number(mean[i] - half[i])} to ${number(mean[i] + half[i])}`]);
   facts.push(["rank", `${ranks(state.map, state.user)[i]} of ${size}`]);
   if (state.map === data.main && state.user === EVERYBODY && data.significant.includes(nameOf(i))) facts.push(["population", "p \u2264 0.05, family-wise over heads"]);
-  $("detail-facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", name), element("dd", value)]));
+  $("detail-facts").replaceChildren(...facts.flatMap(([name, value]) => [explained("dt", name), element("dd", value)]));
   const families = Object.entries(data.families).map(([name, about]) => (about.reason
     ? [words(name), "not shown by this model", ""]
     : [words(name), number(family(name)[i]), `${ranks(name, EVERYBODY)[i]} of ${size}`]));
   const own = Object.keys(data.maps).map((name) => [name, number(shown(name, state.user).mean[i]), `${ranks(name, state.user)[i]} of ${size}`]);
-  table($("detail-ranks"), ["", "score", "rank"], [...own, ...families]);
+  table($("detail-ranks"), ["map", "score", "rank"], [...own, ...families]);
   drawExamples(i);
+}
+
+/** Every head of the map that is shown, a row each, by rank. */
+function listed() {
+  const { mean, half, n, unit } = shown(state.map, state.user), rank = ranks(state.map, state.user);
+  const order = [...rank.keys()].sort((a, b) => rank[a] - rank[b]), bounds = half && n > 1;
+  const rows = order.map((i) => [rank[i], nameOf(i), mean[i], bounds ? mean[i] - half[i] : NaN, bounds ? mean[i] + half[i] : NaN,
+    ...defined.map((name) => ranks(name, EVERYBODY)[i])]);
+  return [["rank", "head", unit, "low", "high", ...defined.map((name) => `rank, ${words(name)}`)], ...rows];
+}
+
+let sorted = { column: 0, down: true };
+
+/** The list beside the map: sorted by a column, filtered by a name or a layer. */
+function drawList() {
+  if (!$("list").open) return;
+  const [head, ...rows] = listed(), wanted = $("list-filter").value.trim().toLowerCase(), target = $("list-table");
+  const found = rows.filter(([, name]) => !wanted || name.toLowerCase().startsWith(wanted) || (wanted === "tested" && data.tops.includes(name)));
+  const key = (row) => (sorted.column === 1 ? indexOf(row[1]) : row[sorted.column]);
+  found.sort((a, b) => (sorted.down ? 1 : -1) * (key(a) - key(b)));
+  const shownRows = found.slice(0, MOST_ROWS), text = (value) => (typeof value === "string" || Number.isInteger(value) ? String(value) : number(value));
+  table(target, head, shownRows.map((row) => row.map(text)));
+  [...target.rows[0].cells].forEach((cell, column) => {
+    const press = element("button", cell.textContent, { type: "button", class: "plain" });
+    press.addEventListener("click", () => { sorted = { column, down: sorted.column === column ? !sorted.down : true }; drawList(); });
+    if (sorted.column === column) cell.setAttribute("aria-sort", sorted.down ? "ascending" : "descending");
+    cell.replaceChildren(press);
+  });
+  [...target.rows].slice(1).forEach((row, at) => {
+    const name = shownRows[at][1], press = element("button", name, { type: "button", class: "plain link" });
+    press.addEventListener("click", () => go({ head: name }));
+    row.cells[1].replaceChildren(press);
+    if (data.tops.includes(name)) row.classList.add("main");
+  });
+  $("list-note").textContent = `${found.length} of ${size} heads${found.length > MOST_ROWS ? `, the first ${MOST_ROWS} of them` : ""}; "tested" filters those that are tested.`;
 }
 
 /** One dot an example, one line a user. */
@@ -244,8 +342,7 @@ function drawExamples(i) {
     return found;
   };
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `${all.length} examples, from ${number(low)} to ${number(high)}`);
+  walk(svg, `${all.length} examples, from ${number(low)} to ${number(high)}`);
   add("line", { x1: x(0), x2: x(0), y1: 2, y2: height - 20, stroke: "#aaa" });
   lines.forEach((values, line) => {
     const y = 8 + step * line, user = data.users[at[line]];
@@ -271,8 +368,7 @@ function drawAttention() {
   target.replaceChildren(...view.pieces.map((piece, at) => {
     const weight = (values[row * n + at] / 255) * largest, found = element("span", piece, { class: span(at) });
     if (span(at) === "profile") inProfile += weight;
-    found.style.background = `rgba(${BLUE},${Math.sqrt(values[row * n + at] / 255).toFixed(3)})`;
-    if (values[row * n + at] > 160) found.style.color = "white";
+    found.style.background = behind(Math.sqrt(values[row * n + at] / 255));
     hint(found, `${(100 * weight).toFixed(1)}% of the attention\n${span(at) || "chat marks"}`);
     return found;
   }));
@@ -285,10 +381,10 @@ function drawAnswers() {
   $("answers").previousElementSibling.hidden = !answers.length;
   const largest = Math.max(1e-9, ...answers.flatMap((one) => one.gains.map(Math.abs)));
   $("answers").replaceChildren(...answers.flatMap(({ pieces, gains }, place) => {
-    const mean = gains.reduce((sum, gain) => sum + gain, 0) / gains.length, text = element("p", undefined, { class: "tokens" });
+    const mean = gains.reduce((sum, gain) => sum + gain, 0) / gains.length, text = walk(element("p", undefined, { class: "tokens" }), "tokens of an answer");
     text.append(...pieces.map((piece, at) => {
       const found = element("span", piece), gain = gains[at];
-      found.style.background = `rgba(${gain < 0 ? RED : BLUE},${(0.75 * Math.abs(gain) / largest).toFixed(3)})`;
+      found.style.background = behind(gain / largest);
       hint(found, `log p with the profile \u2212 without ${number(gain, 3)}`);
       return found;
     }));
@@ -324,7 +420,7 @@ function drawFigures(tab) {
   select.addEventListener("change", () => { if (tab in fresh) go({ [tab]: select.value }); else plot(select.value); });
   const controls = element("div", undefined, { class: "controls" });
   controls.append(select);
-  panel.append(controls, box);
+  panel.append(controls, box, take.figure(box, () => select.value, () => take.traces(box)));
   plot(chosen);
 }
 
@@ -334,7 +430,8 @@ function drawCost(panel) {
   table(found, ["ablated", "measure", "nats per token", "95% interval over users"], data.cost.map((row) =>
     [row.ablated, row.measure, number(row.mean ?? NaN, 3), row.low === null ? "\u2013" : `${number(row.low, 3)} to ${number(row.high, 3)}`]));
   [...found.rows].slice(1).forEach((row, index) => { if (data.cost[index].measure .startsWith("gain_removed")) row.classList.add("main"); });
-  panel.append(found, element("p", "Held-out examples. Gain: NLL without the profile minus NLL with it; gain_other: NLL with another user's profile minus NLL with the own. gain_removed: the gain that the ablation removes. task_cost, neutral_cost: what it costs the same task without a profile, and text that is nobody's. necessity_other: what is lost when the heads' outputs come from a run with another user's profile; sufficiency_other: what that run gets back with the heads' own outputs. Random sets hold other heads of the same layers; the interval of a difference is over users and random sets.", { class: "hint" }));
+  const rows = () => [["ablated", "measure", "mean", "low", "high"], ...data.cost.map((row) => [row.ablated, row.measure, row.mean, row.low, row.high])];
+  panel.append(found, take.table(() => "ablation", rows), element("p", "Held-out examples. Gain: NLL without the profile minus NLL with it; gain_other: NLL with another user's profile minus NLL with the own. gain_removed: the gain that the ablation removes. task_cost, neutral_cost: what it costs the same task without a profile, and text that is nobody's. necessity_other: what is lost when the heads' outputs come from a run with another user's profile; sufficiency_other: what that run gets back with the heads' own outputs. Random sets hold other heads of the same layers; the interval of a difference is over users and random sets.", { class: "hint" }));
 }
 
 // texts
@@ -343,7 +440,7 @@ function tokens(target, one, largest) {
   target.replaceChildren(...one.pieces.map((piece, at) => {
     const found = element("span", piece), shift = one.shifts[at];
     if (shift === null) return found;
-    found.style.background = `rgba(${shift < 0 ? RED : BLUE},${Math.min(0.75, (0.75 * Math.abs(shift)) / largest).toFixed(3)})`;
+    found.style.background = behind(shift / largest);
     const moved = (one.alternatives[at] || []).map(([other, change]) => `${change > 0 ? "+" : "\u2212"}${Math.abs(change).toFixed(3)}  ${JSON.stringify(other)}`);
     if (one.gamma) hint(found, [`log p steered \u2212 full ${number(shift, 3)}`, `KL ${number(one.kl[at] ?? NaN, 3)} nats`, ...moved].join("\n"));
     return found;
@@ -425,8 +522,15 @@ async function write() {
 
 // everything
 
+const take = globalThis.taking({ element, nameOfPage: document.title });
 const topOf = (name, k) => { const rank = ranks(name, EVERYBODY); return [...rank.keys()].sort((a, b) => rank[a] - rank[b]).slice(0, k).map(nameOf); };
-const ask = data.live ? globalThis.asking({ data, $, element, options, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf: () => state, go }) : null;
+const ask = data.live ? globalThis.asking({ data, $, element, options, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf: () => state, go, take, walk }) : null;
+const onMap = () => `${state.map} ${state.user || "all users"}`;
+$("map-take").append(take.figure($("heatmap"), onMap, listed),
+  take.copy("Copy heads as Python", () => `dps.HeadSet.parse(${JSON.stringify(data.tops.join(","))})`), take.copy("Copy link", () => location.href));
+$("list-take").append(take.table(() => `${onMap()} heads`, listed));
+$("list").addEventListener("toggle", drawList);
+$("list-filter").addEventListener("input", drawList);
 const drawn = new Map();
 function draw() {
   for (const tab of document.querySelectorAll("[role=tab]")) {
@@ -442,12 +546,20 @@ function draw() {
     $("gamma").value = gammas.indexOf(+state.gamma); $("gamma-value").textContent = state.gamma;
     $("k").value = grid.ks.indexOf(+state.k); $("k-value").textContent = state.k;
   }
-  if (state.tab === "heads") { drawHeatmap(); drawDetail(); drawAttention(); drawAnswers(); }
+  if (state.tab === "heads") { drawHeatmap(); drawDetail(); drawList(); drawAttention(); drawAnswers(); }
   if (state.tab === "texts") drawTexts();
   if (ask) ask.draw();
   const chosen = state[state.tab] ?? "";
   if (state.tab in data.figures && drawn.get(state.tab) !== chosen) { drawn.set(state.tab, chosen); drawFigures(state.tab); }
 }
+
+// Paper has no tabs: every panel is drawn.
+addEventListener("beforeprint", () => {
+  for (const panel of document.querySelectorAll("[role=tabpanel]")) panel.hidden = false;
+  for (const tab of Object.keys(data.figures)) if ($(tab)) { drawn.set(tab, state[tab] ?? ""); drawFigures(tab); }
+  drawTexts();
+});
+addEventListener("afterprint", draw);
 
 options($("user"), [[EVERYBODY, `mean of ${data.users.length} users`], ...data.users.map((user) => [user, user])]);
 options($("map"), [...Object.keys(data.maps), ...defined].map((name) => [name, isFamily(name) ? `family: ${words(name)}` : name]));
@@ -481,6 +593,7 @@ $("head").addEventListener("change", (event) => {
   else go({ head: nameOf(at) });
 });
 $("heatmap").addEventListener("keydown", press);
+for (const [id, label] of [["attention", "tokens of the prompt"], ["text-plain", "tokens of the plain text"], ["text-steered", "tokens of the steered text"]]) walk($(id), label);
 document.querySelector("[role=tablist]").addEventListener("click", (event) => { if (event.target.role === "tab") go({ tab: event.target.id.slice(4) }); });
 document.querySelector("[role=tablist]").addEventListener("keydown", (event) => {
   const tabs = [...document.querySelectorAll("[role=tab]")], at = tabs.findIndex((tab) => tab.id === `tab-${state.tab}`);

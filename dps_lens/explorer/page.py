@@ -361,5 +361,9 @@ def facts(found: Exploration) -> list[tuple[str, str]]:
                 f"rule {about['rule']}, greedy, at most {about['max_new_tokens']} tokens; heads chosen by {who}",
             )
         )
+    made = manifest.get("made", {})
+    rows.append(("seed", str(manifest.get("seed", ""))))
+    rows.append(("data", f"digest {str(manifest.get('data', ''))[:16]}"))
+    rows.append(("made", f"{made.get('date', '')} with: {made.get('command', '')}"))
     libraries = model.get("libraries", {})
     return [*rows, ("libraries", ", ".join(f"{name} {version}" for name, version in libraries.items()))]

@@ -91,7 +91,7 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration, sour
 
     @app.post("/ask")
     def ask() -> Any:
-        return answered(asker.read, lambda asked: iter([asker.measure(asked)]))
+        return answered(asker.read, asker.measure)
 
     @app.post("/write")
     def write() -> Any:

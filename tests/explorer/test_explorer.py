@@ -1,13 +1,16 @@
 """The page in a real browser: it holds the run's numbers, runs no text of users, and needs no network."""
 
 import html
+import io
 import json
 import re
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import no_hooks_left
@@ -159,7 +162,7 @@ def test_attention_is_shown_token_by_token(explored, report, open_page, llama, p
     tokens = page.locator("#attention span")
     assert tokens.all_text_contents() == list(view.pieces)
     at = int(expected.argmax())
-    said = tokens.nth(at).get_attribute("aria-label")
+    said = tokens.nth(at).get_attribute("aria-description")
     assert float(said.split("%")[0]) == pytest.approx(100 * float(expected[at]), abs=0.1)
     inside = float(expected[slice(*prompt.spans["profile"])].sum())
     note = page.locator("#view-note").inner_text()
@@ -187,7 +190,7 @@ def test_a_pair_shows_both_answers_with_what_the_profile_does(llama, probe, tmp_
         whole = (example.reference, *example.rejected)[place]
         assert whole.startswith("".join(spans.all_text_contents()).strip())
         for index, gain in enumerate((logps[0] - logps[1]).tolist()):
-            said = spans.nth(index).get_attribute("aria-label").rsplit(" ", 1)[1].replace("−", "-")
+            said = spans.nth(index).get_attribute("aria-description").rsplit(" ", 1)[1].replace("−", "-")
             assert float(said) == pytest.approx(gain, abs=2e-3)
     assert page.locator("#answers p.hint").nth(1).inner_text().startswith("rejected: ")
 
@@ -582,6 +585,126 @@ def test_only_this_machine_may_ask(explored, llama, probe):
         make_app(llama.hooked, probe[:6], Exploration(scores=explored.scores, heads=explored.heads))
 
 
+def saved(page, button):
+    with page.expect_download() as download:
+        button.click()
+    return download.value.path().read_text(encoding="utf-8"), download.value.suggested_filename
+
+
+def test_figures_and_numbers_can_be_taken(explored, report, open_page):
+    """The CSV of a map is that of the scores; pictures are of the figure; what is copied is Python that runs."""
+    opened = open_page(report.as_uri())
+    page, scores = opened.page, explored.scores
+    text, name = saved(page, page.locator("#map-take").get_by_role("button", name="CSV"))
+    assert name.endswith(".csv")
+    frame = pd.read_csv(io.StringIO(text)).set_index("head")
+    expected = scores.to_frame().set_index("name")
+    assert [*frame.index] == [*expected.index]
+    for theirs, ours in (("nats per token", "mean"), ("low", "low"), ("high", "high")):
+        assert frame[theirs].to_numpy() == pytest.approx(expected[ours].to_numpy(), abs=1e-5)
+    text, name = saved(page, page.locator("#map-take").get_by_role("button", name="SVG"))
+    assert name.endswith(".svg")
+    assert text.startswith("<svg")
+    page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    page.locator("#map-take").get_by_role("button", name="Copy heads").click()
+    assert eval(page.evaluate("window.copied"), {"dps": dps}).heads == explored.heads.heads
+    page.locator("#map-take").get_by_role("button", name="Copy link").click()
+    assert page.evaluate("window.copied") == page.url
+    page.click("#tab-ablation")
+    text, _ = saved(page, page.locator("#ablation > button", has_text="CSV"))
+    cost = pd.read_csv(io.StringIO(text))
+    assert cost["mean"].to_numpy() == pytest.approx(explored.cost.beside_random()["mean"].to_numpy(), nan_ok=True)
+    text, _ = saved(page, page.locator("#ablation .take").get_by_role("button", name="CSV"))
+    assert len(pd.read_csv(io.StringIO(text))) > 3
+    assert not opened.problems
+    assert opened.requests == [report.as_uri()]
+
+
+def test_the_list_sorts_filters_and_leads_to_heads(explored, report, open_page):
+    page = open_page(report.as_uri()).page
+    page.click("#list summary")
+    names = page.locator("#list-table td:nth-child(2)")
+    by_score = [*explored.scores.to_frame()["name"]]
+    assert names.all_inner_texts() == by_score
+    page.locator("#list-table th").nth(1).get_by_role("button").click()
+    assert names.all_inner_texts() == [f"L{layer}H{head}" for layer in range(3) for head in range(4)]
+    page.locator("#list-table th").nth(1).get_by_role("button").click()
+    assert names.first.inner_text() == "L2H3"
+    page.fill("#list-filter", "l1h")
+    assert {*names.all_inner_texts()} == {f"L1H{head}" for head in range(4)}
+    names.last.get_by_role("button").click()
+    assert detail(page)[0] == names.last.inner_text()
+    page.fill("#list-filter", "tested")
+    assert {*names.all_inner_texts()} == {*map(str, explored.heads)}
+
+
+def test_back_goes_back_and_terms_are_explained(explored, report, open_page):
+    page = open_page(report.as_uri()).page
+    page.fill("#head", "L1H1")
+    page.press("#head", "Enter")
+    page.click("#tab-ablation")
+    term = page.locator("#ablation abbr", has_text="task_cost").first
+    assert "without a profile" in term.get_attribute("title")
+    page.go_back()
+    assert page.locator("#heads").is_visible()
+    assert detail(page)[0] == "L1H1"
+    page.go_back()
+    assert detail(page)[0] == str(explored.heads[0])
+
+
+@pytest.mark.parametrize("tab", ["heads", "overlap", "ablation", "texts", "about"])
+def test_a_narrow_screen_shows_everything(report, open_page, tab):
+    page = open_page(f"{report.as_uri()}#tab={tab}").page
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(report, open_page, scheme):
+    import axe_playwright_python
+
+    axe = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    page = open_page(report.as_uri(), bypass_csp=True, color_scheme=scheme).page
+    page.click("#list summary")
+    page.evaluate(axe)
+    for tab in ("heads", "overlap", "ablation", "texts", "about"):
+        page.click(f"#tab-{tab}")
+        found = page.evaluate("axe.run()")["violations"]
+        assert [
+            (one["id"], one["nodes"][0]["target"]) for one in found if one["impact"] in ("serious", "critical")
+        ] == []
+
+
+def test_the_keyboard_reaches_what_is_said_of_tokens(explored, report, open_page):
+    page = open_page(report.as_uri()).page
+    page.focus("#attention")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#attention .at").inner_text() == explored.views[0].pieces[2].strip()
+    assert "of the attention" in page.locator("#tip").inner_text()
+    page.keyboard.press("ArrowLeft")
+    assert page.locator("#attention span").nth(1).evaluate("one => one.classList.contains('at')")
+    page.focus("#detail-examples svg")
+    assert page.locator("#tip").is_hidden()
+    page.keyboard.press("ArrowRight")
+    assert explored.scores.users[0] in page.locator("#tip").inner_text()
+
+
+def test_paper_has_every_tab(explored, report, open_page):
+    page = open_page(report.as_uri()).page
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    for tab in ("heads", "overlap", "ablation", "texts", "about"):
+        assert page.locator(f"#{tab}").is_visible()
+    assert page.locator("#overlap .js-plotly-plot").count() == 1
+    assert page.locator("#text-plain span").count()
+    assert not page.locator("[role=tablist]").is_visible()
+    page.emulate_media(media="screen")
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert not page.locator("#overlap").is_visible()
+
+
 def test_the_policy_names_every_script(explored):
     """Scripts run by their digests only; a page without a server may connect to nothing."""
     import base64
@@ -590,7 +713,7 @@ def test_the_policy_names_every_script(explored):
     text = page(explored)
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1])
     scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    assert len(scripts) == 2
+    assert len(scripts) == 3
     for script in scripts:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy
