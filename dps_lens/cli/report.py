@@ -93,13 +93,10 @@ def explore(
     force: Force = False,
 ) -> None:
     """The page of 'report' with a live model: write anew at any γ and K. Only this machine can open it."""
-    import logging
-
-    from dps_lens.explorer.server import HOST, check_flask, check_port, make_app
+    from dps_lens.explorer.server import LivePage, check_flask, check_port, make_app
 
     check_flask()
     check_port(port)
-    from werkzeug.serving import make_server
 
     exploration, loaded, people = _explored(
         "explore", run, users, outputs, ablation, mechanism, kinds, k, gammas, ks, shown_users, max_new_tokens, model,
@@ -110,15 +107,12 @@ def explore(
         f"scored = dps.HeadScores.load({str(run)!r}).users\nmodel = dps.load_model({model!r})\n"
         f"users = [user for user in dps.load_users({users!r}{more}) if user.id in scored]"
     )
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = make_server(HOST, port, make_app(loaded, people, exploration, source), threaded=True)
-    typer.echo(f"http://{HOST}:{server.port}/  (Ctrl-C ends it)")
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        typer.echo("ended")
-    finally:
-        server.server_close()
+    with LivePage(make_app(loaded, people, exploration, source), port) as live:
+        typer.echo(f"{live.url}  (Ctrl-C ends it)")
+        try:
+            live.wait()
+        except KeyboardInterrupt:
+            typer.echo("ended")
 
 
 def _explored(

@@ -217,7 +217,8 @@ function read() {
 function go(change, { replace = false } = {}) {
   state = { ...state, ...change };
   const changed = Object.entries(state).filter(([name, value]) => value !== fresh[name]);
-  history[replace ? "replaceState" : "pushState"](null, "", `#${new URLSearchParams(changed)}`);
+  // Inside a notebook's cell the page has no address of its own.
+  try { history[replace ? "replaceState" : "pushState"](null, "", `#${new URLSearchParams(changed)}`); } catch { /* the state is kept here */ }
   draw();
 }
 

@@ -4,10 +4,11 @@ import base64
 import gzip
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from plotly.colors import get_colorscale
 from torch import Tensor
 
+from dps_lens.data import User
 from dps_lens.data.examples import key_of
 from dps_lens.dossier import Dossier
 from dps_lens.errors import RunError, ScoreError, reason
@@ -22,6 +24,7 @@ from dps_lens.evaluation import SteeringGrid
 from dps_lens.explorer.render import rendered
 from dps_lens.files import replacing, write_text
 from dps_lens.heads import Head, HeadSet
+from dps_lens.model import HookedModel
 from dps_lens.paths import PathEffects
 from dps_lens.plots import ablation, dossier, families, k_sweep, overlap, pareto, paths
 from dps_lens.plots.theme import SIGNED
@@ -31,10 +34,16 @@ from dps_lens.stats.significance import MIN_USERS, significant_heads
 from dps_lens.stats.skew import is_skewed
 from dps_lens.validation.effects import SetEffects
 
+if TYPE_CHECKING:
+    from dps_lens.explorer.server import LivePage
+
 MAX_VALUES = 5_000_000
 """Values of examples that a page holds, two bytes each; above, a page shows the means of users."""
 
 _SINGLE = 500_000
+FRAME = 'width="100%" height="900" style="border: 0" title="Preference Heads"'
+"""Of a page inside a notebook."""
+
 _GENERATOR = b'<meta name="generator" content="dps_lens">'
 
 
@@ -135,6 +144,28 @@ class Exploration:
             check_page(path)
         write_text(path, page(self))
         return Path(path)
+
+    def serve(self, model: HookedModel, users: Sequence[User], *, port: int = 0) -> "LivePage":
+        """Serve the page from a thread of this process, with the model behind it, to this machine only.
+
+        Shown in a notebook, what is returned is the page. The model answers one question at a time; while it does,
+        cells that use it are refused.
+
+        Args:
+            model: that was explored.
+            users: those of `explore`.
+            port: of 127.0.0.1; 0 takes a free one.
+
+        Raises:
+            SteeringError: flask is not installed, the port is taken, or there are no texts to steer.
+        """
+        from dps_lens.explorer.server import LivePage, make_app
+
+        return LivePage(make_app(model, users, self), port)
+
+    def _repr_html_(self) -> str:
+        """The page inside a notebook."""
+        return f'<iframe srcdoc="{escape(page(self), quote=True)}" {FRAME}></iframe>'
 
 
 def check_page(path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from dps_lens.data.examples import unit_key
 from dps_lens.errors import DPSLensError, SteeringError, reason
 from dps_lens.explorer.ask import ABLATED_BY, STEERED_BY, Asker, Refused, written_tokens
 from dps_lens.explorer.content import ranked_for
-from dps_lens.explorer.page import Exploration, page
+from dps_lens.explorer.page import FRAME, Exploration, page
 from dps_lens.files import parse_json
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
@@ -147,6 +148,55 @@ def check_port(port: int) -> None:
             raise SteeringError(
                 f"explore: port {port} of {HOST} cannot be had ({reason(error)}); --port 0 takes a free one"
             ) from error
+
+
+class LivePage:
+    """A page that is served from a thread of this process until it is closed.
+
+    Args:
+        app: of `make_app`.
+        port: of 127.0.0.1; 0 takes a free one.
+
+    Attributes:
+        url: where it is.
+
+    Raises:
+        SteeringError: the port is taken.
+    """
+
+    def __init__(self, app: Any, port: int = 0) -> None:
+        from werkzeug.serving import make_server
+
+        check_port(port)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._server = make_server(HOST, port, app, threaded=True)
+        self.url = f"http://{HOST}:{self._server.port}/"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until it is closed, or interrupted."""
+        while self._thread.is_alive():
+            self._thread.join(_PATIENCE)
+
+    def close(self) -> None:
+        """End it; a text that is being written ends with it."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def __enter__(self) -> "LivePage":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LivePage({self.url})"
+
+    def _repr_html_(self) -> str:
+        """The page inside a notebook of this machine."""
+        return f'<iframe src="{self.url}" {FRAME}></iframe>'
 
 
 class BusyError(SteeringError):

@@ -12,6 +12,7 @@ from dps_lens.plots.heatmap import heatmap, heatmaps
 from dps_lens.plots.overlap import overlap
 from dps_lens.plots.pareto import k_sweep, pareto
 from dps_lens.plots.paths import paths
+from dps_lens.plots.points import points
 from dps_lens.plots.stability import stability_curve
 from dps_lens.plots.steering import steering
 from dps_lens.plots.theme import TEMPLATE
@@ -35,6 +36,7 @@ __all__ = [
     "overlap",
     "pareto",
     "paths",
+    "points",
     "stability_curve",
     "steering",
     "token_effects",

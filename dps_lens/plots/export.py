@@ -1,4 +1,4 @@
-"""Figures as files: HTML always, PDF, PNG and SVG where there is a browser to print them."""
+"""Figures as files: HTML and CSV always, PDF, PNG and SVG where there is a browser to print them."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,13 +12,14 @@ import plotly.graph_objects as go
 
 from dps_lens.errors import PlotError
 from dps_lens.files import replacing, write_text
+from dps_lens.plots.points import points
 from dps_lens.plots.shapes import as_shapes
 
 Column: TypeAlias = Literal["icml", "cvpr", "acl", "acl-wide", "neurips", "iclr"]
 WIDTHS: dict[str, int] = {"icml": 312, "cvpr": 312, "acl": 291, "acl-wide": 605, "neurips": 528, "iclr": 528}
 """Of a column or, where there is one column only, of the text, in px; 1 px is 0.75 pt."""
 
-FORMATS = ("html", "pdf", "png", "svg")
+FORMATS = ("html", "csv", "pdf", "png", "svg")
 _LABELS, _TICKS = 10.7, 9.3
 _LONG = 40
 _SCALE = 3
@@ -41,7 +42,8 @@ def export(
     Args:
         figure: any of `dps_lens.plots`.
         path: without an ending.
-        formats: of html, pdf, png and svg. HTML is self-contained; PDF and SVG are vectors with embedded fonts.
+        formats: of html, csv, pdf, png and svg. HTML is self-contained; PDF and SVG are vectors with embedded fonts;
+            CSV holds the numbers, as `points` gives them.
         column: fit the column width of a venue, in its sizes of letters; titles go, as a caption is there.
         height: in px, where the figure's own does not fit.
 
@@ -60,11 +62,14 @@ def export(
     if "html" in formats:
         written.append(path.with_name(f"{path.name}.html"))
         write_text(written[0], figure.to_html(include_plotlyjs=True))
+    if "csv" in formats:
+        written.append(path.with_name(f"{path.name}.csv"))
+        write_text(written[-1], points(figure).to_csv(index=False))
     if column is not None:
         fit(figure, WIDTHS[column])
     if height is not None:
         figure.update_layout(height=height)
-    for name in (name for name in formats if name != "html"):
+    for name in (name for name in formats if name not in ("html", "csv")):
         file = path.with_name(f"{path.name}.{name}")
         with replacing(file) as temporary:
             temporary.write_bytes(_image(figure if name == "png" else as_shapes(figure), name))

@@ -1,5 +1,6 @@
 """The figures of a paper, from a run folder."""
 
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 from pcs import score_pcs
 
 import dps_lens as dps
-from figures.__main__ import NAMES
+from figures.__main__ import FILES, NAMES
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,19 @@ def test_one_command_draws_all(run, tmp_path, browser_path):
         [sys.executable, "-m", "figures", "--run", run, "--out", tmp_path], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert {file.name for file in tmp_path.iterdir()} == {f"{n}.{end}" for n in NAMES for end in ("html", "pdf", "png")}
+    assert {file.name for file in tmp_path.iterdir()} == {f"{n}.{e}" for n in NAMES for e in (*FILES, "txt")}
+    assert (tmp_path / "stability.txt").read_text(encoding="utf-8").startswith("How many users a stable top ten needs.")
     assert "warn" not in done.stderr.lower()
+
+
+def test_what_a_run_lacks_is_named_and_the_rest_is_drawn(run, tmp_path, browser_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("page"))
+    command = [sys.executable, "-m", "figures", "--run", tmp_path / "run", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("pareto", "k_sweep"):
+        assert f"{name} is not drawn: " in done.stderr
+    assert {file.stem for file in (tmp_path / "out").iterdir()} == {*NAMES} - {"pareto", "k_sweep"}
 
 
 def test_a_script_alone_draws_one(run, tmp_path, browser_path):

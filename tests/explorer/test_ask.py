@@ -2,17 +2,20 @@
 
 import json
 import threading
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
 from dataclasses import replace
 
 import pytest
 import torch
+from flask import Flask
 from pcs import score_pcs
 from playwright.sync_api import expect
 
 import dps_lens as dps
+from dps_lens.errors import SteeringError
 from dps_lens.explorer.ask import Asker, Refused
-from dps_lens.explorer.server import HOST, BusyError, Line, make_app
+from dps_lens.explorer.server import HOST, BusyError, Line, LivePage, make_app
 from dps_lens.heads import HeadSet
 
 PROMPT = dps.PromptConfig(items=2, profile_tokens=60, task_tokens=20, response_tokens=6)
@@ -31,24 +34,10 @@ def asker(llama, probe):
     return Asker(llama.hooked, probe[:4], PROMPT)
 
 
-@contextmanager
-def served(app):
-    from werkzeug.serving import make_server
-
-    server = make_server(HOST, 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://{HOST}:{server.port}/"
-    finally:
-        server.shutdown()
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def url(explored, tinies, probe):
-    with served(make_app(tinies("llama").hooked, probe[:4], explored, "# as given")) as found:
-        yield found
+    with LivePage(make_app(tinies("llama").hooked, probe[:4], explored, "# as given")) as live:
+        yield live.url
 
 
 def request(example, **changed):
@@ -309,7 +298,8 @@ def test_two_pages_ask_at_once_and_a_cancel_frees_the_model(explored, llama, pro
         yield {"text": " more"}
 
     monkeypatch.setattr(Asker, "write", slowly)
-    with served(make_app(llama.hooked, probe[:4], explored)) as url:
+    with explored.serve(llama.hooked, probe[:4]) as live:
+        url = live.url
         one, two = (open_page(url + "#tab=ask", offline=False).page for _ in range(2))
         one.fill("#ask-gamma", "1")
         one.click("#ask-write")
@@ -322,6 +312,30 @@ def test_two_pages_ask_at_once_and_a_cancel_frees_the_model(explored, llama, pro
         go_on.set()
         expect(two.locator("#answer-1 .tokens")).to_have_text("2 more")
         assert two.locator("#ask-spinner").is_hidden()
+
+
+def test_a_notebook_shows_the_page(explored, llama, probe, open_page):
+    """As a file inside a cell, and live from a thread of the kernel."""
+    opened = open_page("about:blank")
+    opened.page.set_content(explored._repr_html_())
+    frame = opened.page.frame_locator("iframe")
+    frame.locator("#head").fill("L1H1")
+    frame.locator("#head").press("Enter")
+    expect(frame.locator("#detail-name")).to_have_text("L1H1")
+    assert not opened.problems
+    with explored.serve(llama.hooked, probe[:4]) as live:
+        assert repr(live) == f"LivePage({live.url})"
+        notebook = Flask("notebook")
+        notebook.add_url_rule("/", view_func=live._repr_html_)
+        with LivePage(notebook) as another:
+            frame = open_page(another.url, offline=False).page.frame_locator("iframe")
+            frame.locator("#tab-ask").click()
+            frame.locator("#ask-measure").click()
+            expect(frame.locator("#answer-1 table").first).to_be_visible()
+        with pytest.raises(SteeringError, match="cannot be had"):
+            explored.serve(llama.hooked, probe[:4], port=int(live.url.rsplit(":", 1)[1].strip("/")))
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(live.url, timeout=2)
 
 
 def test_a_page_that_is_no_longer_served_asks_nobody(explored, tmp_path, open_page):

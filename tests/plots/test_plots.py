@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import torch
 from pcs import score_pcs
@@ -308,8 +310,23 @@ def test_export_writes_vectors_with_fonts(scores, tmp_path, browser_path):
     assert not list(tmp_path.glob(".*")), "no half files"
 
 
+def test_the_numbers_of_a_figure_are_those_that_it_was_drawn_from(scores, tmp_path):
+    [file] = plots.export(heatmap(scores), tmp_path / "map", formats=("csv",))
+    found = pd.read_csv(file)
+    cells = found[found["z"].notna()]
+    values = scores.mean().numpy()
+    for row in cells.head(values.size).to_dict("records"):
+        assert row["z"] == pytest.approx(values[int(row["y"]), int(row["x"])], abs=1e-6)
+    bars = go.Figure(
+        go.Scatter(x=[1.0, 2.0], y=["a", "b"], error_x={"array": [0.5, 1.0], "arrayminus": [0.25, 2.0]}, name="n")
+    )
+    assert plots.points(bars).to_dict("list") == {
+        "trace": ["n", "n"], "x": [1.0, 2.0], "y": ["a", "b"], "low": [0.75, 0.0], "high": [1.5, 3.0]
+    }  # fmt: skip
+
+
 def test_export_says_what_is_missing(scores, tmp_path, monkeypatch, unchecked):
-    with pytest.raises(PlotError, match="html, pdf, png, svg"):
+    with pytest.raises(PlotError, match="html, csv, pdf, png, svg"):
         plots.export(heatmap(scores), tmp_path / "map", formats=("gif",))
     with pytest.raises(PlotError, match="column 'nature'"):
         plots.export(heatmap(scores), tmp_path / "map", column="nature")

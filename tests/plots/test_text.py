@@ -195,7 +195,7 @@ def texts(value):
 
 
 def test_every_figure_is_here():
-    drawn = {name for name in plots.__all__ if name.islower()} - {"attention_html", "browser", "export"}
+    drawn = {name for name in plots.__all__ if name.islower()} - {"attention_html", "browser", "export", "points"}
     assert drawn == {name.split()[0] for name in FIGURES}
 
 
