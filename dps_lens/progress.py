@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,10 +35,10 @@ def progress_bar(
         total: of how many.
         initial: that were done before.
         unit: what is counted.
-        shown: at all; nothing is shown where `DPS_LENS_QUIET` is set.
+        shown: at all; nothing is shown where `DPS_LENS_QUIET` is set, and not 0.
     """
     options: dict[str, Any] = {"iterable": items, "desc": desc, "total": total, "initial": initial, "unit": unit}
-    if not shown or os.environ.get(QUIET):
+    if not shown or os.environ.get(QUIET, "0") != "0":
         return tqdm.tqdm(disable=True, **options)
     if _in_notebook():
         if importlib.util.find_spec("ipywidgets") is not None:
@@ -45,7 +46,7 @@ def progress_bar(
 
             return with_widgets(disable=False, **options)
         return tqdm.tqdm(ncols=80, **options)
-    return tqdm.tqdm(**options) if sys.stderr.isatty() else _Lines(**options)
+    return tqdm.tqdm(**options) if sys.stderr is not None and sys.stderr.isatty() else _Lines(**options)
 
 
 def _in_notebook() -> bool:
@@ -59,15 +60,16 @@ class _Lines(tqdm.tqdm):
 
     def __init__(self, **options: Any) -> None:
         form = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
-        super().__init__(mininterval=_LINES_APART, miniters=1, delay=_FIRST_LINE, bar_format=form, **options)
+        super().__init__(mininterval=_FIRST_LINE, miniters=1, delay=_FIRST_LINE, bar_format=form, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """A line instead of the last line anew."""
+        self.mininterval = _LINES_APART
         self.fp.write(f"{self if msg is None else msg}\n")
         self.fp.flush()
 
     def close(self) -> None:
-        """The last line, where there was one before that says less; a bar would end its line here."""
-        if not self.disable and self.last_print_t >= self.start_t + _FIRST_LINE and self.n > self.last_print_n:
+        """The last line, where the work was long and no line says as much; a bar would end its line here."""
+        if not self.disable and time.time() >= self.start_t + _FIRST_LINE and self.n > self.last_print_n:
             self.display()
         self.disable = True

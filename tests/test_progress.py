@@ -38,9 +38,17 @@ def test_a_log_file_gets_a_line_now_and_then():
     assert not any("\r" in line for line in written)
 
 
+def test_the_first_line_does_not_wait_for_the_second():
+    written = lines(0.1, 30)
+    assert [line.split(",")[0] for line in written][-1] == "counting: 6 of 6"
+    assert len(written) == 2
+    assert len(lines(0.26, 30)) >= 1
+
+
 def test_short_work_writes_nothing_and_quiet_work_never_does():
     assert lines(10, 30) == []
     assert lines(0.0, 0.0, DPS_LENS_QUIET="1") == []
+    assert lines(0.1, 30, DPS_LENS_QUIET="0")
 
 
 @pytest.mark.parametrize("widgets", [True, False])

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dps_lens.scores import HeadScores
     from dps_lens.validation.effects import SetEffects
 
-PAPER, SHOWN = "the paper's PCS", 6
+SHOWN = 6
+"""Users with attention and texts."""
 
 Folder = Annotated[Path, typer.Argument(help="Run folder of 'score' or 'demo'.")]
 Effects = Annotated[Path | None, typer.Option(help="Run folder of 'ablate', for the ablation tab.")]
@@ -60,9 +61,10 @@ def report(
     device: Device = None,
     dtype: Dtype = "auto",
     force: Force = False,
+    packed: Annotated[Path | None, typer.Option(hidden=True, help="Also keep what 'demo --show' opens here.")] = None,
 ) -> None:
     """Write a run as one HTML page that works offline: maps, heads, overlap, ablation, steered text."""
-    from dps_lens.explorer.page import check_page
+    from dps_lens.explorer.page import check_page, pack
 
     if not force:
         check_page(out)
@@ -71,6 +73,8 @@ def report(
         device, dtype, force,
     )  # fmt: skip
     typer.echo(f"report: {exploration.write(out, force=force)}")
+    if packed is not None:
+        pack(exploration, packed)
 
 
 @app.command()
@@ -92,7 +96,7 @@ def explore(
     dtype: Dtype = "auto",
     force: Force = False,
 ) -> None:
-    """The page of 'report' with a live model: write anew at any γ and K. Only this machine can open it."""
+    """The page of 'report' with a live model, to ask anything of, any heads. Only this machine can open it."""
     from dps_lens.explorer.server import LivePage, check_flask, check_port, make_app
 
     check_flask()
@@ -103,8 +107,9 @@ def explore(
         device, dtype, force,
     )  # fmt: skip
     more = f", outputs={str(outputs)!r}" if outputs is not None else ""
+    where = f", device={device!r}" * (device is not None) + f", dtype={dtype!r}" * (dtype != "auto")
     source = (
-        f"scored = dps.HeadScores.load({str(run)!r}).users\nmodel = dps.load_model({model!r})\n"
+        f"scored = dps.HeadScores.load({str(run)!r}).users\nmodel = dps.load_model({model!r}{where})\n"
         f"users = [user for user in dps.load_users({users!r}{more}) if user.id in scored]"
     )
     with LivePage(make_app(loaded, people, exploration, source), port) as live:
@@ -182,22 +187,32 @@ def _of_demo(run: Path) -> "tuple[SetEffects | None, dict[str, HeadScores]]":
     if cost is not None and cost.manifest.get("call") != "ablation_cost":
         cost = None
     has_paper = (paper / f"{dps.HeadScores.stem}.json").is_file()
-    return cost, {PAPER: dps.HeadScores.load(paper)} if has_paper else {}
+    if not has_paper:
+        return cost, {}
+    scores = dps.HeadScores.load(paper)
+    return cost, {paper_name(scores): scores}
+
+
+def paper_name(scores: "HeadScores") -> str:
+    """What the page calls the paper's PCS, by how much of it was measured."""
+    about = {"attribution": ", first-order estimate", "screened": ", the largest of them measured"}
+    return f"the paper's PCS{about.get(str(scores.manifest.get('method')), '')}"
 
 
 def _texts(
     run: Path, gammas: "list[float] | None", ks: "list[int] | None", shown_users: int | None, length: int | None
 ) -> dict[str, Any]:
-    """What texts are shown, and the folder where they are kept, beside those of others; those of 'demo', if they do."""
+    """What texts are shown, by default those of 'demo', and the folder where they are kept, beside those of others."""
     import dps_lens as dps
 
-    written = run / "page" / "grid"
+    usual: dict[str, Any] = {"gammas": [0.5, 1.0, 2.0], "ks": [5, 10], "max_users": SHOWN}
+    written, of_demo = run / "page" / "grid", None
     if (written / f"{dps.SteeringGrid.stem}.json").is_file():
         grid = dps.SteeringGrid.load(written)
         of_demo = {"gammas": list(grid.gammas), "ks": list(grid.ks), "max_users": len({one.user for one in grid.texts})}
-        asked = {"gammas": gammas and sorted(gammas), "ks": ks and sorted(ks), "max_users": shown_users}
-        if length is None and all(value in (None, of_demo[name]) for name, value in asked.items()):
-            return {**of_demo, "out": run / "page"}
-    shown = {"gammas": gammas or [0.5, 1.0, 2.0], "ks": ks or [5, 10], "max_users": shown_users or SHOWN}
+    asked = {"gammas": gammas and sorted(gammas), "ks": ks and sorted(ks), "max_users": shown_users}
+    shown = (of_demo or usual) | {name: value for name, value in asked.items() if value is not None}
+    if shown == of_demo and length is None:
+        return {**shown, "out": run / "page"}
     digest = hashlib.sha256(repr((*shown.values(), length)).encode()).hexdigest()[:8]
     return {**shown, "max_new_tokens": length, "out": run / f"page-{digest}"}

@@ -13,22 +13,22 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
 
   // what is asked, and the named sets of heads, kept in the address
 
-  function kept(name, otherwise) {
+  /** Texts by name that the address holds; whatever else stands there is not ours. */
+  function kept(name) {
     try {
-      const found = JSON.parse(stateOf()[name] || "{}");
-      return Object.fromEntries(Object.entries({ ...otherwise, ...found }).filter(([, value]) => typeof value === "string"));
+      return Object.fromEntries(Object.entries(JSON.parse(stateOf()[name] || "{}")).filter(([, value]) => typeof value === "string"));
     } catch {
-      return otherwise;
+      return {};
     }
   }
-  const form = () => kept("ask", fresh);
+  const form = () => ({ ...fresh, ...Object.fromEntries(Object.entries(kept("ask")).filter(([name]) => Object.hasOwn(fresh, name))) });
   const change = (part) => go({ ask: JSON.stringify({ ...form(), ...part }) }, { replace: true });
   const headsOf = (names) => names.split(/[,\s]+/).filter((name) => indexOf(name) >= 0).map((name) => nameOf(indexOf(name)));
   const sets = () => ({
     "tested heads": data.tops.join(","),
     ...Object.fromEntries(Object.keys(data.families).filter((name) => !data.families[name].reason)
       .map((name) => [`top ${data.tops.length} of ${name.replaceAll("_", " ")}`, topOf(name, data.tops.length).join(",")])),
-    ...kept("sets", {}),
+    ...kept("sets"),
   });
 
   /** Put a head into the set that is asked about, or take it out. */
@@ -54,32 +54,43 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
   async function ask(kind) {
     clear();
     const asked = form(), control = new AbortController();
-    const answer = { number: ++count, kind, asked, rows: [], next: [], text: "", one: null, python: "", said: "asked", pinned: false };
+    const answer = { number: ++count, kind, asked, control, rows: [], next: [], text: "", one: null, python: "", said: "asked", pinned: false };
     if (running) running.abort();
     running = control;
     answers.unshift(answer);
-    draw();
+    drawAnswers();
     try {
-      const body = { ...asked, gamma: asked.gamma.trim() === "" ? null : Number(asked.gamma), length: Number(asked.length) };
+      const body = { ...asked, gamma: typed(asked.gamma), length: typed(asked.length) };
       const reply = await fetch(kind === "write" ? "write" : "ask", {
         method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal: control.signal,
       });
       for await (const line of lines(reply)) {
-        if (line.waiting !== undefined) answer.said = `waiting, ${line.waiting} before this one`;
+        if (line.waiting !== undefined) answer.said = line.waiting ? `waiting, ${line.waiting} before this one` : "reading the prompt";
         if (line.text !== undefined) { answer.text += line.text; answer.said = "writing"; }
         if (line.next) Object.assign(answer, { next: line.next, said: answer.asked.text.trim() ? "measuring" : "" });
         if (line.rows) Object.assign(answer, { rows: line.rows, said: "" });
         if (line.done) Object.assign(answer, { one: { ...line.done, gamma: Number(asked.gamma) }, said: "" });
         if (line.python) answer.python = line.python;
-        draw();
+        drawAnswers();
       }
     } catch (error) {
       if (error.name === "AbortError") answer.said = "cancelled";
-      else { answers.splice(answers.indexOf(answer), 1); refuse(error); }
+      else { drop(answer); refuse(error); }
     } finally {
       if (running === control) running = null;
-      draw();
+      drawAnswers();
     }
+  }
+
+  /** What was typed, as a number where it is one. */
+  const typed = (text) => (text.trim() === "" || Number.isNaN(Number(text)) ? text : Number(text));
+
+  /** Take an answer away, and end what it is waiting for. */
+  function drop(answer) {
+    answer.control.abort();
+    const at = answers.indexOf(answer);
+    if (at >= 0) answers.splice(at, 1);
+    drawAnswers();
   }
 
   // answers
@@ -118,14 +129,16 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
     }
     const controls = element("div", undefined, { class: "controls" });
     controls.append(button(answer.pinned ? "Unpin" : "Pin", () => { pin(answer); }),
-      button("Ask this again", () => { change(answer.asked); }));
+      button("Back into the form", () => { change(answer.asked); }));
     if (answer.python) controls.append(take.copy("Copy Python", () => answer.python));
     if (answer.text) controls.append(take.copy("Copy text", () => answer.text));
-    controls.append(button("Remove", () => { answers.splice(answers.indexOf(answer), 1); draw(); }));
+    controls.append(button("Remove", () => { drop(answer); }));
     found.append(controls);
     if (answer.python) {
       const code = element("details");
-      code.append(element("summary", "As Python"), element("pre", answer.python));
+      code.open = answer.open ?? false;
+      code.addEventListener("toggle", () => { answer.open = code.open; });
+      code.append(element("summary", "As Python"), element("pre", answer.python, { tabindex: "0" }));
       found.append(code);
     }
     return found;
@@ -136,7 +149,8 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
     answer.pinned = !answer.pinned;
     const others = answers.filter((one) => one.pinned && one !== answer);
     if (answer.pinned && others.length > 1) others.reduce((old, one) => (one.number < old.number ? one : old)).pinned = false;
-    draw();
+    drawAnswers();
+    $(`answer-${answer.number}`).querySelector("button").focus();
   }
 
   /** Pieces of a text that are not in the longest common part with another. */
@@ -181,7 +195,7 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
   // the tab
 
   function draw() {
-    const asked = form(), named = sets(), pinned = answers.filter((one) => one.pinned).sort((a, b) => a.number - b.number);
+    const asked = form(), named = sets();
     for (const name of Object.keys(fresh)) if (field(name) !== document.activeElement || field(name).value !== asked[name]) field(name).value = asked[name];
     field("documents").parentElement.hidden = asked.user !== PASTED;
     const same = start.examples.find((one) => one.user === asked.user && one.prompt === asked.prompt && one.text === asked.text);
@@ -192,9 +206,15 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
     const heads = headsOf(asked.heads);
     field("count").textContent = `${heads.length} heads`;
     $("pick").textContent = `${heads.includes(stateOf().head) ? "Take out of" : "Put into"} the heads that are asked about`;
+  }
+
+  /** Only where an answer changed: what is read there, opened or focused stays while the form is filled. */
+  function drawAnswers() {
+    const pinned = answers.filter((one) => one.pinned).sort((a, b) => a.number - b.number);
     field("cancel").disabled = running === null;
     field("spinner").hidden = running === null;
     field("undo").disabled = !answers.length;
+    field("status").textContent = answers.length ? `${title(answers[0])}: ${answers[0].said || "answered"}` : "";
     field("answers").replaceChildren(...(pinned.length === 2 ? [comparison(pinned)] : []), ...answers.map(card));
     if (!answers.length) field("answers").append(element("p", "Measure: what the model loses without these heads. Write: a text steered with them.", { class: "hint" }));
   }
@@ -211,14 +231,15 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
   field("name").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); keep(); } });
   function keep() {
     const name = field("name").value.trim();
-    if (name) go({ sets: JSON.stringify({ ...kept("sets", {}), [name]: form().heads }) });
+    if (name) go({ sets: JSON.stringify({ ...kept("sets"), [name]: form().heads }) });
   }
   field("keep").addEventListener("click", keep);
   field("measure").addEventListener("click", () => { ask("measure"); });
   field("write").addEventListener("click", () => { ask("write"); });
   field("cancel").addEventListener("click", () => running && running.abort());
-  field("undo").addEventListener("click", () => { const last = answers.shift(); change(last.asked); });
+  field("undo").addEventListener("click", () => { const [last] = answers; drop(last); change(last.asked); });
   $("pick").addEventListener("click", () => { toggle(stateOf().head); });
   $("pick").hidden = false;
+  drawAnswers();
   return { draw, toggle, heads: () => headsOf(form().heads) };
 };

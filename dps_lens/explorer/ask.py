@@ -1,6 +1,7 @@
 """Questions to a live page: any prompt, profile and heads; answered as the library call that is shown beside."""
 
 import math
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ class Asker:
         texts = {name: _text(request, name) for name in ("user", "prompt", "text", "documents", "heads")}
         heads = self._heads(texts["heads"])
         ablation, rule = _one_of(request, "ablation", ABLATED_BY), _one_of(request, "rule", STEERED_BY)
-        gamma = _number(request, "gamma", least=-1.0 if rule in ("dps", "amplify") else 0.0)
+        gamma = _number(request, "gamma")
         length = request.get("length", 32)
         try:
             check_whole(SteeringError, "length", length, least=1, most=_MOST_TOKENS)
@@ -137,11 +138,13 @@ class Asker:
                 example = Example("asked", asker.id, asker.task, prompt, text, asker.history)
                 code += f'\nexample = dps.Example("asked", asker.id, asker.task, {prompt!r}, {text!r}, asker.history)'
         else:
-            documents = [part.strip() for part in texts["documents"].split("\n\n") if part.strip()]
-            if not documents:
-                raise Refused("documents", "are empty; paste earlier texts of the user, blank lines between them")
+            documents = [part.strip() for part in re.split(r"\n\s*\n", texts["documents"]) if part.strip()]
             history = tuple(Document(str(place), {"text": one}) for place, one in enumerate(documents))
             example = Example("asked", PASTED, TASKS["questions"], prompt, text, history)
+            if not len(example.showable):
+                raise Refused(
+                    "documents", "hold nothing but what is asked; paste earlier texts, blank lines between them"
+                )
             users = (User(PASTED, TASKS["questions"], history, (example,)),)
             code = (
                 "from dps_lens.data.tasks import TASKS\n\n"
@@ -168,36 +171,35 @@ class Asker:
         except DPSLensError as error:
             raise Refused("prompt", str(error)) from error
         call = (
-            f"effects = dps.ablation_cost(\n    model, asked, heads, ablation={asked.ablation!r}, n_random=0, "
-            f"prompt_config={self._config}\n)\nprint(effects.to_frame())"
+            f"config = {self._config}\nprompt = dps.build_prompt(model, example, config=config, response=False)\n"
+            "with torch.no_grad():\n    plain = model(prompt.tokens[None])[0, -1].softmax(-1)\n"
+            f"    with dps.ablate(model, heads, ablation={asked.ablation!r}, prompt=prompt):\n"
+            "        ablated = model(prompt.tokens[None])[0, -1].softmax(-1)\n"
         )
+        if work is not None:
+            call += (
+                f"effects = dps.ablation_cost(\n    model, asked, heads, ablation={asked.ablation!r}, n_random=0, "
+                "prompt_config=config\n)\nprint(effects.to_frame())"
+            )
         yield {"rows": rows, "python": self._python(asked, call)}
 
     def _work(self, asked: Question) -> "_KeptRuns":
         """The run of `ablation_cost`."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the other users have no examples
-            work = _KeptRuns.of(
-                "ablation_cost",
-                self.model,
-                asked.users,
-                {"heads": asked.heads},
-                (len(asked.heads),),
-                ablation=asked.ablation,
-                prompt_config=self.config,
-                n_random=0,
-                select="global",
-                max_examples=None,
-                seed=0,
-                spread=False,
-                runs=self._runs,
-            )
-            work.examples  # noqa: B018
-        return work
+        return _KeptRuns.of_one_set(
+            self.model,
+            asked.users,
+            asked.heads,
+            ablation=asked.ablation,
+            prompt_config=self.config,
+            n_random=0,
+            runs=self._runs,
+        )
 
     def _effects(self, asked: Question, work: "_KeptRuns") -> list[dict[str, Any]]:
         key = unit_key(asked.example)
-        effects = work.collect(Units({key: work.make(key)}), {"spread": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the other users have no examples
+            effects = work.collect(Units({key: work.make(key)}), {"spread": False})
         frame = effects.to_frame()
         full = frame[frame["family"] == FULL].set_index("measure")["mean"]
         edited = frame[frame["family"] != FULL].set_index("measure")["mean"]
@@ -277,7 +279,8 @@ class Asker:
 
     def _python(self, asked: Question, call: str) -> str:
         source = self.source or "# model and users: those that the page was made of"
-        return f"from dataclasses import replace\n\nimport dps_lens as dps\n\n{source}\n{asked.code}\n{call}\n"
+        imports = "from dataclasses import replace\n\nimport torch\n\nimport dps_lens as dps"
+        return f"{imports}\n\n{source}\n{asked.code}\n{call}\n"
 
 
 @dataclass
@@ -306,8 +309,8 @@ class _KeptRuns(AblationWork):
 
 
 def _run_key(prompt: Prompt, condition: str, ablation: Ablation) -> tuple[Any, ...]:
-    """What a clean run depends on."""
-    return tuple(prompt.tokens.tolist()), condition, ablation.name
+    """What a clean run depends on: of the same tokens, the response may begin elsewhere."""
+    return tuple(prompt.tokens.tolist()), prompt.spans["response"], condition, ablation.name
 
 
 def written_tokens(written: Generation) -> dict[str, Any]:
@@ -342,8 +345,8 @@ def _one_of(request: Mapping[str, Any], name: str, known: Sequence[str]) -> str:
     return str(value)
 
 
-def _number(request: Mapping[str, Any], name: str, *, least: float) -> float:
+def _number(request: Mapping[str, Any], name: str) -> float:
     try:
-        return check_number(SteeringError, name, request.get(name, 1.0), least=least, most=_MOST_GAMMA)
+        return check_number(SteeringError, name, request.get(name, 1.0), least=-1, most=_MOST_GAMMA)
     except SteeringError as error:
         raise Refused(name, str(error).removeprefix(f"{name} ")) from error

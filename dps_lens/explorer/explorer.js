@@ -204,7 +204,7 @@ function read() {
   for (const [name, value] of asked) if (Object.hasOwn(found, name)) found[name] = value;
   if (!Object.hasOwn(data.maps, found.map) && !defined.includes(found.map)) found.map = fresh.map;
   if (found.user && !data.users.includes(found.user)) found.user = fresh.user;
-  if (indexOf(found.head) < 0) found.head = fresh.head;
+  found.head = indexOf(found.head) < 0 ? fresh.head : nameOf(indexOf(found.head));
   if (!views.some((view) => view.key === found.view)) found.view = fresh.view;
   if (!texts.some(([key]) => key === found.text)) found.text = fresh.text;
   if (grid && ![0, ...grid.gammas].includes(+found.gamma)) found.gamma = fresh.gamma;
@@ -308,7 +308,7 @@ function drawList() {
   const shownRows = found.slice(0, MOST_ROWS), text = (value) => (typeof value === "string" || Number.isInteger(value) ? String(value) : number(value));
   table(target, head, shownRows.map((row) => row.map(text)));
   [...target.rows[0].cells].forEach((cell, column) => {
-    const press = element("button", cell.textContent, { type: "button", class: "plain" });
+    const press = explained("button", cell.textContent, { type: "button", class: "plain" });
     press.addEventListener("click", () => { sorted = { column, down: sorted.column === column ? !sorted.down : true }; drawList(); });
     if (sorted.column === column) cell.setAttribute("aria-sort", sorted.down ? "ascending" : "descending");
     cell.replaceChildren(press);
@@ -399,7 +399,7 @@ function press(event) {
   if (!move) return;
   event.preventDefault();
   const next = indexOf(state.head) + move;
-  if (next >= 0 && next < size) go({ head: nameOf(next) });
+  if (next >= 0 && next < size) go({ head: nameOf(next) }, { replace: true });
 }
 
 // figures that were drawn beforehand
@@ -507,7 +507,7 @@ async function write() {
       body: JSON.stringify({ user: asked.user, example: asked.example, gamma: answer.gamma, k: answer.k }),
     });
     for await (const line of lines(reply)) {
-      if (line.waiting !== undefined) answer.said = `waiting, ${line.waiting} before this one`;
+      if (line.waiting !== undefined) answer.said = line.waiting ? `waiting, ${line.waiting} before this one` : "";
       if (line.heads !== undefined) Object.assign(answer, { heads: line.heads, said: "" });
       if (line.text !== undefined) answer.text += line.text;
       if (line.done) { answer.one = line.done; answer.said = scores(line.done); }
@@ -533,6 +533,8 @@ $("list-take").append(take.table(() => `${onMap()} heads`, listed));
 $("list").addEventListener("toggle", drawList);
 $("list-filter").addEventListener("input", drawList);
 const drawn = new Map();
+function drawHeads() { drawHeatmap(); drawDetail(); drawList(); drawAttention(); drawAnswers(); }
+
 function draw() {
   for (const tab of document.querySelectorAll("[role=tab]")) {
     const name = tab.id.slice(4), selected = name === state.tab;
@@ -547,7 +549,7 @@ function draw() {
     $("gamma").value = gammas.indexOf(+state.gamma); $("gamma-value").textContent = state.gamma;
     $("k").value = grid.ks.indexOf(+state.k); $("k-value").textContent = state.k;
   }
-  if (state.tab === "heads") { drawHeatmap(); drawDetail(); drawList(); drawAttention(); drawAnswers(); }
+  if (state.tab === "heads") drawHeads();
   if (state.tab === "texts") drawTexts();
   if (ask) ask.draw();
   const chosen = state[state.tab] ?? "";
@@ -557,6 +559,7 @@ function draw() {
 // Paper has no tabs: every panel is drawn.
 addEventListener("beforeprint", () => {
   for (const panel of document.querySelectorAll("[role=tabpanel]")) panel.hidden = false;
+  drawHeads();
   for (const tab of Object.keys(data.figures)) if ($(tab)) { drawn.set(tab, state[tab] ?? ""); drawFigures(tab); }
   drawTexts();
 });

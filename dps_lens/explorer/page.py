@@ -208,8 +208,10 @@ def described(found: Exploration) -> dict[str, Any]:
     }
 
 
-def pack(found: Exploration, path: str | Path, note: str) -> None:
-    """Keep what a page says and draws, without the script that draws it."""
+def pack(found: Exploration, path: str | Path) -> None:
+    """Keep what a page says and draws, without the script that draws it, under a note of what made it."""
+    made = found.scores.manifest["made"]
+    note = f"Made by dps_lens {made['dps_lens']} on {made['date'][:10]} with: {made['command']}"
     said = described(found) | {"note": note}
     packed = gzip.compress(json.dumps(said, ensure_ascii=False, allow_nan=False).encode(), mtime=0)
     with replacing(path) as temporary:

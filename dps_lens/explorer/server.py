@@ -43,12 +43,13 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration, sour
     """
     check_flask()
     from flask import Flask, Response, jsonify, request
+    from werkzeug.exceptions import HTTPException
 
     if found.grid is None:
         raise SteeringError("explore: the exploration holds no texts to steer; make it with a grid")
     app, writer, line = Flask("dps_lens"), Writer(model, users, found), Line()
     asker = Asker(model, users, writer.config, source)
-    app.config["MAX_CONTENT_LENGTH"] = 2**20
+    app.config["MAX_CONTENT_LENGTH"] = 2**22
     shown = page(found, live=_questions(users, found))
 
     @app.before_request
@@ -68,6 +69,10 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration, sour
         response.headers["Referrer-Policy"] = "no-referrer"
         return response
 
+    @app.errorhandler(HTTPException)
+    def told(error: Any) -> Any:
+        return jsonify(error=error.description), error.code
+
     @app.get("/")
     def index() -> Any:
         return Response(shown, mimetype="text/html")
@@ -85,7 +90,7 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration, sour
             return jsonify(error=str(error)), 429
         except DPSLensError as error:
             return jsonify(error=str(error)), 400
-        lines = (json.dumps(one) + "\n" for one in line.served(ticket, lambda: answer(asked)))
+        lines = (json.dumps(one, allow_nan=False) + "\n" for one in line.served(ticket, lambda: answer(asked)))
         response = Response(lines, mimetype="application/x-ndjson")
         response.call_on_close(lambda: line.leave(ticket))
         return response
@@ -235,15 +240,20 @@ class Line:
             self._changed.notify_all()
 
     def served(self, ticket: object, answer: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-        """`{"waiting": how many are before it}` until it is its turn, then the answer, or `{"error": …}`."""
+        """`{"waiting": how many are before it}` down to 0, then the answer, or `{"error": …}`."""
         try:
             while place := self._place(ticket):
                 yield {"waiting": place}
+            yield {"waiting": 0}
             yield from answer()
         except Refused as error:
             yield {"error": error.reason, "field": error.field}
         except DPSLensError as error:
             yield {"error": str(error)}
+        except Exception as error:
+            # Whoever asked is told; the next one is served.
+            logging.getLogger(__name__).exception("a question was not answered")
+            yield {"error": f"{type(error).__name__}: {reason(error)}"}
         finally:
             self.leave(ticket)
 

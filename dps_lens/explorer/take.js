@@ -17,7 +17,9 @@ globalThis.taking = ({ element, nameOfPage }) => {
   }
 
   const cell = (value) => {
-    const text = value === null || value === undefined || Number.isNaN(value) ? "" : String(value);
+    let text = value === null || value === undefined || Number.isNaN(value) ? "" : String(value);
+    // A spreadsheet would take such a name for a formula.
+    if (typeof value === "string" && /^[=+@\t\r]/.test(text)) text = `'${text}`;
     return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   const csv = ([head, ...rows]) => [head, ...rows].map((row) => row.map(cell).join(",")).join("\r\n") + "\r\n";
@@ -46,7 +48,8 @@ globalThis.taking = ({ element, nameOfPage }) => {
   /** What the traces of a figure hold, a row a point. */
   function traces(box) {
     const rows = [["trace", "x", "y", "z", "low", "high"]];
-    for (const { name, type, x, y, z, error_x: across, error_y: up } of box.data) {
+    // Plotly has read the arrays of these, which a figure may hold packed.
+    for (const { name, type, x, y, z, error_x: across, error_y: up } of box._fullData) {
       const label = name ?? type ?? "";
       if (z) { z.forEach((line, i) => [...line].forEach((value, j) => rows.push([label, x ? x[j] : j, y ? y[i] : i, value]))); continue; }
       const spread = across?.array ? [x, across] : up?.array ? [y, up] : null;

@@ -151,8 +151,9 @@ def _check_device(device: str | None) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ModelLoadError(f"load_model: {device!r} is no device of torch: {reason(error)}") from error
-    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
-        raise ModelLoadError(f"load_model: torch finds no {kind} device here; leave device out, or give 'cpu'")
+    found = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available())}
+    if kind in found and (torch.device(device).index or 0) >= found[kind]():
+        raise ModelLoadError(f"load_model: torch finds no {device} device here; leave device out, or give 'cpu'")
 
 
 def _hub_is_near() -> bool:

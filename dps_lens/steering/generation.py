@@ -143,7 +143,8 @@ class Steps:
         columns = {name: [torch.stack(values) for values in column] for name, column in self.columns.items()}
         alternatives = [
             [
-                [(self.tokenizer.decode([token]), change) for token, change in zip(*step, strict=True)]
+                # Where the full model did not run, nothing is known to have moved.
+                [(self.tokenizer.decode([token]), by) for token, by in zip(*step, strict=True) if not math.isnan(by)]
                 for step in zip(ids.tolist(), changes.tolist(), strict=True)
             ]
             for ids, changes in zip(columns.get("moved", []), columns.get("moves", []), strict=True)

@@ -21,7 +21,7 @@ from dps_lens.selection import HeadSource, check_held_out
 from dps_lens.validation.edits import Condition, EditWork
 from dps_lens.validation.effects import SetEffects
 from dps_lens.validation.patch import exchanged
-from dps_lens.validation.work import HeldOutConfig
+from dps_lens.validation.work import HeldOutConfig, Self
 from dps_lens.work import Engine, Run, RunConfig
 
 
@@ -130,31 +130,20 @@ def ablation_cost(
     if k is not None and not isinstance(heads, HeadScores):
         raise ScoreError("ablation_cost: k is of scores; a set is tested whole, so give its beginning, heads[:k]")
     run = Run(model, SetEffects, out, engine, run_config)
-    settings: Mapping[str, HeadSource] = {} if isinstance(heads, HeadSet) else {"scores": heads}
     if not isinstance(heads, HeadSet):
         check_held_out("ablation_cost", heads, held_out_examples("ablation_cost", users, max_examples))
-    tested: dict[str, HeadSource]
-    if isinstance(heads, FoundHeads):
-        tested, size = {"found": heads}, heads.k
-    else:
-        chosen = heads.top(10 if k is None else k) if isinstance(heads, HeadScores) else heads
-        tested, size = {chosen.label or "heads": chosen}, len(chosen)
-    work = AblationWork.of(
-        "ablation_cost",
+    work = AblationWork.of_one_set(
         model,
         users,
-        tested,
-        (size,),
-        inherit=settings,
+        heads,
+        k=k,
+        n_random=n_random,
         ablation=ablation,
         prompt_config=prompt_config,
         config=held_out_config,
-        n_random=n_random,
-        select="global",
         max_examples=max_examples,
         seed=seed,
         batch_size=run.config.batch_size,
-        spread=False,
     )
     return work.run(run)
 
@@ -162,6 +151,39 @@ def ablation_cost(
 @dataclass
 class AblationWork(EditWork):
     """The run of `ablation_curve`."""
+
+    @classmethod
+    def of_one_set(
+        cls: type[Self],
+        model: HookedModel,
+        users: Sequence[User],
+        heads: HeadSet | HeadScores | FoundHeads,
+        *,
+        k: int | None = None,
+        max_examples: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """The run of `ablation_cost`."""
+        tested: dict[str, HeadSource]
+        if isinstance(heads, FoundHeads):
+            tested, size = {"found": heads}, heads.k
+        else:
+            chosen = heads.top(10 if k is None else k) if isinstance(heads, HeadScores) else heads
+            tested, size = {chosen.label or "heads": chosen}, len(chosen)
+        return cls.of(
+            "ablation_cost",
+            model,
+            users,
+            tested,
+            (size,),
+            inherit={} if isinstance(heads, HeadSet) else {"scores": heads},
+            select="global",
+            max_examples=max_examples,
+            seed=seed,
+            spread=False,
+            **options,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

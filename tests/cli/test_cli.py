@@ -629,7 +629,7 @@ def test_demo_writes_its_report(tmp_path, model):
         assert user in page
     found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert found["grid"]["gammas"] == [1.0, 2.0]
-    assert found["grid"]["ks"] == [3]
+    assert found["grid"]["ks"] == [1, 3]
     assert len(found["tops"]) == 3
     assert found["cost"]
     # A report of the run shows what the demo measured, and writes no text anew.
@@ -653,23 +653,46 @@ def test_demo_grows_its_page_and_keeps_more_apart(tmp_path, model):
     assert said[0] == "2 of 6 users so far; nothing is tested yet."
     assert len(said) == 4
     assert said[-1] == "everything"
-    before = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
-    assert 'class="note"' not in before
+
+    def page_now():
+        """Without who made it, and when."""
+        text = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+        return re.sub(r"20\d\d-\d\d-\d\dT\d\d:\d\dZ with: [^<]*", "", text)
+
+    before = page_now()
+    assert "so far" not in before
+    assert "on their way" not in before
+    # What is finished is not replaced by less while the same command runs again.
+    again = run("demo", *out, *few, "--max-users", 6)
+    pages = [line for line in again.stderr.splitlines() if "report.html, " in line]
+    assert len(pages) == 1
+    assert pages[0].endswith("everything")
+    assert page_now() == before
     full = run("demo", *out, *few, "--full", "--max-users", 2, "--max-examples", 1, "--held-out", 1)
     assert full.returncode == 0, full.stderr
-    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
-    assert [*json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])["maps"]][1:] == ["the paper's PCS"]
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', page_now(), re.DOTALL)[1])
+    assert [*shown["maps"]][1:] == ["the paper's PCS, the largest of them measured"]
     assert (tmp_path / "demo" / "full" / "scores.json").is_file()
     again = run("demo", *out, *few, "--max-users", 6, "--force")
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "demo" / "report.html").read_text(encoding="utf-8") == before
+    assert page_now() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "report.html").write_text("mine", encoding="utf-8")
+    refused = run("demo", "--model", model, "--out", tmp_path / "other", *few)
+    assert refused.returncode == 2
+    assert "is no page of dps_lens" in refused.stderr
+    assert not (tmp_path / "other" / "run.json").exists()
 
 
 def test_a_finished_page_comes_with_the_package(tmp_path):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "BROWSER": "true"}
+    environment = {**os.environ, "BROWSER": "true"}
     code = "import sys; from dps_lens.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code, "demo", "--show"], capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-c", code, "demo", "--show", "--out", str(tmp_path / "runs")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
     page, torch_was_loaded = done.stdout.split()
     assert torch_was_loaded == "False"

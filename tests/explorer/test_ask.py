@@ -4,7 +4,9 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from playwright.sync_api import expect
 
 import dps_lens as dps
 from dps_lens.errors import SteeringError
-from dps_lens.explorer.ask import Asker, Refused
+from dps_lens.explorer.ask import STEERED_BY, Asker, Refused, _KeptRuns
 from dps_lens.explorer.server import HOST, BusyError, Line, LivePage, make_app
 from dps_lens.heads import HeadSet
 
@@ -91,6 +93,72 @@ def test_a_measure_is_that_of_the_call_beside_it(asker, llama, probe, asked, cap
     assert other != found["rows"]
 
 
+def test_the_next_token_is_that_of_the_lines_beside_it(asker, llama, probe, capsys):
+    for text in ("Rain", ""):
+        found = measured(asker, request(probe[0].examples[-1], text=text))
+        names = ran(found["python"], llama.hooked, list(probe[:4]))
+        assert ("effects" in names) == bool(text)
+        shown = {token for name in ("plain", "ablated") for token in names[name].topk(8).indices.tolist()}
+        expected = sorted(
+            (llama.hooked.tokenizer.decode([one]), float(names["plain"][one]), float(names["ablated"][one]))
+            for one in shown
+        )
+        for one, other in zip(sorted(found["next"]), expected, strict=True):
+            assert one[0] == other[0]
+            assert one[1:] == pytest.approx(other[1:], abs=1e-6)
+    capsys.readouterr()
+
+
+def test_the_same_tokens_split_elsewhere_are_another_question(llama, probe):
+    """Without a chat template, the end of a question may read as the beginning of a text."""
+    model, users = llama.hooked, list(probe[:4])
+
+    def run_of(start, kept):
+        work = _KeptRuns.of_one_set(
+            model, [replace(users[0], examples=users[0].examples[-1:])], HeadSet.parse("L0H1"), n_random=0,
+            prompt_config=PROMPT, runs=kept,
+        )  # fmt: skip
+        prompt = dps.build_prompt(model, users[0].examples[-1], config=PROMPT)
+        begin, end = prompt.spans["response"]
+        moved = replace(prompt, spans={**prompt.spans, "response": (begin + start, end)})
+        return work.clean_run(moved, "own").nll
+
+    kept = OrderedDict()
+    assert run_of(0, kept) != run_of(1, kept)
+    assert len(kept) == 2
+
+
+def test_an_error_of_any_kind_is_told(explored, llama, probe, monkeypatch):
+    client = make_app(llama.hooked, probe[:4], explored).test_client()
+    asked, base = request(probe[0].examples[-1]), {"base_url": f"http://{HOST}:8050"}
+
+    def breaks(self, asked):
+        yield {"next": []}
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Asker, "measure", breaks)
+    lines = [json.loads(line) for line in client.post("/ask", json=asked, **base).data.decode().splitlines()]
+    assert lines[-1] == {"error": "RuntimeError: out of memory"}
+    assert "error" in client.get("/nowhere", **base).get_json()
+    assert "error" in client.post("/ask", json=asked | {"prompt": "x" * 2**23}, **base).get_json()
+
+
+@pytest.mark.parametrize("gamma", [-1, 1.5])
+@pytest.mark.parametrize("rule", STEERED_BY)
+def test_every_rule_comes_over_the_wire(explored, llama, probe, rule, gamma):
+    """Where the full model does not run, nothing is known to have moved, and JSON knows no NaN."""
+    client = make_app(llama.hooked, probe[:4], explored).test_client()
+    asked, base = request(probe[0].examples[-1], rule=rule, gamma=gamma), {"base_url": f"http://{HOST}:8050"}
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    lines = client.post("/write", json=asked, **base).data.decode().splitlines()
+    last = [json.loads(line, parse_constant=refuse) for line in lines][-1]
+    assert len(last["done"]["pieces"]) <= 5
+    assert len(last["done"]["alternatives"]) == len(last["done"]["pieces"])
+
+
 @pytest.mark.parametrize("text", ["Rain", ""], ids=["beside a text", "without one"])
 def test_next_tokens_are_those_of_the_model(asker, llama, probe, text):
     """Beside hooks of transformer-lens that zero z at the last prompt token."""
@@ -139,7 +207,7 @@ def test_a_text_is_that_of_the_call_beside_it(asker, llama, probe, rule, capsys)
         ("heads", "first", "is not a head"),
         ("ablation", "mean", "use one of zero, uniform"),
         ("rule", "cad", "use one of dps"),
-        ("gamma", -2, "from -1.0"),
+        ("gamma", -2, "from -1 to"),
         ("gamma", None, "not a number"),
         ("gamma", float("nan"), "not a number"),
         ("length", 0, "from 1 to 512"),
@@ -156,10 +224,16 @@ def test_a_question_that_cannot_be_answered_names_its_field(asker, probe, field,
     assert said in str(refused.value)
 
 
-def test_documents_must_be_there(asker, probe):
+@pytest.mark.parametrize("documents", [" \n\n ", "Rain."])
+def test_documents_must_be_there(asker, probe, documents):
     with pytest.raises(Refused, match="paste earlier texts") as refused:
-        asker.read(request(probe[0].examples[-1], user="", documents=" \n\n "))
+        asker.read(request(probe[0].examples[-1], user="", documents=documents, text="Rain."))
     assert refused.value.field == "documents"
+
+
+def test_a_blank_line_may_hold_blanks(asker, probe):
+    asked = request(probe[0].examples[-1], user="", documents="One.\n \t\nTwo.\r\n\r\nThree,\nfour.")
+    assert len(asker.read(asked).users[0].history) == 3
 
 
 def test_those_who_wait_are_told_and_served_in_turn():
@@ -176,8 +250,8 @@ def test_those_who_wait_are_told_and_served_in_turn():
     assert next(waiting) == {"waiting": 2}
     line.leave(second)  # its reader went away
     assert next(waiting) == {"waiting": 1}
-    assert [*line.served(first, lambda: answer("first"))] == [{"text": "first"}]
-    assert [*waiting] == [{"text": "third"}]
+    assert [*line.served(first, lambda: answer("first"))] == [{"waiting": 0}, {"text": "first"}]
+    assert [*waiting] == [{"waiting": 0}, {"text": "third"}]
     assert served_now == ["first", "third"]
     assert line.join() is not None
 
@@ -194,7 +268,7 @@ def test_the_wire_is_closed_to_others(explored, llama, probe):
     assert (refused.status_code, refused.get_json()["field"]) == (400, "heads")
     assert client.post("/ask", data=json.dumps(asked), content_type="text/plain", **base).status_code == 400
     lines = client.post("/ask", json=asked, **base).data.decode().splitlines()
-    assert [{*json.loads(line)} for line in lines] == [{"next"}, {"rows", "python"}]
+    assert [{*json.loads(line)} for line in lines] == [{"waiting"}, {"next"}, {"rows", "python"}]
 
 
 def test_the_page_asks_pins_and_undoes(url, asker, probe, open_page):
@@ -336,6 +410,69 @@ def test_a_notebook_shows_the_page(explored, llama, probe, open_page):
             explored.serve(llama.hooked, probe[:4], port=int(live.url.rsplit(":", 1)[1].strip("/")))
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(live.url, timeout=2)
+
+
+@pytest.mark.parametrize("ask", ['{"heads":5,"evil":"x"}', '{"gamma":1}', "[1]", "7", "{", '"text"'])
+def test_a_corrupt_address_opens_the_page(url, open_page, ask):
+    opened = open_page(f"{url}#tab=ask&head=l2h3&ask={ask}&sets={ask}", offline=False)
+    page = opened.page
+    assert page.input_value("#ask-gamma") == "1"
+    assert page.input_value("#ask-heads")
+    page.click("#ask-measure")
+    expect(page.locator("#answer-1 table").first).to_be_visible()
+    page.click("#tab-heads")
+    for said in ("Take out", "Put into"):
+        page.click("#pick")
+        expect(page.locator("#pick")).to_contain_text(said)
+    assert not opened.problems
+
+
+def test_an_error_of_a_removed_answer_removes_no_other(explored, llama, probe, open_page, monkeypatch):
+    go_on = threading.Event()
+
+    def slowly(self, asked):
+        yield {"text": "begun"}
+        go_on.wait(20)
+        raise Refused("prompt", "too late")
+
+    with explored.serve(llama.hooked, probe[:4]) as live:
+        page = open_page(live.url + "#tab=ask", offline=False).page
+        page.click("#ask-measure")
+        expect(page.locator("#answer-1 table")).to_have_count(2)
+        page.locator("#answer-1 summary").click()
+        monkeypatch.setattr(Asker, "write", slowly)
+        page.click("#ask-write")
+        expect(page.locator("#answer-2 .tokens")).to_have_text("begun")
+        page.click("#ask-undo")
+        go_on.set()
+        page.wait_for_timeout(500)
+        assert page.locator("#answer-1").is_visible()
+        assert page.locator("#answer-2").count() == 0
+        # What is open stays open while the form is filled.
+        page.fill("#ask-text", "Rain")
+        assert page.locator("#answer-1 pre").is_visible()
+        page.locator("#answer-1").get_by_role("button", name="Pin").press("Enter")
+        assert page.evaluate("document.activeElement.textContent") == "Unpin"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_answers_fit_a_narrow_screen_and_axe_finds_nothing_serious(url, open_page, scheme):
+    import axe_playwright_python
+
+    axe = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    page = open_page(url + "#tab=ask", offline=False, bypass_csp=True, color_scheme=scheme).page
+    page.click("#ask-measure")
+    expect(page.locator("#answer-1 table")).to_have_count(2)
+    page.locator("#answer-1 summary").click()
+    page.fill("#ask-gamma", "many")
+    page.click("#ask-write")
+    expect(page.locator("#ask-refused-gamma")).to_contain_text("'many' is not a number")
+    page.evaluate(axe)
+    found = [one for one in page.evaluate("axe.run()")["violations"] if one["impact"] in ("serious", "critical")]
+    assert [(one["id"], one["nodes"][0]["target"]) for one in found] == []
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_a_page_that_is_no_longer_served_asks_nobody(explored, tmp_path, open_page):

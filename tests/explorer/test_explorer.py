@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -578,7 +579,7 @@ def test_only_this_machine_may_ask(explored, llama, probe):
         reply = client.post("/steer", json=asked | {field: value}, **base)
         assert reply.status_code == 400
         assert field in reply.get_json()["error"]
-    for body, status in (("[" * 100_000, 400), ('{"gamma": ' + "1" * 5000, 400), (b"\xff", 400), ("x" * 2**21, 413)):
+    for body, status in (("[" * 100_000, 400), ('{"gamma": ' + "1" * 5000, 400), (b"\xff", 400), ("x" * 2**23, 413)):
         assert client.post("/steer", data=body, content_type="application/json", **base).status_code == status
     assert b'"done"' in client.post("/steer", json=asked, **base).data
     with pytest.raises(SteeringError, match="no texts"):
@@ -614,8 +615,22 @@ def test_figures_and_numbers_can_be_taken(explored, report, open_page):
     text, _ = saved(page, page.locator("#ablation > button", has_text="CSV"))
     cost = pd.read_csv(io.StringIO(text))
     assert cost["mean"].to_numpy() == pytest.approx(explored.cost.beside_random()["mean"].to_numpy(), nan_ok=True)
-    text, _ = saved(page, page.locator("#ablation .take").get_by_role("button", name="CSV"))
-    assert len(pd.read_csv(io.StringIO(text))) > 3
+    for tab in ("ablation", "overlap", "texts"):
+        page.click(f"#tab-{tab}")
+        for figure in page.locator(f"#{tab} .js-plotly-plot ~ .take, #{tab} .figure + .take").all():
+            text, _ = saved(page, figure.get_by_role("button", name="CSV"))
+            taken = pd.read_csv(io.StringIO(text))
+            assert len(taken) > 3
+            assert taken[["x", "y"]].notna().all(axis=None)
+    page.click("#tab-overlap")
+    page.select_option("#overlap select", "users")
+    text, _ = saved(page, page.locator("#overlap .take").get_by_role("button", name="CSV"))
+    cells = pd.read_csv(io.StringIO(text)).dropna(subset="z")
+    users = list(explored.between_users.names)
+    shares = [
+        explored.between_users.jaccard[users.index(row["x"]), users.index(row["y"])] for row in cells.to_dict("records")
+    ]
+    assert cells["z"].to_numpy() == pytest.approx(np.array(shares, dtype=float), nan_ok=True)
     assert not opened.problems
     assert opened.requests == [report.as_uri()]
 
@@ -692,12 +707,14 @@ def test_the_keyboard_reaches_what_is_said_of_tokens(explored, report, open_page
 
 
 def test_paper_has_every_tab(explored, report, open_page):
-    page = open_page(report.as_uri()).page
+    page = open_page(report.as_uri() + "#tab=texts").page
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(media="print")
     for tab in ("heads", "overlap", "ablation", "texts", "about"):
         assert page.locator(f"#{tab}").is_visible()
     assert page.locator("#overlap .js-plotly-plot").count() == 1
+    assert page.locator("#heatmap .hm image").count() == 1
+    assert page.locator("#attention span").count()
     assert page.locator("#text-plain span").count()
     assert not page.locator("[role=tablist]").is_visible()
     page.emulate_media(media="screen")
