@@ -200,7 +200,7 @@ def measure(config: Race, lab: Lab) -> Findings:
             at_kl(frame).assign(corpus=name) for name, frame in decided.groupby("corpus", sort=False)
         ),
         "strengths": pd.concat([one.sweep.at_kl(config.decided_at).assign(corpus=one.name) for one in corpora]),
-        "written": pd.concat([written(one, config) for one in corpora]),
+        "written": over_users(pd.concat([written(one, config) for one in corpora])),
     }
     return Findings(tables, [*claims])
 
@@ -219,7 +219,8 @@ def at_kl(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def written(corpus: Corpus, config: Race) -> pd.DataFrame:
-    """Texts written at one KL, less those with the profile alone."""
+    """What is measured of each user's text written at one KL, less that with the profile alone: `method`, `metric`,
+    `user`, `change`."""
     strengths = corpus.sweep.at_kl(config.written_at).set_index("method")["strength"]
     tables = []
     methods: dict[str, Any] = {PATCH: (PATCH, corpus.found), DPS: (DPS, corpus.found), "cad": "cad"}
@@ -240,9 +241,19 @@ def written(corpus: Corpus, config: Race) -> pd.DataFrame:
             seed=config.seed,
             out=corpus.out / f"written-{name}",
         )
-        frame = made.differences("rag")
-        tables.append(frame[frame["metric"].isin(WRITTEN)].assign(corpus=corpus.name))
-    return pd.concat(tables) if tables else pd.DataFrame({"method": [], "metric": [], "corpus": []})
+        means = made.rows.groupby(["method", "user"], sort=False)[list(WRITTEN)].mean()
+        change = (means.loc[name] - means.loc["rag"]).rename_axis("user").reset_index()
+        tables.append(change.melt("user", var_name="metric", value_name="change").assign(method=name))
+    return pd.concat(tables) if tables else pd.DataFrame({"method": [], "metric": [], "change": []})
+
+
+def over_users(changes: pd.DataFrame) -> pd.DataFrame:
+    """Mean of the users of all corpora, with its interval."""
+    groups = changes.groupby(["method", "metric"], sort=False)["change"]
+    return pd.DataFrame(
+        {"method": method, "metric": metric, **interval(values.dropna().to_numpy(), 0.95)}
+        for (method, metric), values in groups
+    )
 
 
 if __name__ == "__main__":
