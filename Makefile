@@ -5,13 +5,14 @@ TL3_VENV ?= .venv-tl3
 TEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo figures atlas showcase docs test test-full test-tl3 check format clean
+.PHONY: help demo figures atlas showcase notebooks docs test test-full test-tl3 check format clean
 
 help:
 	@echo "make demo       find heads of a small model that carry the probe users' preferences; writes runs/demo/report.html"
 	@echo "make figures    the figures of a paper, from the demo's run, into figures/out"
 	@echo "make atlas      the head atlas that ships with the package, made anew"
 	@echo "make showcase   the page that 'dps-lens demo --show' opens, made anew"
+	@echo "make notebooks  the notebooks with their outputs, executed anew"
 	@echo "make docs       the documentation, into build/docs"
 	@echo "make test       the tests"
 	@echo "make test-full  the tests, with those that take minutes"
@@ -51,6 +52,9 @@ atlas: $(VENV)/.run
 showcase: $(VENV)/.run
 	$(VENV)/bin/dps-lens demo --force --out runs/showcase
 	$(VENV)/bin/dps-lens report runs/showcase --out runs/showcase/page.html --packed dps_lens/explorer/showcase.json.gz
+
+notebooks: $(VENV)/.dev
+	$(VENV)/bin/python notebooks/execute.py
 
 docs: $(VENV)/.dev
 	$(VENV)/bin/mkdocs build --strict --quiet

@@ -27,6 +27,8 @@ from dps_lens.work import Engine, Run, RunConfig, Work
 
 _MAX_ATTENTION = 4_000_000
 """Head × token values of attention that a page may hold, a byte each; above, the best heads of every family only."""
+_MAX_BY_TOKEN = 300_000
+"""The same of one example, token by token, for the first of its heads."""
 _MANY_USERS, _MOST_USERS = 30, 120
 _SHARE_OF_TOP = 30
 
@@ -105,8 +107,10 @@ def explore(
             run_config=run_config,
         )
         looked = _looked_at(scores, shown_families, shape, len(shown) * config.profile_tokens * 2)
+        # Those that are tested come first: they are kept token by token.
+        looked = heads | looked
         run = Run(model, None, Path(out) / "attention" if out is not None else None, engine, run_config)
-        views = ViewWork(model, shown, looked, config).views(run)
+        views = ViewWork(model, shown, looked, len(heads), config).views(run)
     # Of a found set, overlap is about the set, not about what the finder ranked by.
     defined = {name: (families or {})[name] for name, family in shown_families.items() if family.defined}
     return Exploration(
@@ -182,6 +186,7 @@ class ViewWork(Work):
     model: HookedModel
     users: Sequence[User]
     heads: HeadSet
+    n_by_token: int
     prompt_config: PromptConfig
 
     @cached_property
@@ -192,7 +197,9 @@ class ViewWork(Work):
         own, none = (
             build_prompt(self.model, self.by_key[key], of, config=self.prompt_config) for of in ("own", "none")
         )
-        unit = {"attention": attention_pattern(self.model, own, self.heads).mean}
+        found = attention_pattern(self.model, own, self.heads)
+        n_by_token = max(1, _MAX_BY_TOKEN // found.pattern[0].numel())
+        unit = {"attention": found.mean, "by_token": found.pattern[: min(n_by_token, self.n_by_token)].clone()}
         caches: dict[str, PromptCache | None] = {"own": None, "none": None}
         for place, answers in enumerate(zip(own.answers, none.answers, strict=True)):
             losses = []
@@ -206,7 +213,7 @@ class ViewWork(Work):
     def views(self, run: Run) -> tuple[ExampleView, ...]:
         """What the page shows of each."""
         inputs = describe_inputs(self.model, self.users, list(self.by_key.values()), self.prompt_config)
-        run.open(lambda: {"call": "views", "heads": str(self.heads), **inputs})
+        run.open(lambda: {"call": "views", "heads": str(self.heads), "by_token": self.n_by_token, **inputs})
         units = run.units(self, list(self.by_key), "attention")
         views = []
         for key, unit in units.made.items():
@@ -222,6 +229,16 @@ class ViewWork(Work):
                 for place, one in enumerate(prompt.answers)
             )
             views.append(
-                ExampleView(example.user_id, example.id, pieces, prompt.spans, heads, unit["attention"], answers)
+                ExampleView(
+                    example.user_id,
+                    example.id,
+                    pieces,
+                    prompt.spans,
+                    heads,
+                    unit["attention"],
+                    answers,
+                    prompt.items,
+                    unit["by_token"],
+                )
             )
         return tuple(views)

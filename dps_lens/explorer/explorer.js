@@ -174,6 +174,7 @@ function walk(box, label) {
   const leave = () => { box.querySelectorAll(".at").forEach((one) => one.classList.remove("at")); tip.hidden = true; };
   box.addEventListener("keydown", (event) => {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key], all = [...box.querySelectorAll("*")].filter((one) => hints.has(one));
+    if (event.key === "Enter" && all[at]) all[at].click();
     if (!move || !all.length) return;
     event.preventDefault();
     at = Math.max(0, Math.min(all.length - 1, at + move));
@@ -195,7 +196,7 @@ const first = data.tops.length ? data.tops[0] : nameOf(0);
 const fresh = {
   tab: "heads", user: EVERYBODY, map: data.main, head: first, view: views.length ? views[0].key : "",
   text: texts.length ? texts[0][0] : "", gamma: grid ? String(grid.gammas[Math.floor(grid.gammas.length / 2)]) : "0",
-  k: grid ? String(grid.ks[grid.ks.length - 1]) : "0", overlap: "", ablation: "", mechanism: "", ask: "", sets: "",
+  k: grid ? String(grid.ks[grid.ks.length - 1]) : "0", overlap: "", ablation: "", mechanism: "", token: "", ask: "", sets: "",
 };
 let state = read();
 
@@ -209,6 +210,8 @@ function read() {
   if (!texts.some(([key]) => key === found.text)) found.text = fresh.text;
   if (grid && ![0, ...grid.gammas].includes(+found.gamma)) found.gamma = fresh.gamma;
   if (grid && !grid.ks.includes(+found.k)) found.k = fresh.k;
+  const read = views.find((view) => view.key === found.view), length = read ? read.spans.response[1] - read.spans.response[0] : 0;
+  if (!(/^\d+$/.test(found.token) && +found.token < length)) found.token = fresh.token;
   if (!document.getElementById(`tab-${found.tab}`)) found.tab = fresh.tab;
   return found;
 }
@@ -358,22 +361,41 @@ function drawExamples(i) {
   target.replaceChildren(svg);
 }
 
+/** Whether a head's attention is there for every token of the response. */
+const canChoose = (view, row) => Boolean(view.byToken) && row < view.byToken.largest.length;
+
 function drawAttention() {
   const view = views.find((one) => one.key === state.view), target = $("attention");
   if (!view) { target.replaceChildren(element("span", "No attention was kept for this page.")); return; }
   const row = view.heads.indexOf(nameOf(indexOf(state.head))), n = view.pieces.length;
   if (row < 0) { target.replaceChildren(element("span", "Attention of this head was not kept; the page holds that of the best heads of every family.")); $("view-note").textContent = ""; return; }
-  const values = once(`view|${view.key}`, () => bytes(view.values)), largest = view.largest[row];
+  const [begin, end] = view.spans.response, chosen = state.token === "" || !canChoose(view, row) ? -1 : +state.token;
+  const [values, largest, offset] = chosen < 0
+    ? [once(`view|${view.key}`, () => bytes(view.values)), view.largest[row], row * n]
+    : [once(`view by token|${view.key}`, () => bytes(view.byToken.values)), view.byToken.largest[row], (row * (end - begin) + chosen) * n];
   const span = (at) => Object.keys(view.spans).find((name) => at >= view.spans[name][0] && at < view.spans[name][1]) || "";
-  let inProfile = 0;
+  let inProfile = 0, darkest = 0;
+  const weightAt = (at) => (values[offset + at] / 255) * largest;
   target.replaceChildren(...view.pieces.map((piece, at) => {
-    const weight = (values[row * n + at] / 255) * largest, found = element("span", piece, { class: span(at) });
+    const weight = weightAt(at), found = element("span", piece, { class: span(at) });
     if (span(at) === "profile") inProfile += weight;
-    found.style.background = behind(Math.sqrt(values[row * n + at] / 255));
+    darkest = Math.max(darkest, weight);
+    found.style.background = behind(Math.sqrt(values[offset + at] / 255));
     hint(found, `${(100 * weight).toFixed(1)}% of the attention\n${span(at) || "chat marks"}`);
+    if (span(at) === "response" && canChoose(view, row)) {
+      found.classList.add("choice");
+      if (at - begin === chosen) found.classList.add("chosen");
+      found.addEventListener("click", () => { go({ token: at - begin === chosen ? "" : String(at - begin) }); });
+    }
     return found;
   }));
-  $("view-note").textContent = `${state.head}, mean over the response: ${(100 * inProfile).toFixed(0)}% on the profile (blue line), darkest ${(100 * largest).toFixed(1)}%`;
+  const whence = chosen < 0 ? "mean over the response" : `where ${JSON.stringify(view.pieces[begin + chosen])} is read`;
+  $("view-note").textContent = `${state.head}, ${whence}: ${(100 * inProfile).toFixed(0)}% on the profile (blue line), darkest ${(100 * darkest).toFixed(1)}%` +
+    (canChoose(view, row) ? "; click a token of the response (green line) for what it looks at" : "");
+  const sum = ([from, to]) => { let found = 0; for (let at = from; at < to; at++) found += weightAt(at); return found; };
+  const rows = view.documents.map((at) => [view.pieces.slice(...at).join("").slice(0, 90), `${(100 * sum(at)).toFixed(1)}%`]);
+  const others = [["the task", sum(view.spans.task)], ["the response before", sum(view.spans.response)]].map(([name, share]) => [name, `${(100 * share).toFixed(1)}%`]);
+  table($("documents"), ["document", "attention"], [...rows, ...others]);
 }
 
 /** Log p of each token of the answers, with the profile minus without. */
@@ -585,10 +607,10 @@ if (grid) {
 }
 $("user").addEventListener("change", (event) => {
   const user = event.target.value, view = views.find((one) => one.user === user), text = texts.find(([, one]) => one.user === user);
-  go({ user, ...(view ? { view: view.key } : {}), ...(text ? { text: text[0] } : {}) });
+  go({ user, ...(view ? { view: view.key, token: "" } : {}), ...(text ? { text: text[0] } : {}) });
 });
 $("map").addEventListener("change", (event) => go({ map: event.target.value }));
-$("view").addEventListener("change", (event) => go({ view: event.target.value }));
+$("view").addEventListener("change", (event) => go({ view: event.target.value, token: "" }));
 $("text").addEventListener("change", (event) => go({ text: event.target.value }));
 $("head").addEventListener("change", (event) => {
   const at = indexOf(event.target.value);

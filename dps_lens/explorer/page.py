@@ -71,6 +71,8 @@ class ExampleView:
         heads: whose attention is there.
         attention: mean over the positions that give the response.
         answers: the user's own, then the rejected ones.
+        documents: `(start, stop)` of each document of the profile.
+        by_token: attention from each position that gives the response, of the first heads.
     """
 
     user: str
@@ -80,6 +82,8 @@ class ExampleView:
     heads: tuple[Head, ...]
     attention: Float[Tensor, "head pos"]
     answers: tuple[Answer, ...] = ()
+    documents: tuple[tuple[int, int], ...] = ()
+    by_token: "Float[Tensor, 'some_heads query pos'] | None" = None
 
 
 @dataclass(frozen=True)
@@ -301,8 +305,10 @@ def _figures(found: Exploration) -> dict[str, Any]:
 
 
 def _view(view: ExampleView) -> dict[str, Any]:
-    top = view.attention.amax(dim=1).clamp(min=1e-9)
-    scaled = (view.attention / top[:, None] * 255).round().to(torch.uint8)
+    largest, values = _in_bytes(view.attention)
+    by_token = (
+        None if view.by_token is None else dict(zip(("largest", "values"), _in_bytes(view.by_token), strict=True))
+    )
     return {
         "key": key_of(view.user, view.example),
         "user": view.user,
@@ -310,10 +316,19 @@ def _view(view: ExampleView) -> dict[str, Any]:
         "pieces": list(view.pieces),
         "spans": view.spans,
         "heads": [str(head) for head in view.heads],
-        "largest": [round(float(value), 4) for value in top],
-        "values": base64.b64encode(scaled.numpy().tobytes()).decode(),
+        "largest": largest,
+        "values": values,
+        "documents": view.documents,
+        "byToken": by_token,
         "answers": [{"pieces": one.pieces, "gains": [round(gain, 3) for gain in one.gains]} for one in view.answers],
     }
+
+
+def _in_bytes(attention: Float[Tensor, "head ..."]) -> tuple[list[float], str]:
+    """The largest value of each head, and all values as shares of it, a byte each."""
+    top = attention.flatten(1).amax(1).clamp(min=1e-9)
+    scaled = (attention / top.view(-1, *[1] * (attention.ndim - 1)) * 255).round().to(torch.uint8)
+    return [round(float(value), 4) for value in top], base64.b64encode(scaled.numpy().tobytes()).decode()
 
 
 def _grid(found: Exploration) -> dict[str, Any] | None:

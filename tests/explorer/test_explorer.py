@@ -170,6 +170,42 @@ def test_attention_is_shown_token_by_token(explored, report, open_page, llama, p
     assert int(re.search(r"(\d+)% on the profile", note)[1]) == pytest.approx(100 * inside, abs=1.5)
 
 
+def test_a_token_of_the_response_shows_what_it_looks_at(explored, report, open_page, llama, probe):
+    page, view = open_page(report.as_uri()).page, explored.views[0]
+    user = next(user for user in probe if user.id == view.user)
+    prompt = dps.build_prompt(llama.hooked, user.examples[-1], config=PROMPT)
+    head = explored.heads[1]
+    pattern = dps.attention_pattern(llama.hooked, prompt, HeadSet([head])).pattern[0]
+    start = prompt.spans["response"][0]
+    page.fill("#head", str(head))
+    page.press("#head", "Enter")
+    tokens = page.locator("#attention span")
+    tokens.nth(start + 2).click()
+    assert "token=2" in page.url
+    assert "is read" in page.locator("#view-note").inner_text()
+    largest = float(pattern.max())
+    for at in (0, prompt.spans["profile"][0] + 3, start):
+        said = float(tokens.nth(at).get_attribute("aria-description").split("%")[0])
+        assert said == pytest.approx(100 * float(pattern[2, at]), abs=100 * largest / 255 + 0.05)
+    page.click("text=By document")
+    rows = page.locator("#documents tr")
+    assert rows.count() == 1 + len(prompt.items) + 2
+    for place, (begin, end) in enumerate(prompt.items):
+        share = float(rows.nth(1 + place).locator("td").last.inner_text().strip("%"))
+        assert share == pytest.approx(100 * float(pattern[2, begin:end].sum()), abs=100 * largest / 255 * (end - begin))
+    tokens.nth(start + 2).click()
+    assert "token" not in page.url
+    # Heads that are not tested are kept as means only.
+    other = next(one for one in view.heads if one not in explored.heads)
+    page.fill("#head", str(other))
+    page.press("#head", "Enter")
+    assert page.locator("#attention .choice").count() == 0
+    for broken in ("99", "-1", "x"):
+        found = open_page(f"{report.as_uri()}#token={broken}")
+        assert found.page.locator("#attention .chosen").count() == 0
+        assert not found.problems
+
+
 def test_a_pair_shows_both_answers_with_what_the_profile_does(llama, probe, tmp_path, open_page):
     users = dps.make_pairs(probe[:2])
     options = {"prompt_config": PROMPT, "max_examples": 1}
