@@ -11,8 +11,9 @@ from dps_lens.plots.theme import TEMPLATE
 if TYPE_CHECKING:
     from dps_lens.stats.overlap import Overlap
 
-_TICKS = (0.0, 1.0, 0.5, 0.25, 0.75)
+_TICKS = (0.0, 1.0, 0.5, 0.25, 0.75, 0.1, 0.4)
 _APART = 0.05
+_MOST_NAMES = 40
 _BLANK = "#dddddd"
 
 
@@ -25,8 +26,8 @@ def overlap(overlap: "Overlap", *, order: bool = True, title: str | None = None)
         title: by default what is compared.
 
     Returns:
-        a figure with one heatmap trace in Cividis from 0 to 1, the diagonal blank. The colour bar states and marks
-        chance (mean 2.5% and 97.5% quantiles of the null over pairs) and, for users, the mean overlap of one user's
+        a figure with one heatmap trace in Cividis from 0 to the largest overlap, the diagonal blank. The colour bar
+        states and marks chance (mean 2.5% and 97.5% quantiles of the null over pairs) and, for users, the mean overlap of one user's
         own halves.
     """
     k, exclude, half = (overlap.manifest.get(name) for name in ("k", "exclude", "half"))
@@ -46,19 +47,22 @@ def overlap(overlap: "Overlap", *, order: bool = True, title: str | None = None)
             f"halves of {plain(half)}: within a user {mean['within']:.2f},<br>between users {mean['between']:.2f}"
         )
         marks = {float(mean["within"]): "within"} | marks
+    shown = matrix("jaccard")
+    there = [value for value in (*shown[~np.isnan(shown)].tolist(), *marks) if not np.isnan(value)]
+    top = min(1.0, np.ceil(10 * max(0.2, *there)) / 10)
     figure = go.Figure(
         go.Heatmap(
-            z=matrix("jaccard"),
+            z=shown,
             x=names,
             y=names,
             customdata=np.stack([matrix(name) for name in ("null_low", "null_high", "null_mean", "p")], axis=-1),
             zmin=0,
-            zmax=1,
+            zmax=top,
             colorscale="Cividis",
             xgap=1,
             ygap=1,
             hoverongaps=False,
-            colorbar={"title": {"text": "<br>".join(["Jaccard", *legend])}, "thickness": 12, **_ticks(marks)},
+            colorbar={"title": {"text": "<br>".join(["Jaccard,", *legend])}, "thickness": 12, **_ticks(marks, top)},
             hovertemplate=(
                 "<b>%{y}</b> and <b>%{x}</b><br>Jaccard %{z:.2f}<br>null %{customdata[2]:.2f} "
                 "(95% %{customdata[0]:.2f} to %{customdata[1]:.2f})<br>p = %{customdata[3]:.3g}<extra></extra>"
@@ -66,8 +70,9 @@ def overlap(overlap: "Overlap", *, order: bool = True, title: str | None = None)
         )
     )
     # Names may be numbers, which plotly would place on a scale.
-    rows = {"type": "category", "autorange": "reversed", "automargin": True}
-    columns = {"type": "category", "tickangle": -45, "automargin": True}
+    each = {"dtick": 1} if len(names) <= _MOST_NAMES else {}
+    rows = {"type": "category", "autorange": "reversed", "automargin": True, **each}
+    columns = {"type": "category", "tickangle": -45, "automargin": True, **each}
     if exclude is not None:
         rows |= {"title": f"top {k} without the other's top {100 * exclude:g}%"}
         columns |= {"title": f"the other's top {k}"}
@@ -84,10 +89,10 @@ def overlap(overlap: "Overlap", *, order: bool = True, title: str | None = None)
     return figure
 
 
-def _ticks(marks: dict[float, str]) -> dict[str, list]:
-    """Named marks, then round numbers where no other tick is near."""
+def _ticks(marks: dict[float, str], top: float) -> dict[str, list]:
+    """Named marks, then round numbers up to the top where no other tick is near."""
     ticks: dict[float, str] = {}
-    for value, text in [*marks.items(), *((tick, f"{tick:g}") for tick in _TICKS)]:
-        if all(abs(value - other) >= _APART for other in ticks):
+    for value, text in [*marks.items(), *((tick, f"{tick:g}") for tick in (top, *_TICKS) if tick <= top)]:
+        if all(abs(value - other) >= _APART * top for other in ticks):
             ticks[value] = text
     return {"tickvals": list(ticks), "ticktext": list(ticks.values())}
