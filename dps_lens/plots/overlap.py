@@ -27,8 +27,8 @@ def overlap(overlap: "Overlap", *, order: bool = True, title: str | None = None)
 
     Returns:
         a figure with one heatmap trace in Cividis from 0 to the largest overlap, the diagonal blank. The colour bar
-        states and marks chance (mean 2.5% and 97.5% quantiles of the null over pairs) and, for users, the mean overlap of one user's
-        own halves.
+        states and marks chance (mean 2.5% and 97.5% quantiles of the null over pairs) and, for users, the mean overlap
+        of one user's own halves.
     """
     k, exclude, half = (overlap.manifest.get(name) for name in ("k", "exclude", "half"))
     picked = list(overlap.order) if order else list(range(len(overlap.names)))
