@@ -95,8 +95,12 @@ def explore(
     device: Device = None,
     dtype: Dtype = "auto",
     force: Force = False,
+    vectors: Annotated[
+        Path | None, typer.Option(help="Run folder of 'vectors', whose head vectors the page can steer with.")
+    ] = None,
 ) -> None:
     """The page of 'report' with a live model, to ask anything of, any heads. Only this machine can open it."""
+    import dps_lens as dps
     from dps_lens.explorer.server import LivePage, check_flask, check_port, make_app
 
     check_flask()
@@ -112,7 +116,12 @@ def explore(
         f"scored = dps.HeadScores.load({str(run)!r}).users\nmodel = dps.load_model({model!r}{where})\n"
         f"users = [user for user in dps.load_users({users!r}{more}) if user.id in scored]"
     )
-    with LivePage(make_app(loaded, people, exploration, source), port) as live:
+    added = None
+    if vectors is not None:
+        added = dps.HeadVectors.load(vectors)
+        check_same_model("explore", added, loaded)
+        source += f"\nvectors = dps.HeadVectors.load({str(vectors)!r})"
+    with LivePage(make_app(loaded, people, exploration, source, added), port) as live:
         typer.echo(f"{live.url}  (Ctrl-C ends it)")
         try:
             live.wait()

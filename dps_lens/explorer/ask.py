@@ -19,16 +19,18 @@ from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, Edit, Where, attention_for, everywhere, find_ablation
 from dps_lens.model import HookedModel, runner_of
 from dps_lens.scoring import CleanRun, nll_run
-from dps_lens.steering import DecodeConfig, Generation, generate
-from dps_lens.steering.rules import RULES
+from dps_lens.steering import DecodeConfig, Generation, HeadVector, generate
+from dps_lens.steering.rules import RULES, find_rule
 from dps_lens.validation.curve import AblationWork
 from dps_lens.validation.effects import FULL
+from dps_lens.vectors import HeadVectors
 from dps_lens.work import Units
 
 ABLATED_BY = ("zero", "uniform")
 STEERED_BY = tuple(
     name for name, rule in RULES.items() if rule.takes_gamma and not rule.needs_vectors and not rule.patched
 )
+ADDED_BY = ("head_vector", "head_vector+dps")
 PASTED = "you"
 """The user whose documents were pasted."""
 
@@ -81,11 +83,21 @@ class Asker:
         model: a hooked model.
         users: of the page.
         config: how its prompts are built.
-        source: lines of Python that make `model` and `users`.
+        source: lines of Python that make `model` and `users`, and `vectors` where there are some.
+        vectors: of the users, at heads; with them, rules that add them can be asked for.
     """
 
-    def __init__(self, model: HookedModel, users: Sequence[User], config: PromptConfig, source: str = "") -> None:
+    def __init__(
+        self,
+        model: HookedModel,
+        users: Sequence[User],
+        config: PromptConfig,
+        source: str = "",
+        vectors: HeadVectors | None = None,
+    ) -> None:
         self.model, self.users, self.config, self.source = model, tuple(users), config, source
+        self.vectors = vectors
+        self.rules = STEERED_BY + (ADDED_BY if vectors is not None else ())
         self._runs: OrderedDict[Any, CleanRun] = OrderedDict()
 
     def read(self, request: object) -> Question:
@@ -98,7 +110,7 @@ class Asker:
             raise Refused("prompt", "send a JSON object")
         texts = {name: _text(request, name) for name in ("user", "prompt", "text", "documents", "heads")}
         heads = self._heads(texts["heads"])
-        ablation, rule = _one_of(request, "ablation", ABLATED_BY), _one_of(request, "rule", STEERED_BY)
+        ablation, rule = _one_of(request, "ablation", ABLATED_BY), _one_of(request, "rule", self.rules)
         gamma = _number(request, "gamma")
         length = request.get("length", 32)
         try:
@@ -251,7 +263,8 @@ class Asker:
             stream = generate(
                 self.model,
                 prompt,
-                heads=asked.heads,
+                heads=asked.heads if find_rule(asked.rule).needs_heads else None,
+                vectors=self._vector(asked),
                 rule=asked.rule,
                 gamma=asked.gamma,
                 max_new_tokens=asked.length,
@@ -260,15 +273,33 @@ class Asker:
             )
             for _, text in stream:
                 yield {"text": text}
+        except Refused:
+            raise
         except DPSLensError as error:
             raise Refused("prompt", str(error)) from error
-        written = stream.generation
+        written, rule = stream.generation, find_rule(asked.rule)
+        given = "heads=heads, " * rule.needs_heads
+        given += "vectors=vectors.only(heads)[example.user_id], " * rule.needs_vectors
         call = (
             f"prompt = dps.build_prompt(model, example, config={self._config}, response=False)\n"
-            f"written = dps.generate(\n    model, prompt, heads=heads, rule={asked.rule!r}, gamma={asked.gamma!r}, "
+            f"written = dps.generate(\n    model, prompt, {given}rule={asked.rule!r}, gamma={asked.gamma!r}, "
             f"max_new_tokens={asked.length}\n)\nprint(written.texts[0])"
         )
         yield {"done": written_tokens(written), "python": self._python(asked, call)}
+
+    def _vector(self, asked: Question) -> HeadVector | None:
+        """The asker's own, at the heads that are asked about.
+
+        Raises:
+            Refused: the asker has none, or a head has none.
+        """
+        if self.vectors is None or not find_rule(asked.rule).needs_vectors:
+            return None
+        if asked.example.user_id not in self.vectors:
+            raise Refused("rule", f"there is no vector of {asked.example.user_id!r}; choose a user of the page")
+        if missing := [str(head) for head in asked.heads if head not in self.vectors.heads]:
+            raise Refused("heads", f"{missing[0]} has no vector; there are some at {self.vectors.heads}")
+        return self.vectors.only(asked.heads)[asked.example.user_id]
 
     @property
     def _config(self) -> str:

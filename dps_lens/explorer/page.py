@@ -33,6 +33,7 @@ from dps_lens.stats.overlap import Overlap
 from dps_lens.stats.significance import MIN_USERS, significant_heads
 from dps_lens.stats.skew import is_skewed
 from dps_lens.validation.effects import SetEffects
+from dps_lens.vectors import HeadVectors
 
 if TYPE_CHECKING:
     from dps_lens.explorer.server import LivePage
@@ -149,7 +150,9 @@ class Exploration:
         write_text(path, page(self))
         return Path(path)
 
-    def serve(self, model: HookedModel, users: Sequence[User], *, port: int = 0) -> "LivePage":
+    def serve(
+        self, model: HookedModel, users: Sequence[User], *, vectors: HeadVectors | None = None, port: int = 0
+    ) -> "LivePage":
         """Serve the page from a thread of this process, with the model behind it, to this machine only.
 
         Shown in a notebook, what is returned is the page. The model answers one question at a time; while it does,
@@ -158,6 +161,7 @@ class Exploration:
         Args:
             model: that was explored.
             users: those of `explore`.
+            vectors: of the users, of `head_vectors`, to steer with.
             port: of 127.0.0.1; 0 takes a free one.
 
         Raises:
@@ -165,7 +169,7 @@ class Exploration:
         """
         from dps_lens.explorer.server import LivePage, make_app
 
-        return LivePage(make_app(model, users, self), port)
+        return LivePage(make_app(model, users, self, vectors=vectors), port)
 
     def _repr_html_(self) -> str:
         """The page inside a notebook."""

@@ -13,13 +13,14 @@ from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.data.examples import unit_key
 from dps_lens.errors import DPSLensError, SteeringError, reason
-from dps_lens.explorer.ask import ABLATED_BY, STEERED_BY, Asker, Refused, written_tokens
+from dps_lens.explorer.ask import ABLATED_BY, Asker, Refused, written_tokens
 from dps_lens.explorer.content import ranked_for
 from dps_lens.explorer.page import FRAME, Exploration, page
 from dps_lens.files import parse_json
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
 from dps_lens.steering import DecodeConfig, generate
+from dps_lens.vectors import HeadVectors
 
 Q = TypeVar("Q")
 
@@ -29,7 +30,13 @@ _ALTERNATIVES, _PATIENCE = 3, 0.5
 _FRAMED_BY = "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"
 
 
-def make_app(model: HookedModel, users: Sequence[User], found: Exploration, source: str = "") -> Any:
+def make_app(
+    model: HookedModel,
+    users: Sequence[User],
+    found: Exploration,
+    source: str = "",
+    vectors: HeadVectors | None = None,
+) -> Any:
     """A Flask application with the page at `/`; `POST /ask` and `/write` answer questions, `/steer` writes one text.
 
     Args:
@@ -37,6 +44,7 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration, sour
         users: those of the page.
         found: of `explore`; its grid names the rule, the examples and the length of a text.
         source: lines of Python that make `model` and `users`, for the calls that the page offers.
+        vectors: of the users, at heads, to steer with.
 
     Raises:
         SteeringError: flask is not installed, or the exploration holds no texts.
@@ -48,9 +56,9 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration, sour
     if found.grid is None:
         raise SteeringError("explore: the exploration holds no texts to steer; make it with a grid")
     app, writer, line = Flask("dps_lens"), Writer(model, users, found), Line()
-    asker = Asker(model, users, writer.config, source)
+    asker = Asker(model, users, writer.config, source, vectors)
     app.config["MAX_CONTENT_LENGTH"] = 2**22
-    shown = page(found, live=_questions(users, found))
+    shown = page(found, live=_questions(asker, found))
 
     @app.before_request
     def only_here() -> Any:
@@ -110,11 +118,11 @@ def make_app(model: HookedModel, users: Sequence[User], found: Exploration, sour
     return app
 
 
-def _questions(users: Sequence[User], found: Exploration) -> dict[str, Any]:
+def _questions(asker: Asker, found: Exploration) -> dict[str, Any]:
     """What the form of a live page starts from: the examples that are shown, and what may be chosen."""
     assert found.grid is not None
     asked = {one.key for one in found.grid.texts}
-    shown = [one for user in users for one in user.examples if unit_key(one) in asked]
+    shown = [one for user in asker.users for one in user.examples if unit_key(one) in asked]
     examples = [
         {"key": unit_key(one), "user": one.user_id, "example": one.id, "prompt": one.input, "text": one.reference}
         for one in shown
@@ -122,9 +130,9 @@ def _questions(users: Sequence[User], found: Exploration) -> dict[str, Any]:
     length = found.grid.manifest["max_new_tokens"]
     return {
         "examples": examples,
-        "users": [user.id for user in users],
+        "users": [user.id for user in asker.users],
         "ablations": ABLATED_BY,
-        "rules": STEERED_BY,
+        "rules": asker.rules,
         "length": length,
     }
 

@@ -16,7 +16,7 @@ from playwright.sync_api import expect
 
 import dps_lens as dps
 from dps_lens.errors import SteeringError
-from dps_lens.explorer.ask import STEERED_BY, Asker, Refused, _KeptRuns
+from dps_lens.explorer.ask import ADDED_BY, STEERED_BY, Asker, Refused, _KeptRuns
 from dps_lens.explorer.server import HOST, BusyError, Line, LivePage, make_app
 from dps_lens.heads import HeadSet
 
@@ -196,6 +196,29 @@ def test_a_text_is_that_of_the_call_beside_it(asker, llama, probe, rule, capsys)
     capsys.readouterr()
     assert "".join(piece["text"] for piece in pieces) == written.texts[0]
     assert last["done"]["pieces"] == written.pieces[0]
+
+
+@pytest.mark.parametrize("rule", ADDED_BY)
+def test_a_users_vector_is_added_at_the_heads_asked_about(llama, probe, rule, capsys):
+    users = list(probe[:4])
+    vectors = dps.head_vectors(llama.hooked, users, HeadSet.parse("L1H2,L0H0,L2H1"), max_examples=1)
+    asker = Asker(llama.hooked, users, PROMPT, vectors=vectors)
+    asked = request(users[0].examples[-1], rule=rule, gamma=2.0)
+    *pieces, last = asker.write(asker.read(asked))
+    names = {"model": llama.hooked, "users": users, "vectors": vectors}
+    exec(last["python"], names)
+    capsys.readouterr()
+    assert "".join(piece["text"] for piece in pieces) == names["written"].texts[0]
+    assert names["written"].manifest["rule"] == rule
+    for changed, field in (
+        ({"heads": "L2H3"}, "heads"),
+        ({"user": "", "documents": "One.\n\nTwo."}, "rule"),
+    ):
+        with pytest.raises(Refused) as refused:
+            list(asker.write(asker.read(asked | changed)))
+        assert refused.value.field == field
+    with pytest.raises(Refused, match="use one of"):
+        Asker(llama.hooked, users, PROMPT).read(asked)
 
 
 @pytest.mark.parametrize(
