@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         steering_grid,
         steering_sweep,
     )
-    from dps_lens.explorer import Exploration, explore
+    from dps_lens.explorer import Exploration, LivePage, explore, serve
     from dps_lens.families import (
         Copying,
         Family,
@@ -128,7 +128,7 @@ _MODULES = {
         "AblatedTexts Endpoint EvaluateConfig Evaluation Metric SteeredText SteeringGrid SteeringSweep "
         "Verdicts ablated_generation evaluate judge steering_grid steering_sweep"
     ),
-    "explorer": "Exploration explore",
+    "explorer": "Exploration LivePage explore serve",
     "families": "Copying Family FunctionVector ProfileRetrieval Repeated Retrieval StyleModulation reference_heads",
     "finding": (
         "Bounds CausalGates Conditional FindConfig Finder Fit Gates GatingConfig Greedy Rank Trial causal_head_gates "
@@ -164,8 +164,8 @@ __all__ = [
     "CausalGates", "Choice", "Conditional", "Context", "Copying", "DPSLensError", "DecodeConfig", "Document",
     "Dossier", "Endpoint", "Engine", "EvaluateConfig", "Evaluation", "Example", "Exploration", "Faithfulness",
     "Family", "FindConfig", "Finder", "Fit", "FoundHeads", "FunctionVector", "Gates", "GatingConfig", "Generation",
-    "Greedy", "Head", "HeadScores", "HeadSet", "HeadVector", "HeadVectors", "HeldOutConfig", "HookedModel", "Mean",
-    "Metric", "NoiseFloor", "Note", "Objective", "Overlap", "Pair", "Patch", "PathEffects", "ProfileRetrieval",
+    "Greedy", "Head", "HeadScores", "HeadSet", "HeadVector", "HeadVectors", "HeldOutConfig", "HookedModel", "LivePage",
+    "Mean", "Metric", "NoiseFloor", "Note", "Objective", "Overlap", "Pair", "Patch", "PathEffects", "ProfileRetrieval",
     "Prompt", "PromptConfig", "Rank", "RayEngine", "Repeated", "Result", "Retrieval", "RunConfig", "Sampling",
     "ScoreConfig", "SetEffects", "Shard", "Significance", "SteeredText", "SteeringGrid", "SteeringSweep",
     "SteeringVector", "StyleModulation", "Term", "TextStream", "Trial", "Uniform", "User", "UserClusters",
@@ -175,7 +175,7 @@ __all__ = [
     "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_atlas", "load_model", "load_users",
     "logits_processor", "make_pairs", "measure_noise", "merge_runs", "overlap", "patch_heads", "patch_paths",
     "plots", "preference_vector", "profile_attention", "random_heads", "rank_answers", "record_z",
-    "reference_heads", "score_heads", "screening_recall", "significant_heads", "split_half", "stability",
+    "reference_heads", "score_heads", "screening_recall", "serve", "significant_heads", "split_half", "stability",
     "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
 ]
 # fmt: on

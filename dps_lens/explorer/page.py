@@ -4,11 +4,11 @@ import base64
 import gzip
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from jaxtyping import Float
 from plotly.colors import get_colorscale
 from torch import Tensor
 
-from dps_lens.data import User
 from dps_lens.data.examples import key_of
 from dps_lens.dossier import Dossier
 from dps_lens.errors import RunError, ScoreError, reason
@@ -24,7 +23,6 @@ from dps_lens.evaluation import SteeringGrid
 from dps_lens.explorer.render import rendered
 from dps_lens.files import replacing, write_text
 from dps_lens.heads import Head, HeadSet
-from dps_lens.model import HookedModel
 from dps_lens.paths import PathEffects
 from dps_lens.plots import ablation, dossier, families, k_sweep, overlap, pareto, paths
 from dps_lens.plots.theme import SIGNED
@@ -33,10 +31,6 @@ from dps_lens.stats.overlap import Overlap
 from dps_lens.stats.significance import MIN_USERS, significant_heads
 from dps_lens.stats.skew import is_skewed
 from dps_lens.validation.effects import SetEffects
-from dps_lens.vectors import HeadVectors
-
-if TYPE_CHECKING:
-    from dps_lens.explorer.server import LivePage
 
 MAX_VALUES = 5_000_000
 """Values of examples that a page holds, two bytes each; above, a page shows the means of users."""
@@ -149,27 +143,6 @@ class Exploration:
             check_page(path)
         write_text(path, page(self))
         return Path(path)
-
-    def serve(
-        self, model: HookedModel, users: Sequence[User], *, vectors: HeadVectors | None = None, port: int = 0
-    ) -> "LivePage":
-        """Serve the page from a thread of this process, with the model behind it, to this machine only.
-
-        Shown in a notebook, what is returned is the page. The model answers one question at a time; while it does,
-        cells that use it are refused.
-
-        Args:
-            model: that was explored.
-            users: those of `explore`.
-            vectors: of the users, of `head_vectors`, to steer with.
-            port: of 127.0.0.1; 0 takes a free one.
-
-        Raises:
-            SteeringError: flask is not installed, the port is taken, or there are no texts to steer.
-        """
-        from dps_lens.explorer.server import LivePage, make_app
-
-        return LivePage(make_app(model, users, self, vectors=vectors), port)
 
     def _repr_html_(self) -> str:
         """The page inside a notebook."""

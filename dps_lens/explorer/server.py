@@ -163,6 +163,32 @@ def check_port(port: int) -> None:
             ) from error
 
 
+def serve(
+    model: HookedModel,
+    users: Sequence[User],
+    found: Exploration,
+    *,
+    vectors: HeadVectors | None = None,
+    port: int = 0,
+) -> "LivePage":
+    """Serve a page from a thread of this process, with the model behind it, to this machine only.
+
+    Shown in a notebook, what is returned is the page. The model answers one question at a time; while it does,
+    cells that use it are refused.
+
+    Args:
+        model: that was explored.
+        users: those of `explore`.
+        found: of `explore`, with texts.
+        vectors: of the users, of `head_vectors`, to steer with.
+        port: of 127.0.0.1; 0 takes a free one.
+
+    Raises:
+        SteeringError: flask is not installed, the port is taken, or there are no texts to steer.
+    """
+    return LivePage(make_app(model, users, found, vectors=vectors), port)
+
+
 class LivePage:
     """A page that is served from a thread of this process until it is closed.
 

@@ -154,5 +154,5 @@ def test_needs_peft_and_a_bridge(llama, examples, monkeypatch):
         return plain(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(SteeringError, match=r"pip install 'dps_lens\[lora\]'"):
+    with pytest.raises(SteeringError, match="pip install peft"):
         tune_lora(llama.hooked, examples)

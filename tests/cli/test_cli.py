@@ -764,7 +764,7 @@ def test_explore_serves_the_page_here_only(scored, model, interruptible):
             url = server.stdout.readline().split()[0]
             assert url.startswith("http://127.0.0.1:")
             with urllib.request.urlopen(url) as reply:
-                assert b'"live": true' in reply.read()
+                assert b'id="tab-ask"' in reply.read()
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(timeout=900) == 0, "Ctrl-C is how it ends"

@@ -395,7 +395,7 @@ def test_two_pages_ask_at_once_and_a_cancel_frees_the_model(explored, llama, pro
         yield {"text": " more"}
 
     monkeypatch.setattr(Asker, "write", slowly)
-    with explored.serve(llama.hooked, probe[:4]) as live:
+    with dps.serve(llama.hooked, probe[:4], explored) as live:
         url = live.url
         one, two = (open_page(url + "#tab=ask", offline=False).page for _ in range(2))
         one.fill("#ask-gamma", "1")
@@ -420,7 +420,7 @@ def test_a_notebook_shows_the_page(explored, llama, probe, open_page):
     frame.locator("#head").press("Enter")
     expect(frame.locator("#detail-name")).to_have_text("L1H1")
     assert not opened.problems
-    with explored.serve(llama.hooked, probe[:4]) as live:
+    with dps.serve(llama.hooked, probe[:4], explored) as live:
         assert repr(live) == f"LivePage({live.url})"
         notebook = Flask("notebook")
         notebook.add_url_rule("/", view_func=live._repr_html_)
@@ -430,7 +430,7 @@ def test_a_notebook_shows_the_page(explored, llama, probe, open_page):
             frame.locator("#ask-measure").click()
             expect(frame.locator("#answer-1 table").first).to_be_visible()
         with pytest.raises(SteeringError, match="cannot be had"):
-            explored.serve(llama.hooked, probe[:4], port=int(live.url.rsplit(":", 1)[1].strip("/")))
+            dps.serve(llama.hooked, probe[:4], explored, port=int(live.url.rsplit(":", 1)[1].strip("/")))
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(live.url, timeout=2)
 
@@ -458,7 +458,7 @@ def test_an_error_of_a_removed_answer_removes_no_other(explored, llama, probe, o
         go_on.wait(20)
         raise Refused("prompt", "too late")
 
-    with explored.serve(llama.hooked, probe[:4]) as live:
+    with dps.serve(llama.hooked, probe[:4], explored) as live:
         page = open_page(live.url + "#tab=ask", offline=False).page
         page.click("#ask-measure")
         expect(page.locator("#answer-1 table")).to_have_count(2)
