@@ -21,11 +21,11 @@ def draw(run: Path) -> go.Figure:
     frame, figure = read(run, "at KL").dropna(subset=["mean"]), go.Figure()
     lines = [(number, name) for number, one in enumerate(SHOWN) for name in (one, one + CONTROL)]
     lines = [(number, name) for number, name in lines if name in {*frame["method"]}]
-    for place, (number, name) in enumerate(lines):
+    for number, name in lines:
         rows = frame[frame["method"] == name]
         figure.add_scatter(
-            # Beside each other, so that no bar hides another.
-            x=rows["KL"] * (1 + 0.03 * (place - len(lines) / 2)),
+            x=rows["KL"].map("{:g}".format),
+            offsetgroup=name,
             y=rows["mean"],
             error_y={
                 "array": rows["high"] - rows["mean"],
@@ -38,13 +38,15 @@ def draw(run: Path) -> go.Figure:
             line={"color": LINES[number], "width": 1.5, "dash": "dot" if name.endswith(CONTROL) else "solid"},
             marker={"symbol": MARKERS[number % len(MARKERS)], "size": 7},
         )
-    kls = sorted({*frame["KL"]})
     figure.add_hline(y=0, line={"dash": "dot", "color": "#777777"})
     figure.update_layout(
         template=TEMPLATE,
         title="Steering by vectors and contrasts",
         height=420,
-        xaxis={"type": "log", "title": "KL(steered ‖ full), nats per token", "tickvals": kls, "ticktext": kls},
+        # Beside each other, so that no bar hides another.
+        scattermode="group",
+        scattergap=0.5,
+        xaxis={"type": "category", "title": "KL(steered ‖ full), nats per token"},
         yaxis={"title": "change of the NLL of the own text, nats per token"},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
     )

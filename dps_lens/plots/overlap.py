@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dps_lens.stats.overlap import Overlap
 
 _TICKS = (0.0, 1.0, 0.5, 0.25, 0.75, 0.1, 0.4)
-_APART = 0.05
+_APART = 0.08
 _MOST_NAMES = 40
 _BLANK = "#dddddd"
 
