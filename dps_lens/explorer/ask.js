@@ -100,12 +100,6 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
   const title = (answer) => `${answer.number}. ${about(answer)}, ${headsOf(answer.asked.heads).length} heads`;
   const value = (row) => (row.value !== undefined ? row.value : row.edited - row.full);
 
-  function button(text, act) {
-    const found = element("button", text, { type: "button" });
-    found.addEventListener("click", act);
-    return found;
-  }
-
   function card(answer) {
     const found = element("article", undefined, { class: "answer", id: `answer-${answer.number}` });
     const whose = answer.asked.user === PASTED ? "pasted documents" : `profile of ${answer.asked.user}`;
@@ -128,11 +122,11 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
       found.append(text);
     }
     const controls = element("div", undefined, { class: "controls" });
-    controls.append(button(answer.pinned ? "Unpin" : "Pin", () => { pin(answer); }),
-      button("Back into the form", () => { change(answer.asked); }));
+    controls.append(take.button(answer.pinned ? "Unpin" : "Pin", () => { pin(answer); }),
+      take.button("Back into the form", () => { change(answer.asked); }));
     if (answer.python) controls.append(take.copy("Copy Python", () => answer.python));
     if (answer.text) controls.append(take.copy("Copy text", () => answer.text));
-    controls.append(button("Remove", () => { drop(answer); }));
+    controls.append(take.button("Remove", () => { drop(answer); }));
     found.append(controls);
     if (answer.python) {
       const code = element("details");

@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from dps_lens.data.examples import unit_key
 from dps_lens.data.tasks import TASKS
 from dps_lens.errors import DPSLensError, SteeringError
 from dps_lens.heads import HeadSet
-from dps_lens.intervene import Ablation, Edit, Where, attention_for, everywhere, find_ablation
+from dps_lens.intervene import Edit, attention_for, everywhere, find_ablation
 from dps_lens.model import HookedModel, runner_of
 from dps_lens.scoring import CleanRun, nll_run
 from dps_lens.steering import DecodeConfig, Generation, HeadVector, generate
@@ -258,26 +258,22 @@ class Asker:
         Raises:
             Refused: the prompt cannot be built, or the rule cannot write it.
         """
+        rule = find_rule(asked.rule)
         try:
             prompt = build_prompt(self.model, asked.example, config=self.config, response=False)
-            stream = generate(
+            written = yield from streamed(
                 self.model,
                 prompt,
-                heads=asked.heads if find_rule(asked.rule).needs_heads else None,
+                heads=asked.heads if rule.needs_heads else None,
                 vectors=self._vector(asked),
-                rule=asked.rule,
+                rule=rule,
                 gamma=asked.gamma,
                 max_new_tokens=asked.length,
-                decode_config=DecodeConfig(keep_alternatives=_ALTERNATIVES),
-                stream=True,
             )
-            for _, text in stream:
-                yield {"text": text}
         except Refused:
             raise
         except DPSLensError as error:
             raise Refused("prompt", str(error)) from error
-        written, rule = stream.generation, find_rule(asked.rule)
         given = "heads=heads, " * rule.needs_heads
         given += "vectors=vectors.only(heads)[example.user_id], " * rule.needs_vectors
         call = (
@@ -320,28 +316,27 @@ class _KeptRuns(AblationWork):
 
     runs: OrderedDict[Any, CleanRun] = field(default_factory=OrderedDict)
 
-    def clean_run(
-        self,
-        prompt: Prompt,
-        condition: str,
-        *,
-        ablation: Ablation | None = None,
-        where: Where | None = None,
-        keep_z: bool = False,
-    ) -> CleanRun:
-        key = _run_key(prompt, condition, ablation or self.settings.ablation)
+    def clean_run(self, prompt: Prompt, condition: str, **options: Any) -> CleanRun:
+        ablation, where, keep_z = (options.get(name) for name in ("ablation", "where", "keep_z"))
+        # Of the same tokens, the response may begin elsewhere.
+        tokens, response = tuple(prompt.tokens.tolist()), prompt.spans["response"]
+        key = (tokens, response, condition, (ablation or self.settings.ablation).name, where)
         if key not in self.runs or (keep_z and self.runs[key].z is None):
-            run = super().clean_run(prompt, condition, ablation=ablation, where=where, keep_z=keep_z)
-            self.runs[key] = nll_run(run)
+            self.runs[key] = nll_run(super().clean_run(prompt, condition, **options))
             while len(self.runs) > _KEPT_RUNS:
                 self.runs.popitem(last=False)
         self.runs.move_to_end(key)
         return self.runs[key]
 
 
-def _run_key(prompt: Prompt, condition: str, ablation: Ablation) -> tuple[Any, ...]:
-    """What a clean run depends on: of the same tokens, the response may begin elsewhere."""
-    return tuple(prompt.tokens.tolist()), prompt.spans["response"], condition, ablation.name
+def streamed(model: HookedModel, prompt: Prompt, **options: Any) -> Generator[dict[str, Any], None, Generation]:
+    """`{"text": …}` piece by piece, as `generate` writes it; returns the whole."""
+    stream = generate(
+        model, prompt, decode_config=DecodeConfig(keep_alternatives=_ALTERNATIVES), stream=True, **options
+    )
+    for _, text in stream:
+        yield {"text": text}
+    return stream.generation
 
 
 def written_tokens(written: Generation) -> dict[str, Any]:

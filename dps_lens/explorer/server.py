@@ -13,19 +13,18 @@ from dps_lens.checks import check_number, check_whole
 from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.data.examples import unit_key
 from dps_lens.errors import DPSLensError, SteeringError, reason
-from dps_lens.explorer.ask import ABLATED_BY, Asker, Refused, written_tokens
+from dps_lens.explorer.ask import ABLATED_BY, Asker, Refused, streamed, written_tokens
 from dps_lens.explorer.content import ranked_for
 from dps_lens.explorer.page import FRAME, Exploration, page
 from dps_lens.files import parse_json
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel
-from dps_lens.steering import DecodeConfig, generate
 from dps_lens.vectors import HeadVectors
 
 Q = TypeVar("Q")
 
 HOST = "127.0.0.1"
-_ALTERNATIVES, _PATIENCE = 3, 0.5
+_PATIENCE = 0.5
 # A notebook of this machine may show the page.
 _FRAMED_BY = "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"
 
@@ -58,7 +57,7 @@ def make_app(
     app, writer, line = Flask("dps_lens"), Writer(model, users, found), Line()
     asker = Asker(model, users, writer.config, source, vectors)
     app.config["MAX_CONTENT_LENGTH"] = 2**22
-    shown = page(found, live=_questions(asker, found))
+    shown = page(found, live=_questions(asker, writer))
 
     @app.before_request
     def only_here() -> Any:
@@ -118,16 +117,14 @@ def make_app(
     return app
 
 
-def _questions(asker: Asker, found: Exploration) -> dict[str, Any]:
+def _questions(asker: Asker, writer: "Writer") -> dict[str, Any]:
     """What the form of a live page starts from: the examples that are shown, and what may be chosen."""
-    assert found.grid is not None
-    asked = {one.key for one in found.grid.texts}
-    shown = [one for user in asker.users for one in user.examples if unit_key(one) in asked]
+    assert writer.grid is not None
     examples = [
         {"key": unit_key(one), "user": one.user_id, "example": one.id, "prompt": one.input, "text": one.reference}
-        for one in shown
+        for one in writer.examples.values()
     ]
-    length = found.grid.manifest["max_new_tokens"]
+    length = writer.grid.manifest["max_new_tokens"]
     return {
         "examples": examples,
         "users": [user.id for user in asker.users],
@@ -308,9 +305,9 @@ class Writer:
         assert self.grid is not None
         asked = {one.key for one in self.grid.texts}
         shown = [one for user in users for one in user.examples if unit_key(one) in asked]
-        self._examples = {(one.user_id, one.id): one for one in shown}
+        self.examples = {(one.user_id, one.id): one for one in shown}
         total = found.scores.values[0].numel()
-        owners = {one.user_id for one in self._examples.values()}
+        owners = {one.user_id for one in self.examples.values()}
         self._heads = ranked_for(found.scores, [user for user in users if user.id in owners], total)
         self.config = PromptConfig(**self.grid.manifest["prompt_config"])
 
@@ -323,7 +320,7 @@ class Writer:
         if not isinstance(request, dict):
             raise SteeringError("steer: send a JSON object with user, example, gamma and k")
         user, name, gamma, k = (request.get(field) for field in ("user", "example", "gamma", "k"))
-        example = self._examples.get((str(user), str(name)))
+        example = self.examples.get((str(user), str(name)))
         if example is None:
             raise SteeringError(f"steer: example {name!r:.80} of user {user!r:.80} is not on this page")
         strength = check_number(SteeringError, "steer: gamma", gamma, least=-1, most=1000)
@@ -339,16 +336,6 @@ class Writer:
         assert self.grid is not None
         yield {"heads": str(heads) if gamma else ""}
         prompt = build_prompt(self.model, example, config=self.config)
-        stream = generate(
-            self.model,
-            prompt,
-            heads=heads,
-            gamma=gamma,
-            rule=self.grid.manifest["rule"],
-            max_new_tokens=self.grid.manifest["max_new_tokens"],
-            decode_config=DecodeConfig(keep_alternatives=_ALTERNATIVES),
-            stream=True,
-        )
-        for _, text in stream:
-            yield {"text": text}
-        yield {"done": {"gamma": gamma, "k": len(heads), **written_tokens(stream.generation)}}
+        rule, length = self.grid.manifest["rule"], self.grid.manifest["max_new_tokens"]
+        written = yield from streamed(self.model, prompt, heads=heads, gamma=gamma, rule=rule, max_new_tokens=length)
+        yield {"done": {"gamma": gamma, "k": len(heads), **written_tokens(written)}}

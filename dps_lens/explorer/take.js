@@ -61,5 +61,5 @@ globalThis.taking = ({ element, nameOfPage }) => {
     return rows;
   }
 
-  return { copy, table, figure, traces };
+  return { button, copy, table, figure, traces };
 };
