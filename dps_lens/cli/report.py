@@ -157,6 +157,12 @@ def _explored(
             f"{command}: {run} is a run of 'find', which has no map for each user; give a run of 'score', or call "
             "dps_lens.explore with the found set among its families"
         )
+    if "shard" in scores.manifest:
+        typer.echo(
+            f"{command}: {run} holds the scores of part {scores.manifest['shard']} of its users; the command that made "
+            "it goes on with the others",
+            err=True,
+        )
     effects = dps.SetEffects.load(ablation) if ablation is not None else None
     beside = [_mechanism(folder) for folder in mechanism or ()]
     people = [user for user in dps.load_users(users, outputs=outputs) if user.id in {*scores.users}]

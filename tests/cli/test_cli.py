@@ -684,6 +684,15 @@ def test_demo_grows_its_page_and_keeps_more_apart(tmp_path, model):
     assert not (tmp_path / "other" / "run.json").exists()
 
 
+def test_a_page_of_part_of_a_run_says_so(tmp_path, model):
+    scored = ("score", "--out", tmp_path / "run", "--model", model, "--max-users", 3, "--max-examples", 1)
+    assert run(*scored, "--shard", "1/3").returncode == 0
+    shown = ("report", tmp_path / "run", "--out", tmp_path / "page.html", "--ks", "1", "--model", model)
+    done = run(*shown, "--gammas", 1, "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr
+    assert "holds the scores of part 1/3 of its users" in done.stderr
+
+
 def test_a_finished_page_comes_with_the_package(tmp_path):
     environment = {**os.environ, "BROWSER": "true"}
     code = "import sys; from dps_lens.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
