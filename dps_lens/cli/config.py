@@ -30,6 +30,7 @@ class EvaluateConfig(BaseModel):
     outputs: Path | None = None
     max_users: Whole | None = Field(None, ge=1)
     strict: bool = False
+    pairs: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     run: Path | None = None
     methods: tuple[str, ...] = METHODS

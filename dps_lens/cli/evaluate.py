@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, families, rule_of, template_kwargs, with_discovery
+from dps_lens.cli.checks import check_same_model, families, paired, rule_of, template_kwargs, with_discovery
 from dps_lens.cli.engines import Cpus, Gpus, RayAddress, ShardOf, Workers, engine_of, load_for, say_shard
-from dps_lens.cli.options import METHODS, Device, Force, HeldOutExamples, Strict, TemplateKwargs
+from dps_lens.cli.options import METHODS, Device, Force, HeldOutExamples, Pairs, Strict, TemplateKwargs
 from dps_lens.cli.tables import print_evaluation
 from dps_lens.extensions import is_path, load_object
 
@@ -36,6 +36,7 @@ def evaluate(
     outputs: Annotated[Path | None, typer.Option(help="LaMP outputs, when not beside the questions.")] = None,
     max_users: Annotated[int | None, typer.Option(min=1, help="Use the first so many users.")] = None,
     strict: Strict = False,
+    pairs: Pairs = None,
     chat_template_kwargs: TemplateKwargs = None,
     methods: Annotated[
         str | None,
@@ -73,7 +74,7 @@ def evaluate(
 
     given = {
         "run": run, "users": users, "outputs": outputs, "max_users": max_users,
-        "strict": strict or None, "methods": methods,
+        "strict": strict or None, "pairs": pairs, "methods": methods,
         "metrics": metrics, "strengths": strengths, "ks": ks, "layers": layers, "choose_on": choose_on,
         "max_examples": max_examples,
         "max_new_tokens": max_new_tokens, "baseline": baseline, "seed": seed, "model": model, "device": device,
@@ -84,6 +85,7 @@ def evaluate(
     with engine_of(workers, ray, cpus, gpus, shard) as engine:
         loaded = load_for(engine, wanted.model, wanted.device, wanted.dtype)
         people = dps.load_users(wanted.users, outputs=wanted.outputs, max_users=wanted.max_users, strict=wanted.strict)
+        people = paired(people, wanted.pairs)
         people = with_discovery("evaluate", people, strict=wanted.strict) if people[0].task.has_pairs else people
         table = dps.evaluate(
             loaded,

@@ -42,7 +42,7 @@ def holds_preferences(first: Record) -> bool:
 
 
 def read_preferences(
-    items: Sequence[Record], outputs: str | Path | None, load: Load, n_newest: int
+    items: Sequence[Record], outputs: str | Path | None, load: Load, n_newest: int, undecided: list[Record]
 ) -> dict[str, Callable[[], User]]:
     """Users by id, whose records are looked at when they are made.
 
@@ -53,12 +53,14 @@ def read_preferences(
         outputs: a second file: PersonaMem's contexts, or PrefEval's options in the order of the records.
         load: reads it.
         n_newest: how many of a user's pairs are kept for evaluation where the others are the history.
+        undecided: gets a record for every question that is left out, because no answer is chosen beside another.
     """
     first = items[0]
     if first.has("if_chosen"):
-        return _users(items, lambda record: record.field("user_id"), prism, n_newest)
+        return _users(items, lambda record: record.field("user_id"), partial(prism, undecided), n_newest)
     if first.has("chosen_1"):
-        return _users(items, lambda record: record.field("person_id"), _each(interactions), n_newest)
+        pairs = _each(partial(interactions, undecided))
+        return _users(items, lambda record: record.field("person_id"), pairs, n_newest)
     if first.has("all_options"):
         contexts = contexts_of(items, outputs, load)
         read = _each(partial(personamem, contexts))

@@ -23,8 +23,9 @@ _EMPTY = "EMPTY STRING"  # how PRISM writes an answer that is none
 _OPTION = re.compile(r"^\(([a-z])\)\s*", re.DOTALL)
 
 
-def prism(records: Sequence[Record]) -> list[Asked]:
-    """PRISM's utterances: opening prompts with the answers of up to four models; without those that show no choice."""
+def prism(undecided: list[Record], records: Sequence[Record]) -> list[Asked]:
+    """PRISM's utterances: opening prompts with the answers of up to four models; those that show no choice become
+    `undecided`."""
     by_interaction: dict[str, list[Record]] = {}
     for record in records:
         if record.field("turn", int) == 0:
@@ -41,11 +42,14 @@ def prism(records: Sequence[Record]) -> list[Asked]:
         rejected = tuple(text for text, chosen in answers.values() if not chosen)
         if len(taken) == 1 and rejected:
             found.append(Asked(own[0], number, own[0].field("user_prompt", str), taken[0], rejected))
+        else:
+            undecided.append(own[0])
     return found
 
 
-def interactions(record: Record) -> Iterator[Asked]:
-    """PersonalLLM's interaction database: a row a person, pair j in `prompt_j`, `response_j_a` and `response_j_b`."""
+def interactions(undecided: list[Record], record: Record) -> Iterator[Asked]:
+    """PersonalLLM's interaction database: a row a person, pair j in `prompt_j`, `response_j_a` and `response_j_b`;
+    equal answers are `undecided`."""
     j = 1
     while record.has(f"prompt_{j}"):
         chosen = record.field(f"chosen_{j}", str)
@@ -55,6 +59,8 @@ def interactions(record: Record) -> Iterator[Asked]:
         lost = answers["b" if chosen == "a" else "a"]
         if normalised(lost) != normalised(answers[chosen]):  # two models may say the same
             yield Asked(record, str(j), record.field(f"prompt_{j}", str), answers[chosen], (lost,))
+        else:
+            undecided.append(record)
         j += 1
 
 

@@ -79,15 +79,23 @@ def load_users(
     items = [Record(name, index, value) for index, value in enumerate(records)]
     if not items:
         raise DataError(f"{name} holds no records")
+    undecided: list[Record] = []
     preferences = holds_preferences(items[0]) and (task is None or task in OF_PREFERENCES)
     if preferences:
-        users = read_preferences(items, outputs, lambda path: _open(str(path)), N_NEWEST)
+        users = read_preferences(items, outputs, lambda path: _open(str(path)), N_NEWEST, undecided)
     elif not items[0].has("profile"):
         users = _from_documents(items, task)
     else:
         golds, named = _golds(source, outputs) if not items[0].has("output") else ({}, None)
         users = _from_records(items, golds, task or named)
     found = _usable(name, users, max_users, strict)
+    if undecided:
+        plural = "s" if len(undecided) > 1 else ""
+        warn(
+            f"{name}: {len(undecided)} question{plural} left out, where not one answer is chosen and another rejected "
+            f"(record {undecided[0].index} first)",
+            stacklevel=2,
+        )
     kinds = {user.task.name: user.id for user in found}
     if preferences and (len(kinds) > 1 or task not in (None, *kinds)):
         held = ", ".join(f"{kind} (user {user!r})" for kind, user in kinds.items())

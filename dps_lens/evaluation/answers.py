@@ -1,6 +1,7 @@
 """What is measured of one answer, whatever wrote it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +12,21 @@ from dps_lens.data import Example, Prompt
 from dps_lens.data.copied import copied_tokens
 from dps_lens.data.tokenizer import without_special
 from dps_lens.errors import EvaluationError
+from dps_lens.evaluation.forced import Steered
+from dps_lens.evaluation.methods import Writer
 from dps_lens.evaluation.metrics import Metric, score_text
 from dps_lens.evaluation.result import REFERENCE
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.model import HookedModel, native_attention, runner_of
 from dps_lens.model.losses import token_losses
 from dps_lens.model.positions import check_switch
+from dps_lens.scoring import Choice, answers_of
+from dps_lens.scoring.ranks import measures_of_ranks
+
+RANKS = {"preference accuracy": "accuracy"} | {
+    name: name for name in ("chance", "margin", "probability", "overconfidence")
+}
+"""Metrics of how likely answers are, and what `measures_of_ranks` calls them."""
 
 _NGRAM = 2
 
@@ -34,6 +44,7 @@ def measured(
     style: StyleMeasure | None,
     metrics: Sequence[Metric],
     profile: Sequence[int],
+    ranks: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """A row for every answer to an example.
 
@@ -45,6 +56,7 @@ def measured(
         style: of the users; None where answers come from a closed set.
         metrics: what answers are measured by.
         profile: tokens of the user's own profile, as prompts show it.
+        ranks: method → `rank_scores`, where answers are compared.
     """
     rows = []
     for (method, tokens), nll in zip(answers.items(), nlls, strict=True):
@@ -52,11 +64,61 @@ def measured(
         row: dict[str, Any] = {"user": example.user_id, "example": example.id, "method": method, "text": text}
         row["reference"] = example.reference
         row |= {} if method == REFERENCE else score_text(metrics, example.reference, text)
+        row |= (ranks or {}).get(method, {})
         if style is not None:
             row |= {"style": style(example.user_id, text), "author": style.author(example.user_id, text)}
         copied = float(copied_tokens(ids, profile, _NGRAM).mean()) if ids else 0.0
         rows.append(row | {"NLL": nll, "repeated": repeated(ids), "copied": copied, "tokens": len(ids)})
     return rows
+
+
+@torch.inference_mode()
+def rank(
+    model: HookedModel, prompts: Mapping[str, Prompt], writers: Sequence[Writer]
+) -> dict[str, Float64[Tensor, "..."]]:
+    """How likely every writer finds each answer of an example, teacher-forced.
+
+    Args:
+        model: a hooked model.
+        prompts: by what they show, with the answers.
+        writers: methods with settings.
+
+    Returns:
+        `ranks`, `Float64[Tensor, "writer answer"]`, mean NLL over the tokens of an answer, the user's own first; and
+        `length`, `Float64[Tensor, "answer"]`, tokens.
+
+    Raises:
+        PromptError: two answers are the same, or one is empty.
+    """
+    answers = {name: answers_of(prompt, Choice()) for name, prompt in prompts.items()}
+    lengths = torch.tensor([len(one.response_tokens) for one in answers["own"]], dtype=torch.float64)
+    nlls = torch.empty(len(writers), len(lengths), dtype=torch.float64)
+    groups: dict[tuple[str, int | None], list[int]] = {}
+    for index, writer in enumerate(writers):
+        # Every adapter is a model of its own.
+        groups.setdefault((writer.method.shows, index if writer.adapter else None), []).append(index)
+    for (shows, _), members in groups.items():
+        first = writers[members[0]]
+        with first.adapter.on(model, first.setting.strength) if first.adapter else nullcontext():
+            for place, prompt in enumerate(answers[shows]):
+                steered = Steered(model, prompt, answers["none"][place])
+                for index in members:
+                    writer = writers[index]
+                    heads = dict.fromkeys(writer.heads, 1.0)
+                    logits = steered.logits(writer.method.rule, writer.given, heads, writer.vector)
+                    nlls[index, place] = token_losses(logits, steered.targets).double().mean().cpu()
+    if not bool(torch.isfinite(nlls).all()):
+        raise EvaluationError(
+            f"evaluate: an answer to {prompts['own'].example_id!r} has no finite likelihood under some method; lower "
+            "the strengths, load the model in float32 or bfloat16, or see check_model(model)"
+        )
+    return {"ranks": nlls, "length": lengths}
+
+
+def rank_scores(nll: Float64[Tensor, " answer"], length: Float64[Tensor, " answer"]) -> dict[str, float]:
+    """What `rank` says of one example, by the names of the metrics."""
+    found = measures_of_ranks(nll[None].numpy(), length[None].numpy())
+    return {name: float(found[measure][0]) for name, measure in RANKS.items()}
 
 
 @torch.inference_mode()

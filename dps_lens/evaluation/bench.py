@@ -18,7 +18,7 @@ from dps_lens.data.identity import describe_inputs
 from dps_lens.data.tasks import Task
 from dps_lens.data.tokenizer import PromptTokenizer, without_special
 from dps_lens.errors import EvaluationError
-from dps_lens.evaluation.answers import fluency, measured, profile_of, text_of
+from dps_lens.evaluation.answers import fluency, measured, profile_of, rank, rank_scores, text_of
 from dps_lens.evaluation.artifacts import Artifacts, Part
 from dps_lens.evaluation.cost import COSTS, measure_costs
 from dps_lens.evaluation.methods import Method, Setting, Writer, describe, write
@@ -92,7 +92,15 @@ class Bench(Work):
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
         """What answers are measured by; settings are chosen by the first."""
-        return self.asked_metrics or metrics_of(self.task, [example.reference for example in self.examples])
+        ranked = all(example.rejected for example in (*self.examples, *self.choosing))
+        return self.asked_metrics or metrics_of(
+            self.task, [example.reference for example in self.examples], ranked=ranked
+        )
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the likelihoods of an example's answers are compared."""
+        return any(metric.ranks for metric in self.metrics)
 
     def discovery(self, user: User) -> tuple[Example, ...]:
         return user.discovery_examples() if self.task.has_pairs else ()
@@ -159,7 +167,12 @@ class Bench(Work):
             answers = {name: unit[f"tokens.{index}"] for index, name in enumerate(self.choice)}
             answers[REFERENCE] = self.cut_reference(example)
             profile = profile_of(build_prompt(self.model, example, config=self.prompt_config))
-            rows += measured(self.model, example, answers, unit["fluency"].tolist(), style, self.metrics, profile)
+            ranks = {}
+            if self.ranks:
+                scores = (rank_scores(nll, unit["length"]) for nll in unit["ranks"])
+                ranks = dict(zip(self.choice, scores, strict=True))
+            nlls = unit["fluency"].tolist()
+            rows += measured(self.model, example, answers, nlls, style, self.metrics, profile, ranks)
         frame = pd.DataFrame({"method": list(self.defined), **{name: costs[name].tolist() for name in COSTS}})
         return run.keep(Evaluation(pd.DataFrame(rows), choices, frame, self.task, run.manifest))
 
@@ -205,9 +218,10 @@ class Bench(Work):
             return self.answer(self.by_key[key], self.writers_of(self.by_key[key]))
         if key in self.choosing_by_key:
             example = self.choosing_by_key[key]
-            return self.write(
-                example, [self.writer(example, self.several[n], one, self.config.choose_on) for n, one in self.plan]
-            )
+            writers = [self.writer(example, self.several[n], one, self.config.choose_on) for n, one in self.plan]
+            if self.metrics[0].ranks:
+                return rank(self.model, self.prompts(example), writers)
+            return self.write(example, writers)
         if key == _COSTS:
             first = self.examples[0]
             return measure_costs(self.model, self.prompts(first), self.writers_of(first), self.length)
@@ -247,9 +261,12 @@ class Bench(Work):
         for key, unit in units.items():
             example = self.choosing_by_key[key]
             for index, (name, setting) in enumerate(self.plan):
+                about = {"method": name, "setting": setting, "user": example.user_id}
+                if metric.ranks:
+                    rows.append(about | rank_scores(unit["ranks"][index], unit["length"]))
+                    continue
                 text = text_of(self.model, unit[f"tokens.{index}"])
                 scores = score_text(self.metrics, example.reference, text, slow=metric.slow)
-                about = {"method": name, "setting": setting, "user": example.user_id}
                 rows.append(about | {"text": text, "reference": example.reference, **scores})
         chosen, table = {}, []
         for name, method in self.defined.items():
@@ -280,8 +297,11 @@ class Bench(Work):
         return {name: build_prompt(self.model, example, of, config=self.prompt_config) for name, of in wanted.items()}
 
     def answer(self, example: Example, writers: Sequence[Writer]) -> dict[str, Tensor]:
-        """Tokens of every row, and how the unsteered model likes them, and what the user wrote, without a profile."""
+        """Tokens of every row, and how the unsteered model likes them, and what the user wrote, without a profile; and
+        how likely each row finds the answers of a pair or a choice."""
         unit = self.write(example, writers)
+        if self.ranks:
+            unit |= rank(self.model, self.prompts(example), writers)
         none = build_prompt(self.model, example, "none", config=self.prompt_config)
         answers = [without_special(self.model, unit[f"tokens.{index}"]) for index in range(len(writers))]
         return unit | {"fluency": fluency(self.model, none, [*answers, self.cut_reference(example)])}
@@ -340,6 +360,13 @@ def _check_users(bench: Bench) -> None:
             )
     for example in bench.examples:
         check_reference(example)
+    for example in (*bench.examples, *bench.choosing) if bench.ranks else ():
+        if not example.rejected:
+            ranked = next(metric.name for metric in bench.metrics if metric.ranks)
+            raise EvaluationError(
+                f"evaluate: metric {ranked!r} compares answers, and example {example.id!r} of user "
+                f"{example.user_id!r} has one only; load pairs or choices, or make_pairs(users)"
+            )
     for method in methods:
         if isinstance(method.family, HeadScores | FoundHeads):
             check_held_out("evaluate", method.family, bench.examples)

@@ -1,7 +1,8 @@
-"""Logits of a user's own text, token by token: of the model, and of the branches that rules contrast."""
+"""Logits of a user's own text, token by token: of the model, of the branches that rules contrast, and steered."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -11,12 +12,25 @@ from torch import Tensor
 from dps_lens.data import Prompt
 from dps_lens.errors import ScoreError
 from dps_lens.heads import Head, HeadSet
-from dps_lens.intervene import Ablation, Edit, Patch, Scale, Zero, attention_for, everywhere, recording_z, window
+from dps_lens.intervene import (
+    Ablation,
+    Edit,
+    Patch,
+    Scale,
+    Zero,
+    attention_for,
+    everywhere,
+    find_ablation,
+    recording_z,
+    window,
+)
 from dps_lens.literals import Positions
-from dps_lens.model import Hooks, Residuals, Runner
+from dps_lens.model import HookedModel, Hooks, Residuals, Runner, runner_of
 from dps_lens.model.positions import check_switch
 from dps_lens.steering.decoder import adding
-from dps_lens.steering.terms import farthest_early
+from dps_lens.steering.layout import layers_to_contrast
+from dps_lens.steering.rules import Rule
+from dps_lens.steering.terms import Branch, combine, farthest_early
 from dps_lens.steering.vector import Vector
 
 Weights: TypeAlias = Mapping[Head, float]
@@ -91,3 +105,93 @@ class Forced:
         kept = torch.cat([record[layer][:, -len(full) :] for layer in layers])
         early = self.runner.resume({self.runner.cfg.n_layers: kept}, self.tokens[:, -len(full) :]).float()
         return farthest_early(full, early)
+
+
+class Steered:
+    """Logits of one prompt's response under rules; what does not depend on the strength is computed once.
+
+    Args:
+        model: a hooked model.
+        own: the prompt that is steered, with its response.
+        none: the negative prompt with the same response, for rules that need one.
+        positions: where heads are edited.
+
+    Attributes:
+        full: `Float[Tensor, "pos d_vocab"]`, of the model itself.
+        targets: `Int[Tensor, "pos"]`, the response.
+    """
+
+    def __init__(
+        self, model: HookedModel, own: Prompt, none: Prompt | None = None, positions: Positions = "response"
+    ) -> None:
+        self._model, self._none = model, none
+        self._forced = Forced(runner_of(model), own, positions)
+        self.full, self.targets = self._forced.logits(), self._forced.targets
+        self._ablated: tuple[Rule, Weights, Tensor] | None = None
+
+    def logits(
+        self,
+        rule: Rule,
+        given: Mapping[Branch, float],
+        heads: Weights | None = None,
+        vector: Vector | None = None,
+    ) -> Float[Tensor, "pos d_vocab"]:
+        """Under a rule.
+
+        Args:
+            rule: how the branches are put together; its `min_p` is left out, as a text would have no likelihood.
+            given: strengths of its terms by branch, or caps of those that every step finds.
+            heads: of the rule.
+            vector: of the rule.
+        """
+        base, heads = self.full, heads or {}
+        others: dict[Branch, Tensor] = {}
+        added: Added | None = None
+        if rule.has("scaled"):
+            base = others["scaled"] = self._forced.scaled(heads, given["scaled"])
+        elif rule.in_place:
+            assert vector is not None
+            added = self._forced.added(vector, given[rule.in_place.branch])
+            base = others[rule.in_place.branch] = self._forced.logits(added=added)
+        if rule.has("negative"):
+            others["negative"] = self._negative
+        if rule.ablating:
+            others["ablated"] = self._without(rule, heads, added)
+        if rule.has("early"):
+            others["early"] = self._early if added is None else self._early_of(base, added)
+        return combine(rule.terms, base, others, given)
+
+    def _without(self, rule: Rule, heads: Weights, added: Added | None) -> Tensor:
+        ablation = self._patch if rule.patched else masking(rule)
+        if added is not None:
+            return self._forced.ablated(ablation, heads, added)
+        # One at a time: the logits of fifty random sets would fill the memory.
+        if self._ablated is None or self._ablated[0] is not rule or self._ablated[1] != heads:
+            self._ablated = (rule, heads, self._forced.ablated(ablation, heads))
+        return self._ablated[2]
+
+    @cached_property
+    def _other(self) -> Forced:
+        assert self._none is not None
+        return Forced(self._forced.runner, self._none)
+
+    @cached_property
+    def _patch(self) -> Patch:
+        return Patch(z=self._other.z())
+
+    @cached_property
+    def _negative(self) -> Tensor:
+        return self._other.logits()
+
+    @cached_property
+    def _early(self) -> Tensor:
+        return self._early_of(self.full)
+
+    def _early_of(self, base: Tensor, added: Added | None = None) -> Tensor:
+        return self._forced.early(base, layers_to_contrast(self._model), added)
+
+
+def masking(rule: Rule) -> Ablation:
+    """What the masked branch of a rule does."""
+    term = rule.ablating
+    return find_ablation(term.ablation if term is not None and term.ablation is not None else "zero")

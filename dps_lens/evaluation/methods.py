@@ -1,5 +1,6 @@
 """Ways to answer: what is in the prompt, which rule decodes, and the settings that are to be chosen."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from dps_lens.model import HookedModel
 from dps_lens.selection import HeadSource
 from dps_lens.steering import DecodeConfig, generate
 from dps_lens.steering.rules import RULES, Rule, RuleLike, apart, find_rule
+from dps_lens.steering.terms import Branch
 from dps_lens.steering.vector import Vector
 
 Asked: TypeAlias = RuleLike | tuple[RuleLike, HeadSource]
@@ -156,6 +158,11 @@ class Writer:
     heads: HeadSet
     vector: Vector | None = None
     adapter: UserLora | None = None
+
+    @property
+    def given(self) -> dict[Branch, float]:
+        """The strengths that `generate` gives the terms of the rule."""
+        return self.method.rule.given(self.setting.strength, self.setting.strength, math.inf)
 
 
 def write(

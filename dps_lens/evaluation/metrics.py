@@ -32,6 +32,7 @@ class Metric:
         summary: how rows of answers (`user`, `text`, `reference`, scores) become one number; the mean of user means by
             default.
         slow: left out while settings are chosen.
+        ranks: it measures how likely the answers of a pair or a choice are, and not a text that is written.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Metric:
     better: Literal["higher", "lower"] = "higher"
     summary: "Callable[[pandas.DataFrame, Task], float] | None" = None
     slow: bool = False
+    ranks: bool = False
 
     @property
     def sign(self) -> int:
@@ -199,6 +201,11 @@ METRICS: dict[str, Metric] = {
         Metric("ROUGE-L (any script)", lambda reference, text: rouge(reference, text, any_script=True)["ROUGE-L"]),
         Metric("ROUGE-1 (any script)", lambda reference, text: rouge(reference, text, any_script=True)["ROUGE-1"]),
         Metric("METEOR", meteor, slow=True),
+        Metric("margin", None, ranks=True),
+        Metric("preference accuracy", None, ranks=True),
+        Metric("chance", None, ranks=True),
+        Metric("probability", None, ranks=True),
+        Metric("overconfidence", None, "lower", ranks=True),
         Metric("style", None),
         Metric("author", None),
         Metric("NLL", None, "lower"),
@@ -248,21 +255,26 @@ def _named(name: str) -> Metric:
     return METRICS[name]
 
 
-def metrics_of(task: Task, references: Iterable[str] = ()) -> tuple[Metric, ...]:
+def metrics_of(task: Task, references: Iterable[str] = (), *, ranked: bool = False) -> tuple[Metric, ...]:
     """What is measured on a task on this machine; the first is what settings are chosen by.
 
-    Where over one letter in a hundred of the references is not a–z, the words of the official ROUGE, and METEOR's, are
-    not those of the texts: ROUGE then takes words of any script, and there is no METEOR.
+    Where examples have rejected answers, `ranked`, that is the margin of `rank_answers`, under each method. Where over
+    one letter in a hundred of the references is not a–z, the words of the official ROUGE, and METEOR's, are not those
+    of the texts: ROUGE then takes words of any script, and there is no METEOR.
     """
+    names: tuple[str, ...]
     if task.name == "lamp-3":
         names = ("MAE", "RMSE")
     elif task.name in LABELS:
         names = ("accuracy", "macro-F1")
+    elif task.closed:
+        names = ("accuracy",)
     elif foreign_share(references) > _FOREIGN:
         names = ("ROUGE-L (any script)", "ROUGE-1 (any script)")
     else:
         names = ("ROUGE-L", "ROUGE-1", *(("METEOR",) if has_meteor() else ()))
-    return tuple(METRICS[name] for name in names)
+    ranks = ("margin", "preference accuracy", "chance", "overconfidence") if ranked else ()
+    return tuple(METRICS[name] for name in (*ranks, *names))
 
 
 def score_text(metrics: Iterable[Metric], reference: str, text: str, *, slow: bool = True) -> dict[str, float]:

@@ -13,17 +13,16 @@ from dps_lens.data import Example, Prompt
 from dps_lens.data.examples import choosing_examples, held_out_examples, unit_key
 from dps_lens.digests import tensor_digest
 from dps_lens.errors import SteeringError
-from dps_lens.evaluation.forced import Forced, Weights
+from dps_lens.evaluation.forced import Steered, Weights, masking
 from dps_lens.evaluation.sweep import random_of
 from dps_lens.heads import Head
-from dps_lens.intervene import Ablation, Patch, find_ablation
 from dps_lens.model.losses import token_losses
 from dps_lens.scores import HeadScores
 from dps_lens.scoring import NLL, AnswersObjective, answers_of
 from dps_lens.selection import random_sets
-from dps_lens.steering.layout import check_vector, layers_to_contrast
+from dps_lens.steering.layout import check_vector
 from dps_lens.steering.rules import Rule, check_patch
-from dps_lens.steering.terms import Branch, combine, kl_divergence
+from dps_lens.steering.terms import kl_divergence
 from dps_lens.steering.vector import Vector
 from dps_lens.validation.work import HeldOutWork
 from dps_lens.vectors.result import HeadVectors
@@ -98,7 +97,7 @@ class SweepWork(HeldOutWork):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.config.weighted:
-            parted = name in self.rules and self.ablation_of(self.rules[name]).name == "zero"
+            parted = name in self.rules and masking(self.rules[name]).name == "zero"
             if not isinstance(self.families.get(name), HeadScores) or not parted:
                 raise SteeringError(
                     f"steering_sweep: method {name!r} cannot be weighted; it needs scores, and a rule but decore"
@@ -122,11 +121,6 @@ class SweepWork(HeldOutWork):
                 check_vector("steering_sweep", self.model, vectors[user], self.rules[name])
             for example in self.examples:
                 self.vector(name, example)
-
-    def ablation_of(self, rule: Rule) -> Ablation:
-        """What the masked branch of a rule does."""
-        term = rule.ablating
-        return find_ablation(term.ablation if term is not None and term.ablation is not None else "zero")
 
     def fingerprint(self) -> dict[str, Any]:
         more: dict[str, Any] = {
@@ -185,41 +179,18 @@ class SweepWork(HeldOutWork):
         self, example: Example, own: Prompt, none: Prompt | None, sets: Mapping[str, Mapping[str, list[Weights]]]
     ) -> "_Answer":
         """One answer under every method, set and strength."""
-        every = list(self.rules.values())
-        forced = Forced(self.runner, own, self.settings.positions)
-        full = forced.logits()
-        shared: dict[Branch, Tensor] = {}
-        patch = Patch()
-        if none is not None:
-            negative = Forced(self.runner, none)
-            shared["negative"] = negative.logits()
-            patch = Patch(z=negative.z()) if any(rule.patched for rule in every) else patch
-        if any(rule.has("early") and not rule.in_place for rule in every):
-            shared["early"] = forced.early(full, layers_to_contrast(self.model))
-        answer = _Answer(token_losses(full, forced.targets).double().mean().cpu(), {})
+        steered = Steered(self.model, own, none, self.settings.positions)
+        answer = _Answer(token_losses(steered.full, steered.targets).double().mean().cpu(), {})
         for name, rule in self.rules.items():
+            vector = self.vector(name, example) if rule.needs_vectors else None
             for label, chosen in sets[name].items():
                 measured = []
                 for heads in chosen:
-                    others = dict(shared)
-                    ablation = patch if rule.patched else self.ablation_of(rule)
-                    if rule.ablating and not rule.in_place:
-                        others["ablated"] = forced.ablated(ablation, heads)
                     for strength in self.strengths:
-                        base = full
-                        if rule.has("scaled"):
-                            base = others["scaled"] = forced.scaled(heads, strength)
-                        elif rule.in_place:
-                            added = forced.added(self.vector(name, example), strength)
-                            base = others[rule.in_place.branch] = forced.logits(added=added)
-                            if rule.ablating:
-                                others["ablated"] = forced.ablated(ablation, heads, added)
-                            if rule.has("early"):
-                                others["early"] = forced.early(base, layers_to_contrast(self.model), added)
-                        given_all: dict[Branch, Any] = {term.branch: strength for term in rule.terms}
-                        steered = combine(rule.terms, base, others, given_all)
-                        loss = token_losses(steered, forced.targets).double().mean().cpu()
-                        measured.append(torch.stack([loss, kl_divergence(steered, full).double().mean().cpu()]))
+                        given = {term.branch: strength for term in rule.terms}
+                        logits = steered.logits(rule, given, heads, vector)
+                        loss = token_losses(logits, steered.targets).double().mean().cpu()
+                        measured.append(torch.stack([loss, kl_divergence(logits, steered.full).double().mean().cpu()]))
                 answer.steered[label] = torch.stack(measured).reshape(len(chosen), len(self.strengths), 2)
         return answer
 

@@ -58,14 +58,9 @@ class Mixer:
             return torch.tensor([float(values[request]) for request in running], device=device)[:, None]
 
         cap = torch.inf if self.max_gamma is None else self.max_gamma
-        self._given = {
-            term.branch: cap if term.adaptive else each(self.alphas if self.rule.by_alpha(term) else self.gammas)
-            for term in self.rule.terms
-        }
+        self._given = self.rule.given(each(self.gammas), each(self.alphas), cap)
         if self.rule.has("early"):
             self._present["early"] = torch.ones(1, 1, dtype=torch.bool, device=device)
-            if not self.rule.alone:
-                self._given["early"] = 1.0
 
     def __call__(
         self, logits: Float[Tensor, "row d_vocab"], early: Float[Tensor, "layer row d_vocab"]

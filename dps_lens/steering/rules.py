@@ -2,13 +2,15 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from dps_lens.checks import check_number
 from dps_lens.errors import SteeringError
 from dps_lens.extensions import settings_of
 from dps_lens.intervene import AblationLike, Patch, find_ablation
 from dps_lens.steering.terms import Branch, DivergenceTerm, EarlyTerm, EntropyTerm, InPlaceTerm, Term
+
+S = TypeVar("S")
 
 _SHIFTED: frozenset[Branch] = frozenset({"shifted", "heads_shifted"})
 _IN_PLACE: frozenset[Branch] = _SHIFTED | {"scaled"}
@@ -63,6 +65,24 @@ class Rule:
     def by_alpha(self, term: Term) -> bool:
         """The strength of a term is α: it contrasts prompts, or is beside a vector, which has γ."""
         return term.branch == "negative" or (term is not self.in_place and self.in_place is not None)
+
+    def given(self, gamma: S, alpha: S, cap: float) -> dict[Branch, S | float]:
+        """The strength of every term by its branch.
+
+        Args:
+            gamma: of edited branches.
+            alpha: of the others.
+            cap: of strengths that every step finds.
+        """
+
+        def of(term: Term) -> S | float:
+            if term.adaptive:
+                return cap
+            if term.branch == "early" and not self.alone:
+                return 1.0
+            return alpha if self.by_alpha(term) else gamma
+
+        return {term.branch: of(term) for term in self.terms}
 
     @property
     def needs_heads(self) -> bool:

@@ -21,6 +21,7 @@ from dps_lens.literals import AGAINST
 from dps_lens.model import HookedModel
 from dps_lens.result import Result
 from dps_lens.scoring import AnswersRun, Choice, example_run
+from dps_lens.scoring.ranks import measures_of_ranks
 from dps_lens.scoring.work import ExampleWork
 from dps_lens.stats.intervals import interval, user_means
 from dps_lens.work import BatchSize, Engine, Run, RunConfig
@@ -223,24 +224,6 @@ class AnswerRanks(Result):
         """Every measure of every example, a mean over donors."""
         found: dict[str, list[np.ndarray]] = {}
         for nll in (nll for name, nll in self.nll.items() if name.split(".")[0] == condition):
-            there = ~torch.isnan(nll).all(1).numpy()
-            whole = np.where(there[:, None], (-nll * self.length).numpy(), 0.0)
-            compared = np.where(there[:, None], (-nll).numpy(), 0.0) if per_token else whole
-            shares = np.exp(whole - np.nanmax(whole, axis=1, keepdims=True))
-            shares /= np.nansum(shares, axis=1, keepdims=True)
-            measured = {
-                "accuracy": _first_is_best(compared),
-                "chance": 1 / (~np.isnan(compared)).sum(1),
-                "margin": compared[:, 0] - np.nanmean(compared[:, 1:], axis=1),
-                "probability": shares[:, 0],
-                "overconfidence": np.nanmax(shares, axis=1) - _first_is_best(whole),
-            }
-            for name, values in measured.items():
-                found.setdefault(name, []).append(np.where(there, values, np.nan))
+            for name, values in measures_of_ranks(nll.numpy(), self.length.numpy(), per_token=per_token).items():
+                found.setdefault(name, []).append(values)
         return {name: np.nanmean(rows, axis=0) for name, rows in found.items()}
-
-
-def _first_is_best(values: Float[np.ndarray, "example answer"]) -> Float[np.ndarray, " example"]:
-    """1 where the first answer is the best, less where it shares that place."""
-    best = values == np.nanmax(values, axis=1, keepdims=True)
-    return best[:, 0] / best.sum(1)

@@ -171,7 +171,8 @@ def test_prism(tmp_path):
         )
     ]
     rows += [said(9, 0, 0, "Same.", 50, True), said(9, 0, 1, "Same.", 50, False), said(0, 1, 0, "Later.", 9, True)]
-    (user,) = load_users(write(tmp_path, "utterances.jsonl", rows))
+    with pytest.warns(UserWarning, match=r"utterances.jsonl: 1 question left out, where not one answer .*record 12 "):
+        (user,) = load_users(write(tmp_path, "utterances.jsonl", rows))
     assert user.examples[0].reference == "Bring bread 2."
     assert user.examples[0].rejected == ("Bring rain 2.",)
     assert user.examples[0].input == "Plan picnic 2"

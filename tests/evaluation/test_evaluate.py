@@ -23,6 +23,7 @@ from dps_lens.evaluation.methods import Writer, find_method
 from dps_lens.evaluation.metrics import rouge
 from dps_lens.heads import Head, HeadSet
 from dps_lens.scores import HeadScores
+from dps_lens.validation import HeldOutConfig
 from dps_lens.vectors.steerx import NothingDrivenError
 from dps_lens.vectors.style import SteeringVector, style_differences
 
@@ -447,3 +448,77 @@ def test_closed_tasks_have_no_style_and_their_own_metrics(llama):
     assert table.loc[("rag", "MAE"), "mean"] == table.loc[("rag", "RMSE"), "mean"] == 3.0
     with pytest.raises(EvaluationError, match="example 'a1': its answer 'good' is no number"):
         dps.evaluate(llama.hooked, [user("a", "good")], {"rag": "rag"}, **ONE, **OPTIONS)
+
+
+RANKED = {
+    "plain": "plain",
+    "rag": "rag",
+    "cad": "cad",
+    "dola": "dola",
+    "dps": ("dps", HEADS),
+    "dps-patch": ("dps-patch", HEADS),
+    "dps-entropy": ("dps-entropy", HEADS),
+    "amplify": ("amplify", HEADS),
+    "rag+head_vector": ("rag+head_vector", HEADS),
+    "rag+head_vector+dps": ("rag+head_vector+dps", HEADS),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(probe):
+    return dps.make_pairs(probe[:3], n_rejected=2)
+
+
+@pytest.fixture(scope="module")
+def ranked(tinies, pairs):
+    return dps.evaluate(tinies("llama").hooked, pairs, RANKED, **ONE, **OPTIONS)
+
+
+def test_answers_are_compared_as_rank_answers_does(ranked, llama, pairs):
+    found = dps.rank_answers(llama.hooked, pairs, prompt_config=PROMPT, max_examples=1)
+    for method, condition in (("rag", "own"), ("plain", "no_profile")):
+        rows = ranked.rows[ranked.rows["method"] == method].set_index("user")
+        for name in ("accuracy", "chance", "margin", "probability", "overconfidence"):
+            measured_ = rows["preference accuracy" if name == "accuracy" else name]
+            expected = found.by_user(name).set_index("user")[condition]
+            torch.testing.assert_close(measured_.to_numpy(), expected[measured_.index].to_numpy(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in RANKED if name not in ("plain", "rag")])
+def test_margins_are_those_of_the_sweep(ranked, llama, pairs, name):
+    method = RANKED[name]
+    if "vector" in name:
+        vectors = dps.head_vectors(llama.hooked, pairs, HEADS[:2], max_examples=2, prompt_config=PROMPT)
+        method = ("head_vector+dps", (vectors, HEADS)) if "dps" in name else ("head_vector", vectors)
+    # DoLa has no strength to choose, it is 1; what every step finds has no cap.
+    strength = 1.0 if name == "dola" else math.inf if name == "dps-entropy" else 0.5
+    options = {"k": 2, "n_random": 0, "max_examples": 1, "prompt_config": PROMPT}
+    config = HeldOutConfig(objective="pair")
+    sweep = dps.steering_sweep(llama.hooked, pairs, {name: method}, strengths=(strength,), held_out_config=config, **options)
+    margins = ranked.rows[ranked.rows["method"] == name].set_index("user")["margin"]
+    expected = -(sweep.nll + sweep.change[name][0])
+    torch.testing.assert_close(torch.tensor(margins[list(sweep.user_ids)].to_numpy()), expected, atol=1e-5, rtol=0)
+
+
+def test_pairs_choose_settings_by_their_margin(llama, pairs):
+    config = dps.EvaluateConfig(choose_on=1)
+    methods = {"rag": "rag", "cad": "cad"}
+    table = dps.evaluate(
+        llama.hooked, pairs, methods, strengths=(0.5, 2.0), evaluate_config=config, **OPTIONS, metrics=["margin"]
+    )
+    grid = table.choices[table.choices["method"] == "cad"]
+    # The newest discovery example of each user, under each strength, is an evaluation example here.
+    chosen_on = [replace(user, examples=user.discovery_examples()[-1:]) for user in pairs]
+    sweep = dps.steering_sweep(
+        llama.hooked, chosen_on, {"cad": "cad"}, strengths=(0.5, 2.0), n_random=0, prompt_config=PROMPT,
+        held_out_config=HeldOutConfig(objective="pair"),
+    )  # fmt: skip
+    margins = -(sweep.nll + sweep.change["cad"]).mean(1)
+    torch.testing.assert_close(torch.tensor(grid["margin"].to_numpy()), margins, atol=1e-5, rtol=0)
+    assert grid["chosen"].to_list() == (margins == margins.max()).tolist()
+    assert set(table.to_frame()["metric"]) >= {"margin", "author"} and "ROUGE-L" not in table.rows
+
+
+def test_answers_that_are_not_there_cannot_be_compared(llama, probe):
+    with pytest.raises(EvaluationError, match=r"'margin' compares answers, and example .* has one only; .*make_pairs"):
+        dps.evaluate(llama.hooked, probe[:2], {"rag": "rag"}, metrics=["ROUGE-L", "margin"], **ONE, **OPTIONS)

@@ -142,12 +142,15 @@ def _is_plain(linear: nn.Linear) -> bool:
 
 
 def _linear(linear: nn.Linear, inputs: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-    """`W xᵀ` for few rows: up to 2.5 times as fast as `x Wᵀ`, for which CPU libraries are slow at this size."""
+    """`W xᵀ` for few rows: up to 2.5 times as fast as `x Wᵀ`, for which CPU libraries are slow at this size. Three rows
+    are run as four, which are faster still."""
     rows = inputs.shape[:-1].numel()
     if rows not in _FEW_ROWS:
         return nn.functional.linear(inputs, linear.weight, linear.bias)
+    flat = inputs.reshape(rows, -1)
+    even = nn.functional.pad(flat, (0, 0, 0, rows % 2))
     # Contiguous on both sides: with the strides of a transposed input the product is slow again.
-    product = (linear.weight @ inputs.reshape(rows, -1).contiguous().T).T.contiguous()
+    product = (linear.weight @ even.contiguous().T)[:, :rows].T.contiguous()
     if linear.bias is not None:
         product += linear.bias
     return product.reshape(*inputs.shape[:-1], -1)
