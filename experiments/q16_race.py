@@ -26,7 +26,7 @@ method does not reach this KL). Every other method is reported beside, without a
 
 from collections.abc import Mapping
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -57,6 +57,9 @@ class Race(Config):
     corpora: dict[str, str] = CORPORA
     max_examples: int = 2
     k: int = 10
+    finder: Literal["gates", "rank", "greedy"] = "gates"
+    max_task_cost: float | None = 0.2
+    max_neutral_cost: float | None = 0.05
     kinds: tuple[str, ...] = ("induction", "retrieval")
     strengths: tuple[float, ...] = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
     kls: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3)
@@ -78,6 +81,9 @@ class Corpus:
             lab.model,
             self.users,
             config.k,
+            method=config.finder,
+            max_task_cost=config.max_task_cost,
+            max_neutral_cost=config.max_neutral_cost,
             max_examples=config.max_examples,
             prompt_config=config.prompt.config(),
             find_config=dps.FindConfig(n_bootstraps=0),

@@ -25,7 +25,7 @@ from dps_lens.intervene import (
 )
 from dps_lens.literals import Positions
 from dps_lens.model import BypassedHooks, HookedModel, Hooks, Residuals, runner_of
-from dps_lens.model.runner import recorders
+from dps_lens.model.runner import PromptCache, recorders
 from dps_lens.steering.terms import Branch
 
 
@@ -157,7 +157,7 @@ class Decoder:
         source = [place[row.request] if row.branch == "ablated" else index for index, row in enumerate(self.rows)]
         return torch.tensor(source, device=self.device)
 
-    def _prefill(self) -> object:
+    def _prefill(self) -> Any:
         """Everything before the last prompt token: once a prompt, or once a branch where branches differ there."""
         if self.positions == "response":
             rows = torch.cat([self.tokens, self.mask], dim=1)
@@ -165,7 +165,7 @@ class Decoder:
             first = torch.stack([(same == index).nonzero()[0, 0] for index in range(int(same.max()) + 1)])
             with BypassedHooks(self.model):
                 prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first, :-1])
-            return self.runner.start_decoding(prompt, same, self._room)
+            return self._start(prompt, same)
 
         def profile(n_pos: int) -> Selection:
             return self._profile
@@ -175,7 +175,11 @@ class Decoder:
             BypassedHooks(self.model),
         ):
             prompt = self.runner.prefill(self.tokens[:, :-1], self.mask[:, :-1])
-        return self.runner.start_decoding(prompt, torch.arange(len(self.tokens), device=self.tokens.device), self._room)
+        return self._start(prompt, torch.arange(len(self.tokens), device=self.tokens.device))
+
+    def _start(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
+        """A growing cache whose row i continues row `rows[i]` of the prompts."""
+        return self.runner.start_decoding(prompt, rows, self._room)
 
     @torch.inference_mode()
     def step(
@@ -191,11 +195,17 @@ class Decoder:
         column = self.tokens[:, -1:] if tokens is None else tokens[:, None]
         with self._lean:
             logits = self.runner.step(column, self._cache, self.mask if any(self._gaps) else None).float()
+        return logits, self._read_early(logits, column)
+
+    def _read_early(
+        self, logits: Float[Tensor, "row d_vocab"], column: Int[Tensor, "row 1"]
+    ) -> Float[Tensor, "layer row d_vocab"]:
+        """Logits read off the early layers at this step."""
         if not self._early:
-            return logits, logits.new_empty(0, *logits.shape)
+            return logits.new_empty(0, *logits.shape)
         stacked = torch.cat(list(self._early.values()))
         read = self.runner.resume({self.runner.cfg.n_layers: stacked}, column[:1])
-        return logits, read.float().reshape(len(self._early), *logits.shape)
+        return read.float().reshape(len(self._early), *logits.shape)
 
     @torch.inference_mode()
     def keep(self, rows: Bool[Tensor, " row"]) -> None:

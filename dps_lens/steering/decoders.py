@@ -10,17 +10,21 @@ from torch import Tensor
 
 from dps_lens.model import HookedModel
 from dps_lens.model.positions import is_long
+from dps_lens.steering.compiled import CompiledDecoder
 from dps_lens.steering.decoder import Decoder, Row
 
 
-def decoder_of(model: HookedModel, rows: Sequence[Row], **options: Any) -> "Decoder | Decoders":
-    """One decoder where all rows may share a pass; `options` as of `Decoder`.
+def decoder_of(
+    model: HookedModel, rows: Sequence[Row], *, compiled: bool = False, **options: Any
+) -> "Decoder | Decoders":
+    """One decoder where all rows may share a pass; `options` as of `Decoder`, or of `CompiledDecoder`.
 
     Rows on both sides of a length at which the model's rotary factors change may not: a batch takes those of its
     longest row.
     """
     groups = [[row for row in rows if is_long(model, len(row.tokens) - 1) is side] for side in (False, True)]
-    parts = [Decoder(model, group, **options) for group in groups if group]
+    kind = CompiledDecoder if compiled else Decoder
+    parts = [kind(model, group, **options) for group in groups if group]
     return parts[0] if len(parts) == 1 else Decoders(parts)
 
 

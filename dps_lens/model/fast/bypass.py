@@ -31,7 +31,8 @@ class BypassedHooks:
     Right because a component without hooks only calls the module inside it; which have hooks is asked once, here.
     """
 
-    def __init__(self, model: HookedModel) -> None:
+    def __init__(self, model: HookedModel, *, linears: bool = True) -> None:
+        self._few = linears
         self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         self._linears: list[nn.Linear] = []
         self._silent: list[nn.Module] = []
@@ -62,7 +63,7 @@ class BypassedHooks:
                 plain = plain.original_component
             if plain is not child:
                 self._places.append((parent, name, child, plain))
-            if type(plain) is nn.Linear and _is_plain(plain):
+            if self._few and type(plain) is nn.Linear and _is_plain(plain):
                 self._linears.append(plain)
             self._walk(plain.original_component if _is_component(plain) else plain)
 
