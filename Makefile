@@ -5,7 +5,7 @@ TL3_VENV ?= .venv-tl3
 TEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo figures atlas showcase notebooks docs test test-full test-tl3 check format clean
+.PHONY: help demo figures atlas showcase notebooks docs gpu test test-full test-tl3 check format clean
 
 help:
 	@echo "make demo       find heads of a small model that carry the probe users' preferences; writes runs/demo/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make showcase   the page that 'dps-lens demo --show' opens, made anew"
 	@echo "make notebooks  the notebooks with their outputs, executed anew"
 	@echo "make docs       the documentation, into build/docs"
+	@echo "make gpu        what one GPU does: tests, decoding and sweeps of an 8B shape, floors; 8 minutes, into gpu.json"
 	@echo "make test       the tests"
 	@echo "make test-full  the tests, with those that take minutes"
 	@echo "make test-tl3   the tests with a HookedTransformer of transformer-lens 3.9"
@@ -58,6 +59,9 @@ notebooks: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(VENV)/bin/mkdocs build --strict --quiet
+
+gpu: $(VENV)/.dev
+	$(VENV)/bin/python benchmarks/gpu.py
 
 test: $(VENV)/.dev
 	$(TEST) -m "not full"

@@ -66,7 +66,7 @@ def load(device: str, name: str) -> tuple[dps.HookedModel, Any]:
 
 
 def sides(
-    model: dps.HookedModel, bare: Any, users: Sequence[int], n_prompt: int
+    model: dps.HookedModel, bare: Any, users: Sequence[int], n_prompt: int, compiled: bool = False
 ) -> dict[str, tuple[int, Callable[[int], object]]]:
     """What is compared: name → (users in the batch, a function of the number of tokens)."""
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def sides(
     def shaped(one: dps.HeadSet) -> dps.HeadSet:
         return dps.HeadSet(one, shape=(model.cfg.n_layers, model.cfg.n_heads))
 
-    def steer(n_users: int, **options: Any) -> Callable[[int], object]:
+    def steer(n_users: int, *, compiled: bool = False, **options: Any) -> Callable[[int], object]:
         prompts = prompts_of(model.cfg, n_users, n_prompt)
         rule = find_rule(options.get("rule", "dps"))
         without = prompts_of(model.cfg, n_users, n_prompt // 2) if rule.needs_negative else None
@@ -91,7 +91,7 @@ def sides(
             vectors=vectors if rule.needs_vectors else None,
             max_new_tokens=n,
             negative_prompts=without,
-            decode_config=dps.DecodeConfig(stop_at_eos=False),
+            decode_config=dps.DecodeConfig(stop_at_eos=False, compile=compiled),
             **options,
         )
 
@@ -108,6 +108,9 @@ def sides(
     found["cad, 1 user"] = (1, steer(1, rule="cad"))
     found["dola, 1 user"] = (1, steer(1, rule="dola"))
     found["amplify, 1 user"] = (1, steer(1, rule="amplify"))
+    if compiled:
+        found["dps, 1 user, compiled"] = (1, steer(1, compiled=True))
+        found["dps-patch, 1 user, compiled"] = (1, steer(1, compiled=True, rule="dps-patch"))
     return found
 
 
@@ -119,11 +122,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--users", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also steps that torch compiles, which takes minutes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model, bare = load(arguments.device, arguments.model)
     clock = time.process_time if arguments.device == "cpu" else cuda_clock
-    compared = sides(model, bare, arguments.users, arguments.prompt)
+    compared = sides(model, bare, arguments.users, arguments.prompt, arguments.compile)
     times: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "token": []} for name in compared}
     for repeat in range(arguments.repeats + 1):
         for name, (_, run) in compared.items():

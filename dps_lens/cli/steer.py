@@ -91,6 +91,9 @@ def steer(
     top_p: float | None = None,
     seed: int = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 8,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Let torch compile the decoding step; worth it on a GPU.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Write here instead of printing, and go on where it stopped; with --chat, add the answers."),
@@ -123,7 +126,9 @@ def steer(
             vector_of(added, whose)
     sampling_of(defaults)
     config_of_prompts = dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs))
-    config = dps.DecodeConfig(ablation=ablation_of(ablation), min_p=min_p, max_kl=max_kl, target_kl=target_kl)
+    config = dps.DecodeConfig(
+        ablation=ablation_of(ablation), min_p=min_p, max_kl=max_kl, target_kl=target_kl, compile=compiled
+    )
     shared: dict[str, Any] = {"rule": chosen_rule, "positions": positions, "max_new_tokens": max_new_tokens}
     asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, strict, defaults, chosen_rule, added)
     if chat and out is not None and not force:

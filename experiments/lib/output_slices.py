@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 import dps_lens as dps
-from dps_lens.data import Example
+from dps_lens.data import Prompt
 from dps_lens.model import HookedModel, Hooks
-from dps_lens.runs import RunFolder, kept
-from dps_lens.scoring import NLL, CleanRun, single_heads
+from dps_lens.scoring import NLL, CleanRun
 from dps_lens.scoring.sweep import Sweep
+from dps_lens.work import Engine, Run
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,48 +46,43 @@ class SliceRun(CleanRun):
         return Slices(masks)
 
 
+class SliceSweep(Sweep):
+    """`score_heads` of slices."""
+
+    def clean_run(self, prompt: Prompt, condition: str) -> SliceRun:
+        return SliceRun(self.runner, prompt, batch_size=self.batch_size)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {"call": "score_slices"}
+
+
 def score_slices(
     model: HookedModel,
     users: Sequence[dps.User],
     *,
     prompt_config: dps.PromptConfig,
     max_examples: int,
+    against: Literal["no_profile"] | None = "no_profile",
+    score_config: dps.ScoreConfig | None = None,
     out: Path | None = None,
+    engine: Engine | None = None,
 ) -> dps.HeadScores:
-    """The profile-specific score of every output slice, response positions; resumable."""
-    sweep = Sweep(
+    """The score of every output slice at response positions, by default the profile-specific one; resumable."""
+    run = Run(model, dps.HeadScores, out, engine)
+    sweep = SliceSweep(
         model=model,
         users=list(users),
         ablation=dps.Zero(),
-        against="no_profile",
+        against=against,
         objective=NLL(),
         positions="response",
         method="exact",
         max_examples=max_examples,
         prompt_config=prompt_config,
-        config=dps.ScoreConfig(),
+        config=score_config or dps.ScoreConfig(),
         seed=0,
         batch_size="auto",
     )
-    fingerprint = sweep.fingerprint() | {"call": "score_slices"}
-    folder = RunFolder(out, fingerprint) if out else None
-    shape = (model.cfg.n_layers, model.cfg.n_heads)
-
-    def unit(example: Example) -> dict[str, Tensor]:
-        change = []
-        for condition in ("own", "no_profile"):
-            (prompt,) = sweep.prompts(example, condition)
-            clean = SliceRun(sweep.runner, prompt)
-            change.append(clean.ablated(single_heads(*shape)) - clean.nll)
-        return {"value": (change[0] - change[1]).float().reshape(shape)}
-
-    values = [kept(folder, f"{e.user_id}|{e.id}", partial(unit, e))["value"] for e in sweep.examples]
-    scores = dps.HeadScores(
-        torch.stack(values),
-        example_ids=[example.id for example in sweep.examples],
-        user_ids=[example.user_id for example in sweep.examples],
-        manifest=fingerprint | {"family": "output slices"},
-    )
-    if out:
-        scores.save(out)
-    return scores
+    run.open(sweep.fingerprint)
+    units = run.units(sweep, list(sweep.by_key), "scoring output slices")
+    return run.keep(sweep.collect(units, run.manifest | {"family": "output slices"}))
