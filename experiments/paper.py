@@ -43,6 +43,7 @@ import dps_lens as dps
 from dps_lens.cli.engines import engine_of, load_for
 from dps_lens.data import User
 from dps_lens.data.conditions import prompts_in
+from dps_lens.errors import DataError
 from dps_lens.evaluation.methods import Asked
 from dps_lens.files import write_text
 from dps_lens.model import runner_of
@@ -295,7 +296,7 @@ def budget(config: Paper, lab: Lab) -> pd.DataFrame:
         task = Task(name, config, lab, None)
         users = task.users
         if not users:
-            raise dps.DataError(f"paper: no user of {name} has both older and held-out examples; raise max_users")
+            raise DataError(f"paper: no user of {name} has both older and held-out examples; raise max_users")
         cfg, prompt = lab.model.cfg, config.prompt.config()
         (own,) = prompts_in(lab.model, users[0].examples[-1], "own", users, config=prompt)
         run = CleanRun(runner_of(lab.model), own)

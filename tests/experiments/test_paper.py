@@ -28,8 +28,9 @@ TINY = {
 def varied(fields, number):
     """Documents that differ, whose answers differ."""
     word = WORDS[number % len(WORDS)]
-    fixed = ("score", "tag", "overall", "year")
-    return {name: value if name in fixed else f"{value} Of the {word} {number}." for name, value in fields.items()}
+    fixed = ("score", "tag", "overall")
+    found = {name: value if name in fixed else f"{value} Of the {word} {number}." for name, value in fields.items()}
+    return found | ({"year": fields["year"] + number} if "year" in fields else {})
 
 
 def lamp(folder, task, n_users=3, n_documents=6):
