@@ -1,7 +1,7 @@
 "use strict";
 
 /** The tab where a live page is asked. It is given the page's tools, and gives back what the page draws and calls. */
-globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf, go, take, walk }) => {
+globalThis.asking = ({ data, $, element, options, grouped, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf, go, take, walk }) => {
   const start = data.live, [shown] = start.examples, PASTED = "";
   const fresh = {
     user: shown.user, prompt: shown.prompt, text: shown.text, documents: "", heads: data.tops.join(","),
@@ -213,7 +213,7 @@ globalThis.asking = ({ data, $, element, options, table, number, tokens, lines, 
     if (!answers.length) field("answers").append(element("p", "Measure: what the model loses without these heads. Write: a text steered with them.", { class: "hint" }));
   }
 
-  options(field("user"), [...start.users.map((user) => [user, user]), [PASTED, "pasted documents"]]);
+  field("user").replaceChildren(...grouped(start.users), element("option", "pasted documents", { value: PASTED }));
   options(field("example"), [["", "your own question"], ...start.examples.map((one) => [one.key, `${one.user}: ${one.example}`])]);
   for (const name of ["ablation", "rule"]) options(field(name), start[`${name}s`].map((one) => [one, one]));
   for (const name of Object.keys(fresh)) field(name).addEventListener(field(name).tagName === "SELECT" ? "change" : "input", (event) => { change({ [name]: event.target.value }); });

@@ -104,8 +104,22 @@ function element(tag, text, attributes = {}) {
   return found;
 }
 
+const MANY_USERS = 15;
+
 function options(select, entries) {
   select.replaceChildren(...entries.map(([value, text]) => element("option", text, { value })));
+}
+
+/** Users for a selector: by what stands before a colon, where all users have that and some share it. */
+function grouped(users) {
+  const group = (user) => user.slice(0, Math.max(user.indexOf(":"), 0)), all = new Set(data.users.map(group));
+  const entry = (user) => element("option", user, { value: user });
+  if (all.has("") || all.size < 2 || all.size === data.users.length) return users.map(entry);
+  return [...new Set(users.map(group))].map((name) => {
+    const found = element("optgroup", undefined, { label: name });
+    found.append(...users.filter((user) => group(user) === name).map(entry));
+    return found;
+  });
 }
 
 /** What a word of a table means. */
@@ -547,7 +561,7 @@ async function write() {
 
 const take = globalThis.taking({ element, nameOfPage: document.title });
 const topOf = (name, k) => { const rank = ranks(name, EVERYBODY); return [...rank.keys()].sort((a, b) => rank[a] - rank[b]).slice(0, k).map(nameOf); };
-const ask = data.live ? globalThis.asking({ data, $, element, options, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf: () => state, go, take, walk }) : null;
+const ask = data.live ? globalThis.asking({ data, $, element, options, grouped, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf: () => state, go, take, walk }) : null;
 const onMap = () => `${state.map} ${state.user || "all users"}`;
 $("map-take").append(take.figure($("heatmap"), onMap, listed),
   take.copy("Copy heads as Python", () => `dps.HeadSet.parse(${JSON.stringify(data.tops.join(","))})`), take.copy("Copy link", () => location.href));
@@ -587,7 +601,26 @@ addEventListener("beforeprint", () => {
 });
 addEventListener("afterprint", draw);
 
-options($("user"), [[EVERYBODY, `mean of ${data.users.length} users`], ...data.users.map((user) => [user, user])]);
+/** The selector with the users whose names hold a text; the chosen one stays. */
+function offer(wanted) {
+  const found = data.users.filter((user) => user.toLowerCase().includes(wanted.trim().toLowerCase()));
+  const shown = state.user === EVERYBODY || found.includes(state.user) ? found : [state.user, ...found];
+  $("user").replaceChildren(element("option", `mean of ${data.users.length} users`, { value: EVERYBODY }), ...grouped(shown));
+  $("user").value = state.user;
+  return found;
+}
+offer("");
+if (data.users.length > MANY_USERS) {
+  $("finding").hidden = false;
+  $("find-user").addEventListener("input", (event) => {
+    const found = offer(event.target.value);
+    event.target.setCustomValidity(found.length ? "" : "no user of this name");
+  });
+  $("find-user").addEventListener("keydown", (event) => {
+    const found = event.key === "Enter" ? offer(event.target.value) : [];
+    if (found.length) { $("user").value = found[0]; $("user").dispatchEvent(new Event("change")); }
+  });
+}
 options($("map"), [...Object.keys(data.maps), ...defined].map((name) => [name, isFamily(name) ? `family: ${words(name)}` : name]));
 options($("view"), views.map((view) => [view.key, `${view.user}: ${view.example}`]));
 options($("text"), texts.map(([key, one]) => [key, `${one.user}: ${one.example}`]));

@@ -19,6 +19,12 @@ Column: TypeAlias = Literal["icml", "cvpr", "acl", "acl-wide", "neurips", "iclr"
 WIDTHS: dict[str, int] = {"icml": 312, "cvpr": 312, "acl": 291, "acl-wide": 605, "neurips": 528, "iclr": 528}
 """Of a column or, where there is one column only, of the text, in px; 1 px is 0.75 pt."""
 
+FONTS = {
+    "serif": "Times New Roman, Tinos, Liberation Serif, serif",
+    "sans": "Helvetica, Arial, Liberation Sans, sans-serif",
+}
+"""Families by their kind, the first that this machine has."""
+
 FORMATS = ("html", "csv", "pdf", "png", "svg")
 _LABELS, _TICKS = 10.7, 9.3
 _LONG = 40
@@ -36,6 +42,8 @@ def export(
     formats: Sequence[str] = ("html", "pdf", "png"),
     column: Column | None = None,
     height: int | None = None,
+    font: str | None = None,
+    panel: str | None = None,
 ) -> list[Path]:
     """Write a figure, one file a format.
 
@@ -46,6 +54,8 @@ def export(
             CSV holds the numbers, as `points` gives them.
         column: fit the column width of a venue, in its sizes of letters; titles go, as a caption is there.
         height: in px, where the figure's own does not fit.
+        font: of all letters: `"serif"`, `"sans"`, or a family that this machine has.
+        panel: a letter that stands in bold brackets above the left edge, for figures of several panels.
 
     Returns:
         the files.
@@ -58,6 +68,8 @@ def export(
     if column is not None and column not in WIDTHS:
         raise PlotError(f"export: column {column!r} is unknown; use {', '.join(WIDTHS)}")
     figure, path, written = go.Figure(figure), Path(path), []
+    if font is not None:
+        figure.update_layout(font={"family": FONTS.get(font, font)})
     path.parent.mkdir(parents=True, exist_ok=True)
     if "html" in formats:
         written.append(path.with_name(f"{path.name}.html"))
@@ -69,6 +81,8 @@ def export(
         fit(figure, WIDTHS[column])
     if height is not None:
         figure.update_layout(height=height)
+    if panel is not None:
+        _lettered(figure, panel)
     for name in (name for name in formats if name not in ("html", "csv")):
         file = path.with_name(f"{path.name}.{name}")
         with replacing(file) as temporary:
@@ -100,6 +114,20 @@ def fit(figure: go.Figure, width: int) -> None:
         figure.add_annotation(text="<br>".join(notes), align="left", showarrow=False, **above)
     figure.update_annotations(font={"size": _TICKS})
     figure.for_each_trace(_smaller, selector={"type": "scatter"})
+
+
+def _lettered(figure: go.Figure, letter: str) -> None:
+    """A letter at the upper left corner of the picture, in place."""
+    corner = {"x": 0, "xref": "paper", "xanchor": "right", "y": 1, "yref": "paper", "yanchor": "bottom"}
+    size = figure.layout.font.size or 14
+    figure.add_annotation(
+        text=f"<b>({letter})</b>",
+        showarrow=False,
+        xshift=-18,
+        yshift=2,
+        font={"size": size, "color": "black"},
+        **corner,
+    )
 
 
 def _colour_bars(figure: go.Figure) -> list[str]:

@@ -152,9 +152,18 @@ def test_one_task_end_to_end(asked, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.full
-def test_every_task_on_the_depth_of_8b(asked, tmp_path):
+def test_the_depth_and_heads_of_8b(asked, tmp_path):
+    run(asked, tmp_path, "lamp-5", more=["--model", str(asked / "deep")])
+    table = check_cells(tmp_path, "lamp-5")
+    assert "DPS as published" in table.index
+    atlas = dps.load_atlas(tmp_path / "lamp-5" / "atlas")
+    assert len(atlas.to_frame()) >= 1
+
+
+@pytest.mark.full
+def test_every_task(asked, tmp_path):
     tasks = ("lamp-1", "lamp-2", "lamp-3", "lamp-5", "lamp-7", "longlamp-abstract", "longlamp-review", "longlamp-topic")
-    run(asked, tmp_path, *tasks, more=["--model", str(asked / "deep")])
+    run(asked, tmp_path, *tasks)
     for task in tasks:
         table = check_cells(tmp_path, task)
         assert ("head vectors" in table.index) is (task not in paper.LABELLED)

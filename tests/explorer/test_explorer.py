@@ -427,6 +427,30 @@ def test_large_runs_stay_usable(tmp_path, open_page):
     assert not opened.problems
 
 
+def test_many_users_are_found_and_grouped(tmp_path, open_page):
+    users = [
+        f"{site}:{name}" for site in ("blog", "news") for name in ("ann", "bo", "cy", "dee", "eve", "fay", "gil", "hal")
+    ]
+    values = torch.randn(16, 3, 4, generator=torch.Generator().manual_seed(0))
+    scores = dps.HeadScores(
+        values, example_ids=["e"] * 16, user_ids=users, manifest={"model": {"name": "m", "n_layers": 3, "n_heads": 4}}
+    )
+    page = open_page(Exploration(scores=scores, heads=scores.top(3)).write(tmp_path / "many.html").as_uri()).page
+    groups = page.locator("#user optgroup")
+    assert [group.get_attribute("label") for group in groups.all()] == ["blog", "news"]
+    assert groups.nth(1).locator("option").count() == 8
+    page.fill("#find-user", "DEE")
+    assert page.locator("#user optgroup option").all_inner_texts() == ["blog:dee", "news:dee"]
+    assert page.locator("#user").input_value() == ""
+    page.press("#find-user", "Enter")
+    assert page.locator("#user").input_value() == "blog:dee"
+    assert "user=blog%3Adee" in page.url
+    page.fill("#find-user", "news:h")
+    assert page.locator("#user option").all_inner_texts()[1:] == ["blog:dee", "news:hal"], "the chosen one stays"
+    page.fill("#find-user", "nobody")
+    assert page.locator("#find-user").evaluate("field => field.validationMessage") == "no user of this name"
+
+
 def test_what_does_not_fit_is_said(explored, monkeypatch, tmp_path, open_page):
     monkeypatch.setattr("dps_lens.explorer.page.MAX_VALUES", 10)
     assert content(explored)["examples"] is None

@@ -310,6 +310,20 @@ def test_export_writes_vectors_with_fonts(scores, tmp_path, browser_path):
     assert not list(tmp_path.glob(".*")), "no half files"
 
 
+def test_letters_and_panels_of_a_paper(scores, tmp_path, browser_path):
+    from pypdf import PdfReader
+
+    given = heatmap(scores)
+    plots.export(given, tmp_path / "map", formats=("pdf",), column="acl", font="serif", panel="b")
+    (page,) = PdfReader(tmp_path / "map.pdf").pages
+    fonts = {str(font.get_object()["/BaseFont"]) for font in page["/Resources"]["/Font"].values()}
+    # The first of the family that this machine has, and the bold of the letter.
+    assert all(any(name in font for name in ("Times", "Tinos", "Liberation", "Serif")) for font in fonts), fonts
+    assert any("Bold" in font for font in fonts)
+    assert "(b)" in page.extract_text()
+    assert not given.layout.annotations, "the figure itself stays as it was"
+
+
 def test_the_numbers_of_a_figure_are_those_that_it_was_drawn_from(scores, tmp_path):
     [file] = plots.export(heatmap(scores), tmp_path / "map", formats=("csv",))
     found = pd.read_csv(file)
