@@ -13,7 +13,7 @@ from dps_lens.atlas import Atlas, atlas_of, published
 from dps_lens.errors import HeadError, ScoreError
 from dps_lens.heads import Head, HeadSet
 from dps_lens.result import Result
-from dps_lens.scores import t_quantile
+from dps_lens.scores import HeadScores, t_quantile
 
 if TYPE_CHECKING:
     import pandas
@@ -225,3 +225,12 @@ class FoundHeads(Result):
             rows.append(row)
         columns = ["name", "layer", "head", "place", "value", "role", "inclusion", "low", "high", "folds"]
         return pd.DataFrame(rows, columns=columns).astype({"place": "Int64"})
+
+
+def load_heads(run: str | Path) -> HeadScores | FoundHeads:
+    """What a run folder of `score_heads` or `find_heads` holds.
+
+    Raises:
+        ScoreError: it holds neither.
+    """
+    return FoundHeads.load(run) if (Path(run) / f"{FoundHeads.stem}.json").is_file() else HeadScores.load(run)

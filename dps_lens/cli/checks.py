@@ -54,10 +54,9 @@ def template_kwargs(text: str | None) -> dict[str, Any]:
 
 def heads_of(run: Path) -> "HeadScores | FoundHeads":
     """What a run folder of 'score' or 'find' holds."""
-    from dps_lens.found import FoundHeads
-    from dps_lens.scores import HeadScores
+    from dps_lens.found import load_heads
 
-    return FoundHeads.load(run) if (run / f"{FoundHeads.stem}.json").is_file() else HeadScores.load(run)
+    return load_heads(run)
 
 
 def first_of(heads: "HeadScores | FoundHeads", k: int | None) -> "HeadSet":
