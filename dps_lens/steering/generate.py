@@ -41,7 +41,7 @@ from dps_lens.steering.vector import Vector
 # Norms inside the model take squares, which overflow unseen: what comes out of them is 0, not infinity.
 _MOST_IN_PLACE = 1e6
 
-_BLOCK = 8
+_BLOCK, _BLOCK_BYTES = 8, 2**28
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def generate(
     mixer = Mixer(chosen, gammas, alphas, config.max_gamma, config.min_p, config.max_kl, config.target_kl)
     options = {"ablation": ablation, "positions": positions, "early": early, "room": max_new_tokens}
     decoder = decoder_of(model, rows, compiled=config.compile, **options)
-    written = _decode(decoder, mixer, Chooser(samplings), steps, max_new_tokens, ends, config)
+    written = _decode(decoder, mixer, Chooser(samplings), steps, max_new_tokens, ends, config, model.cfg.d_vocab)
     if stream:
         return TextStream(written, steps)
     with decoder:
@@ -251,10 +251,14 @@ def _decode(
     max_new_tokens: int,
     ends: set[int],
     config: DecodeConfig,
+    d_vocab: int,
 ) -> Iterator[list[int]]:
     """Some steps at a time; yields the requests that got tokens, which are in `steps`."""
     running, token = list(range(steps.rows)), None
-    order, block = _lay_out(decoder, mixer, running), _BLOCK if config.compile else 1
+    order, block = _lay_out(decoder, mixer, running), 1
+    if config.compile:
+        # The logits of a block are held until its ends are looked for.
+        block = max(1, min(_BLOCK, _BLOCK_BYTES // (8 * len(running) * d_vocab)))
     with progress_bar(total=max_new_tokens, desc="generating", unit="token", shown=config.progress) as bar:
         for done in range(0, max_new_tokens, block):
             ran, going = running, torch.ones(len(running), dtype=torch.bool)

@@ -7,6 +7,8 @@ import torch._dynamo as dynamo
 
 import dps_lens as dps
 from dps_lens.heads import HeadSet
+from dps_lens.steering import compiled
+from dps_lens.steering.compiled import program_of
 
 N = 12
 SETS = [HeadSet.parse(names) for names in ("L0H1,L2H3", "L1H0")]
@@ -17,6 +19,7 @@ def main() -> None:
     model = dps.load_model(sys.argv[1])
     vectors = [dps.HeadVector(torch.randn(len(one), model.cfg.d_head), HeadSet(one, shape=(3, 4))) for one in SETS]
     dps_heads = {"rule": "dps", "heads": SETS, "gamma": 0.7}
+    program_of(model)  # which is traced once to see whether it goes
     calls = (
         (TEXTS, dps_heads, 1),
         (TEXTS, dps_heads | {"heads": SETS[::-1], "gamma": 0.3}, 1),  # other heads and strengths
@@ -29,8 +32,8 @@ def main() -> None:
     dynamo.utils.counters.clear()
     for prompts, given, graphs in calls:
         written = [
-            dps.generate(model, prompts, max_new_tokens=N, decode_config=dps.DecodeConfig(compile=compiled), **given)
-            for compiled in (False, True)
+            dps.generate(model, prompts, max_new_tokens=N, decode_config=dps.DecodeConfig(compile=compiled_), **given)
+            for compiled_ in (False, True)
         ]
         assert [row.tolist() for row in written[0].tokens] == [row.tolist() for row in written[1].tokens], given["rule"]
         counted = dynamo.utils.counters
@@ -39,5 +42,19 @@ def main() -> None:
         assert counted["stats"]["unique_graphs"] == graphs, (given["rule"], counted["stats"])
 
 
+def traced(folder: str) -> None:
+    """Another architecture, traced whole, and run as it was traced."""
+    compiled._BACKEND = "eager"
+    model = dps.load_model(folder)
+    given = {"rule": "dps", "heads": SETS, "gamma": 0.7, "max_new_tokens": N}
+    plain, ours = (
+        dps.generate(model, TEXTS, decode_config=dps.DecodeConfig(compile=compiled_), **given)
+        for compiled_ in (False, True)
+    )
+    assert [row.tolist() for row in plain.tokens] == [row.tolist() for row in ours.tokens], folder
+
+
 if __name__ == "__main__":
     main()
+    for folder in sys.argv[2:]:
+        traced(folder)

@@ -1,19 +1,23 @@
 """The compiled step writes what the plain one writes: every rule, every architecture, rows that leave."""
 
+import copy
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
+import transformers
 from conftest import no_hooks_left
 
 import dps_lens as dps
 from dps_lens.errors import ModelCheckError, SteeringError
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Ablation, Mean
-from dps_lens.model.fast.program import StepProgram
+from dps_lens.model import wrap_model
 from dps_lens.steering import compiled, generate
 from dps_lens.steering.compiled import program_of
 
@@ -27,8 +31,9 @@ OF_HEADS = ("dps", "decore", "amplify")
 @pytest.fixture
 def as_it_stands(monkeypatch):
     """The same step without torch.compile, which takes seconds a rule: compared are the edits and the caches."""
-    monkeypatch.setattr(compiled, "StepProgram", lambda model, **_: StepProgram(model, compiled=False))
-    monkeypatch.setattr(compiled, "_KEPT", "_as_it_stands")
+    monkeypatch.setattr(compiled, "_BACKEND", None)
+    monkeypatch.setattr(compiled, "_PROGRAMS", WeakKeyDictionary())
+    monkeypatch.setattr(compiled, "tried", lambda model, name, trial: trial())
 
 
 @pytest.fixture
@@ -163,11 +168,78 @@ def test_what_a_compiled_step_cannot_do_is_refused(llama, prompts):
         generate(llama.hooked, decode_config=dps.DecodeConfig(compile=True, ablation=Sharper()), **given)
 
 
+@pytest.mark.usefixtures("as_it_stands")
+def test_long_prompts_in_windows(tinies, probe):
+    """Sliding windows of 24 positions, caches past a border of 256, and a second batch in the first one's cache."""
+    for name in ("gemma3", "gemma2", "llama"):
+        model = tinies(name).hooked
+        config = dps.PromptConfig(items=8, profile_tokens=260, task_tokens=60)
+        prompts = {
+            which: [dps.build_prompt(model, user.examples[0], which, config=config) for user in probe[:3]]
+            for which in ("own", "none")
+        }
+        assert max(len(prompt.tokens) for prompt in prompts["own"]) > 256
+        for rule in ("dps", "decore", "dps"):
+            same(model, asked(model, rule, prompts))
+
+
+@pytest.mark.usefixtures("as_it_stands")
+def test_two_streams_do_not_share_a_cache(llama, prompts):
+    given, config = asked(llama.hooked, "dps", prompts), dps.DecodeConfig(compile=True)
+    whole = generate(llama.hooked, max_new_tokens=N, **given).texts
+    streams = [generate(llama.hooked, max_new_tokens=N, decode_config=config, stream=True, **given) for _ in "ab"]
+    texts = [[""] * 3, [""] * 3]
+    for pieces in zip(*map(iter, streams), strict=True):
+        for text, (row, piece) in zip(texts, pieces, strict=True):
+            text[row] += piece
+    assert texts == [whole, whole]
+
+
+@pytest.mark.usefixtures("as_it_stands")
+def test_hooks_of_others_are_refused_and_spoil_nothing(llama, prompts):
+    model, given = llama.hooked, asked(llama.hooked, "dps", prompts)
+    config = dps.DecodeConfig(compile=True)
+    with (
+        dps.ablate(model, HeadSet.parse("L1H2"), positions="all"),
+        pytest.raises(SteeringError, match="there are hooks on the model"),
+    ):
+        generate(model, decode_config=config, **given)
+    same(model, given)
+
+
+@pytest.mark.usefixtures("as_it_stands")
+def test_a_program_is_of_one_model_and_ends_with_it(tiny_folders, prompts):
+    model = dps.load_model(str(tiny_folders["llama"]))
+    given = asked(model, "dps", prompts)
+    same(model, given)
+    other = copy.deepcopy(model)
+    same(other, given)
+    assert program_of(other) is not program_of(model)
+    first = program_of(model)
+    model.to(torch.bfloat16)
+    assert program_of(model) is not first, "made anew for other numbers"
+    del model, other, first, given
+    gc.collect()
+    assert not compiled._PROGRAMS
+
+
+@pytest.mark.usefixtures("as_it_stands")
+def test_attention_that_windows_by_the_length_of_its_cache_is_refused(tmp_path, tiny_folders):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folders["llama"])
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    config = transformers.GPTNeoConfig(**sizes, window_size=256, vocab_size=len(tokenizer), max_position_embeddings=512)
+    model = wrap_model(
+        transformers.GPTNeoForCausalLM(config).eval(), tokenizer, "neo", device="cpu", dtype=torch.float32
+    )
+    with pytest.raises(ModelCheckError, match="compile=True does not go with this model"):
+        program_of(model)
+
+
 @pytest.mark.full
 def test_torch_compiles_one_graph_a_shape(tiny_folders):
     """By inductor, in a process whose functions nobody wraps to check their arguments."""
     ended = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compiled_graphs.py"), tiny_folders["llama"]],
+        [sys.executable, Path(__file__).with_name("compiled_graphs.py"), *tiny_folders.values()],
         capture_output=True,
         text=True,
         check=False,
