@@ -10,20 +10,23 @@ Question. Does contrasting with a model without Preference Heads write better pe
 which of the published choices makes how much of it?
 
 Hypotheses, each on every task. (1) DPS as published is better than the profile alone. (2) It is better than the same
-with random masks. (3) DPS done right is better than the profile alone. (4) It is better than with random heads.
+with random masks (whose heads were not chosen on the tested examples, so that a win may be leakage). (3) DPS done
+right is better than the profile alone. (4) It is better than with random heads.
 
 Measure. Greedy answers to held-out examples, profiles of 5 documents by BM25, K = 4% of the heads; the metrics of the
-task. *As published*: slices of the output of `o_proj` are scored, on the examples that are evaluated; attention of the
-masked model is uniform; γ is the entropy; the contrast of CAD still holds the context, so that its row is greedy
-decoding. *Done right*: heads at `hook_z`, scored on older examples with the profile less without, by other users; zero
-ablation, γ fixed beforehand; and what this toolkit finds and adds, `find_heads` and head vectors. Between the two, one
-choice is changed at a time. What removing the heads takes of the gain and costs otherwise is measured teacher-forced.
+task. *As published*: slices of the output of `o_proj` are scored with the profile, on the examples that are evaluated;
+attention of the masked model is uniform; γ is the entropy; the contrast of CAD still holds the context, so that its row
+is greedy decoding. *Done right*: heads at `hook_z`, scored with the profile less without, on older examples, by other
+users; zero ablation, γ fixed beforehand; and what this toolkit finds and adds, `find_heads` and head vectors. From the
+one to the other one choice is changed at a time. Both act from the last prompt token on; the published model is masked
+everywhere. What removing the heads takes of the gain and costs otherwise is measured teacher-forced.
 
 Control. Random masks and random heads of the same layers, another set for each user, for answers; 50 random sets for
 the effects. The profile alone (`rag`), the task alone (`plain`).
 
-Decision rule. By the 95% interval over users of the paired difference of the task's first metric: supported where the
-first is better, not supported where it is worse or the same, else undecided.
+Decision rule. By the interval over users of the paired difference of the task's first metric, 95% corrected for the
+number of hypotheses (four a task): supported where the first is better, not supported where it is worse or the same,
+else undecided.
 """
 
 import argparse
@@ -52,18 +55,19 @@ from dps_lens.selection import random_sets
 from dps_lens.stats.intervals import columns
 from dps_lens.work import Engine
 from experiments.lib.harness import Claim, Config, Findings, Lab, Prompts, above_zero, located, verdicts, write
-from experiments.lib.held_out import shown
+from experiments.lib.held_out import papers, shown
 from experiments.lib.output_slices import score_slices
 from experiments.lib.published import PUBLISHED
 from experiments.lib.tables import ends, markdown
 
 RAG, CAD, DOLA, DECORE = "rag", "CAD", "DoLa", "DeCoRe"
 AS_PUBLISHED, RANDOM_MASKS = "DPS as published", "DPS as published, random masks"
-RIGHT, RANDOM = "DPS", "DPS, random heads"
+HEADS, CONTRAST, OLDER = "1. heads, not slices", "2. less without a profile", "3. older examples"
+OTHERS, ZEROED, RIGHT = "4. chosen by other users", "5. heads zeroed", "6. γ fixed: DPS"
+RANDOM, REAL_CAD = "DPS, random heads", "CAD, real contrast"
 FOUND, VECTORS = "DPS, found heads", "head vectors"
-OLDER_SLICES, TESTED_HEADS, OLDER_HEADS = "slices, older examples", "heads, tested examples", "heads, older examples"
-ZEROED = "heads, older examples, zero ablation"
 AS_IN_PAPER = {CAD: "CAD", DOLA: "DoLa", DECORE: "DeCoRe", AS_PUBLISHED: "DPS"}
+METHODS, PAPERS_MODEL = 15, "Llama-3-8B-Instruct, published"
 LABELLED = ("lamp-1", "lamp-7")
 """Histories of these hold no pairs: heads are chosen on the labelled questions of other users, and nothing is found or
 made of a user."""
@@ -108,16 +112,16 @@ class Task:
         self.lab.read[self.name] = [user.id for user in found]
         return found
 
-    def slices(self, tested: bool) -> dps.HeadSet:
-        """The output slices that the published detector calls heads: the paper's PCS, of all users."""
+    def slices(self) -> dps.HeadSet:
+        """The output slices that the published detector calls heads: the paper's PCS on the tested examples."""
         found = score_slices(
             self.model,
             self.users,
             prompt_config=self.config.prompt.config(),
             max_examples=self.config.score_examples,
             against=None,
-            score_config=self.labelled if tested else self.older,
-            out=self.out / f"slices-{'tested' if tested else 'older'}",
+            score_config=self.labelled,
+            out=self.out / "slices",
             engine=self.engine,
         )
         return found.top(self.k)
@@ -161,13 +165,12 @@ class Task:
 
     @cached_property
     def families(self) -> dict[str, Any]:
-        """Sets of heads by the choices that made them."""
-        return {
-            AS_PUBLISHED: self.slices(tested=True),
-            OLDER_SLICES: self.slices(tested=False),
-            TESTED_HEADS: self.heads(tested=True).top(self.k),
-            OLDER_HEADS: self.ours,
-        } | ({} if self.name in LABELLED else {FOUND: self.found})
+        """Sets of heads by the choices that made them; without older examples there is one choice less."""
+        tested = self.heads(tested=True)
+        families = {AS_PUBLISHED: self.slices(), HEADS: papers(tested).top(self.k), CONTRAST: tested.top(self.k)}
+        if self.name in LABELLED:
+            return families | {OTHERS: self.ours}
+        return families | {OLDER: self.heads(tested=False).top(self.k), OTHERS: self.ours, FOUND: self.found}
 
     def random(self, of: Mapping[str, dps.HeadSet]) -> dict[str, dps.HeadSet]:
         """Another set of the same layers for each user."""
@@ -179,20 +182,15 @@ class Task:
         families, uniform = self.families, "decore"  # uniform attention, strength by entropy
         published = {user.id: families[AS_PUBLISHED] for user in self.users}
         methods: dict[str, Asked] = {"plain": "plain", RAG: RAG, DOLA: "dola"}
-        retrieval = self.lab.references(("retrieval",)).get("retrieval")
+        retrieval = self.lab.references(("retrieval",), self.engine).get("retrieval")
         if retrieval is not None:
             methods[DECORE] = ("decore", retrieval.top(self.k))
-        methods[AS_PUBLISHED] = (uniform, published)
-        methods[RANDOM_MASKS] = (uniform, self.random(published))
-        methods |= {name: (uniform, families[name]) for name in (OLDER_SLICES, TESTED_HEADS, OLDER_HEADS)}
-        methods |= {
-            ZEROED: ("dps-entropy", self.ours),
-            RIGHT: ("dps", self.ours),
-            RANDOM: ("dps", self.random(self.ours)),
-        }
-        methods["CAD, real contrast"] = "cad"
+        methods |= {AS_PUBLISHED: (uniform, published), RANDOM_MASKS: (uniform, self.random(published))}
+        methods |= {name: (uniform, families[name]) for name in (HEADS, CONTRAST, OLDER, OTHERS) if name in families}
+        methods |= {ZEROED: ("dps-entropy", self.ours), RIGHT: ("dps", self.ours)}
+        methods |= {RANDOM: ("dps", self.random(self.ours)), REAL_CAD: "cad"}
         if FOUND in families:
-            methods |= {FOUND: ("dps", self.found), VECTORS: ("rag+head_vector", self.found.heads)}
+            methods |= {FOUND: ("dps", self.found), VECTORS: ("rag+head_vector", self.found)}
         return methods
 
     def evaluated(self) -> dps.Evaluation:
@@ -214,7 +212,7 @@ class Task:
 
     def effects(self) -> dps.SetEffects:
         """What removing the heads takes of the gain, and costs otherwise, beside random sets."""
-        chosen = {name: of for name, of in self.families.items() if name in (AS_PUBLISHED, OLDER_HEADS, FOUND)}
+        chosen = {name: of for name, of in self.families.items() if name in (AS_PUBLISHED, OTHERS, FOUND)}
         return dps.ablation_curve(
             self.model,
             self.users,
@@ -223,6 +221,7 @@ class Task:
             n_random=self.config.n_random,
             max_examples=1,
             ablation="zero",
+            held_out_config=dps.HeldOutConfig(patched=False),
             seed=self.config.seed,
             prompt_config=self.config.prompt.config(),
             out=self.out / "ablated",
@@ -240,7 +239,7 @@ def measure(config: Paper, lab: Lab, engine: Engine | None) -> Findings:
         tables[f"{name}, removed"] = shown(
             task.effects(), ("gain_removed", "gain_removed_other", "task_cost", "neutral_cost")
         )
-        claims += decided(done, name)
+        claims += decided(done, name, 1 - 0.05 / (4 * len(config.tasks)))
         if FOUND in task.families:
             task.found.publish(task.out / "atlas")
     return Findings(tables, claims)
@@ -251,35 +250,36 @@ def worth(done: dps.Evaluation, task: str) -> pd.DataFrame:
 
     CAD as published contrasts with a prompt that still holds the context: its row is that of greedy decoding.
     """
-    names = [name for name in done.manifest["metrics"] if name != "tokens"]
+    names = list(done.manifest["metrics"])
+    better = "" if done.metric(names[0]).sign > 0 else ", lower is better"
     frame, to_rag = done.to_frame(), done.differences(RAG)
     rows: dict[str, dict[str, Any]] = {}
     for method in done.methods:
         of = frame[(frame["method"] == method) & frame["metric"].isin(names)]
         if not len(of):
             continue
-        row: dict[str, Any] = {"method": method}
+        row: dict[str, Any] = {"method": method, "users": done.rows["user"].nunique()}
         for one in of.to_dict("records"):
             row |= columns(str(one["metric"]), ends(one))
         other = to_rag[(to_rag["method"] == method) & (to_rag["metric"] == names[0])]
-        row |= columns(f"{names[0]} to {RAG}", ends(other.iloc[0])) if len(other) else {}
+        row |= columns(f"{names[0]} to {RAG}{better}", ends(other.iloc[0])) if len(other) else {}
         rows[method] = row
         if method == RAG:
             rows[CAD] = row | {"method": f"{CAD} as published, which is {RAG}"}
     for method, in_paper in AS_IN_PAPER.items():
         for metric, value in PUBLISHED.get(task, {}).get(in_paper, {}).items():
             if method in rows and metric in names:
-                rows[method] |= {f"{metric}, 8B, published": value}
+                rows[method] |= {f"{metric}, {PAPERS_MODEL}": value}
     return pd.DataFrame(rows.values())
 
 
-def decided(done: dps.Evaluation, task: str) -> list[Claim]:
-    """The hypotheses of one task."""
+def decided(done: dps.Evaluation, task: str, level: float) -> list[Claim]:
+    """The hypotheses of one task, with intervals of this level."""
     metric = done.metrics[0]
     sign = done.metric(metric).sign
     claims = []
     for better, than in ((AS_PUBLISHED, RAG), (AS_PUBLISHED, RANDOM_MASKS), (RIGHT, RAG), (RIGHT, RANDOM)):
-        row = done.differences(than).set_index(["method", "metric"]).loc[(better, metric)]
+        row = done.differences(than, level).set_index(["method", "metric"]).loc[(better, metric)]
         mean, low, high = (sign * row[name] for name in ("mean", "low", "high"))
         found = {"mean": mean, "low": min(low, high), "high": max(low, high)}
         claims.append(above_zero(f"{task}: {better} is better by {metric} than {than}", found))
@@ -299,30 +299,32 @@ def budget(config: Paper, lab: Lab) -> pd.DataFrame:
             raise DataError(f"paper: no user of {name} has both older and held-out examples; raise max_users")
         cfg, prompt = lab.model.cfg, config.prompt.config()
         (own,) = prompts_in(lab.model, users[0].examples[-1], "own", users, config=prompt)
-        run = CleanRun(runner_of(lab.model), own)
+        runner, n_heads = runner_of(lab.model), cfg.n_layers * cfg.n_heads
+        run = CleanRun(runner, own)
+        clean = _seconds(partial(CleanRun, runner, own))
         one_a_layer = single_heads(cfg.n_layers, cfg.n_heads)[:: cfg.n_heads]
-        sweep = cfg.n_heads * _seconds(partial(run.ablated, one_a_layer)) + _seconds(
-            partial(CleanRun, runner_of(lab.model), own)
-        )
+        head = _seconds(partial(run.ablated, one_a_layer)) / cfg.n_layers
         few = dps.DecodeConfig(stop_at_eos=False)
         write_ = partial(dps.generate, lab.model, own, heads=dps.HeadSet([(0, 0)]), decode_config=few)
         first = _seconds(partial(write_, max_new_tokens=1))
         token = (_seconds(partial(write_, max_new_tokens=9)) - first) / 8
         examples = sum(min(len(user.examples), config.answered or len(user.examples)) for user in users)
-        length = config.new_tokens or users[0].task.max_new_tokens
-        # Two sets of slices; two of heads, with two prompts each; finding takes about as long as one of those.
-        scoring = len(users) * config.score_examples * sweep * (2 + 2 * 2 + 2)
-        answering = examples * 14 * (first + length * token)
-        removing = len(users) * (sweep / (cfg.n_layers * cfg.n_heads)) * 4 * 3 * (1 + config.n_random)
+        length, n_methods = config.new_tokens or users[0].task.max_new_tokens, METHODS - 3 * (name in LABELLED)
+        # Slices with the profile; heads with and without, on tested and on older examples; finding, about as long.
+        sweeps = 1 + 2 if name in LABELLED else 1 + 2 + 2 + 2
+        scoring = len(users) * config.score_examples * sweeps * (clean + n_heads * head)
+        answering = examples * n_methods * (first + length * token)
+        # A set begins at its lowest layer: it takes about twice as long as a head does on average.
+        removing = len(users) * 4 * (clean + 2 * head * 3 * (1 + config.n_random))
         rows.append(
             {
                 "task": name,
                 "users": len(users),
                 "answers": examples,
-                "sweep, s": sweep,
+                "a head, ms": head * 1e3,
                 "token, ms": token * 1e3,
                 "hours": (scoring + answering + removing) / 3600,
-                "disk, MB": (len(users) * 8 * 4 * cfg.n_layers * cfg.n_heads + examples * 14 * 8 * length) / 1e6,
+                "disk, MB": (len(users) * sweeps * 4 * n_heads + examples * n_methods * 8 * length) / 1e6,
             }
         )
     return pd.DataFrame(rows)
@@ -330,12 +332,16 @@ def budget(config: Paper, lab: Lab) -> pd.DataFrame:
 
 def _seconds(run: Any) -> float:
     """Of a second call, the first warms up."""
+
+    def ended() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     run()
-    begun = time.perf_counter()
+    begun = ended()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return ended() - begun
 
 
 def memory(lab: Lab) -> str:
@@ -381,10 +387,11 @@ def main(given: Sequence[str] | None = None) -> None:
     with engine_of(arguments.workers, arguments.ray, arguments.cpus, arguments.gpus, None) as engine:
         lab = PaperLab(config, arguments.out, engine)
         spent = budget(config, lab)
-        print(
-            markdown(spent) if len(spent) else "the budget is timed without --workers: run with --budget on one device"
-        )
-        print(f"in all {spent['hours'].sum():.2f} hours of one such device, by estimate; {memory(lab)}", flush=True)
+        if len(spent):
+            print(markdown(spent))
+            print(f"in all {spent['hours'].sum():.2f} hours of one such device, by estimate; {memory(lab)}", flush=True)
+        else:
+            print("the budget is timed on one device: run with --budget, and without --workers", flush=True)
         if arguments.budget:
             return
         findings = measure(config, lab, engine)

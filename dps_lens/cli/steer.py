@@ -291,7 +291,12 @@ def _write(
     each: dict[str, Any] = {name: [one.settings[name] for one in batch] for name in ("gamma", "alpha")}
     each["sampling"] = [sampling_of(one.settings) for one in batch]
     plain = dps.generate(
-        model, prompts, rule="greedy", max_new_tokens=shared["max_new_tokens"], sampling=each["sampling"]
+        model,
+        prompts,
+        rule="greedy",
+        max_new_tokens=shared["max_new_tokens"],
+        sampling=each["sampling"],
+        decode_config=dps.DecodeConfig(compile=config.compile),
     )
     each["heads"] = [dps.HeadSet.parse(one.settings["heads"]) for one in batch]
     if vectors is not None:

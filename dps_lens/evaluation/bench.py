@@ -92,10 +92,21 @@ class Bench(Work):
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
         """What answers are measured by; settings are chosen by the first."""
-        ranked = all(example.rejected for example in (*self.examples, *self.choosing))
-        return self.asked_metrics or metrics_of(
-            self.task, [example.reference for example in self.examples], ranked=ranked
-        )
+        references = [example.reference for example in self.examples]
+        return self.asked_metrics or metrics_of(self.task, references, ranked=not self.unranked)
+
+    @cached_property
+    def unranked(self) -> str:
+        """Why the likelihoods of an example's answers cannot be compared; empty where they can be, on all examples."""
+        tokenizer, length = PromptTokenizer(self.model), self.prompt_config.response_tokens
+        for example in (*self.examples, *self.choosing):
+            answers = {tuple(tokenizer.answer(text, length)) for text in (example.reference, *example.rejected)}
+            about = f"example {example.id!r} of user {example.user_id!r}"
+            if not example.rejected:
+                return f"{about} has one answer only; load pairs or choices, or make_pairs(users)"
+            if () in answers or len(answers) <= len(example.rejected):
+                return f"answers of {about} are empty or alike for response_tokens; raise it in PromptConfig"
+        return ""
 
     @property
     def ranks(self) -> bool:
@@ -107,7 +118,9 @@ class Bench(Work):
 
     @cached_property
     def choosing(self) -> list[Example]:
-        """Discovery examples that settings are chosen on."""
+        """Discovery examples that settings are chosen on; none where nothing is left to be chosen."""
+        if not self.config.choose_on or not self.several:
+            return []
         return [example for user in self.users for example in self.discovery(user)[-self.config.choose_on :]]
 
     @cached_property
@@ -200,8 +213,7 @@ class Bench(Work):
 
     @cached_property
     def choosing_by_key(self) -> dict[str, Example]:
-        examples = self.choosing if self.several else []
-        return {f"choose|{unit_key(example)}": example for example in examples}
+        return {f"choose|{unit_key(example)}": example for example in self.choosing}
 
     def owner(self, key: str) -> str:
         return self.by_key[key].user_id
@@ -360,13 +372,11 @@ def _check_users(bench: Bench) -> None:
             )
     for example in bench.examples:
         check_reference(example)
-    for example in (*bench.examples, *bench.choosing) if bench.ranks else ():
-        if not example.rejected:
-            ranked = next(metric.name for metric in bench.metrics if metric.ranks)
-            raise EvaluationError(
-                f"evaluate: metric {ranked!r} compares answers, and example {example.id!r} of user "
-                f"{example.user_id!r} has one only; load pairs or choices, or make_pairs(users)"
-            )
+    if bench.ranks and bench.unranked:
+        ranked = next(metric.name for metric in bench.metrics if metric.ranks)
+        raise EvaluationError(f"evaluate: metric {ranked!r} compares answers, and {bench.unranked}")
+    if not bench.asked_metrics and bench.unranked and any(example.rejected for example in bench.examples):
+        warn(f"evaluate: answers are not ranked: {bench.unranked}", stacklevel=4)
     for method in methods:
         if isinstance(method.family, HeadScores | FoundHeads):
             check_held_out("evaluate", method.family, bench.examples)

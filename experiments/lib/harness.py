@@ -28,6 +28,7 @@ from dps_lens.errors import DataError
 from dps_lens.files import write_json, write_text
 from dps_lens.model import describe_model
 from dps_lens.selection import undefined_of
+from dps_lens.work import Engine
 from experiments.lib.tables import markdown
 
 Outcome: TypeAlias = Literal["supported", "not supported", "undecided"]
@@ -150,9 +151,9 @@ class Lab:
         folder = self.config.scores / f"{label}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
         return dps.score_heads(self.model, users, **given, out=folder)
 
-    def references(self, kinds: Sequence[str]) -> dict[str, dps.HeadScores]:
+    def references(self, kinds: Sequence[str], engine: Engine | None = None) -> dict[str, dps.HeadScores]:
         """Reference heads that the model shows, from the user's cache where they are known."""
-        found = dps.reference_heads(self.model, kinds=tuple(kinds))
+        found = dps.reference_heads(self.model, kinds=tuple(kinds), engine=engine)
         self.undefined |= undefined_of(found)
         return {name: scores for name, scores in found.items() if name not in self.undefined}
 

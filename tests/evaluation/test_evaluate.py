@@ -523,5 +523,20 @@ def test_pairs_choose_settings_by_their_margin(llama, pairs):
 
 
 def test_answers_that_are_not_there_cannot_be_compared(llama, probe):
-    with pytest.raises(EvaluationError, match=r"'margin' compares answers, and example .* has one only; .*make_pairs"):
+    with pytest.raises(
+        EvaluationError, match=r"'margin' compares answers, and example .* has one answer only; .*make_pair"
+    ):
         dps.evaluate(llama.hooked, probe[:2], {"rag": "rag"}, metrics=["ROUGE-L", "margin"], **ONE, **OPTIONS)
+
+
+def test_answers_that_are_alike_are_left_unranked(llama, pairs):
+    """Where nobody asked for ranks, users that could be evaluated without them still are."""
+    example = pairs[0].examples[-1]
+    alike = replace(example, rejected=(example.reference + " and then some more of it",))
+    users = [replace(pairs[0], examples=(alike,)), *pairs[1:]]
+    with pytest.warns(UserWarning, match="answers are not ranked: answers of example .* alike for response_tokens"):
+        table = dps.evaluate(llama.hooked, users, {"rag": "rag"}, **ONE, **OPTIONS)
+    assert "margin" not in table.rows
+    assert "ROUGE-L" in table.rows
+    with pytest.raises(EvaluationError, match="'margin' compares answers, and answers of example"):
+        dps.evaluate(llama.hooked, users, {"rag": "rag"}, metrics=["margin"], **ONE, **OPTIONS)

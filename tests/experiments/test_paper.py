@@ -119,13 +119,14 @@ def test_one_task_end_to_end(asked, tmp_path, capsys, monkeypatch):
     assert "hours of one such device, by estimate" in said
     assert said.count("lamp-4: ") == 4
     table = check_cells(whole, "lamp-4")
-    assert {"rag", "plain", "DPS", "DPS, random heads", "DPS, found heads", "head vectors"} <= set(table.index)
-    assert {"rag", "plain", "DPS", "DPS, random heads", "DPS, found heads", "head vectors"} <= set(table.index)
-    assert {"DPS as published", "DPS as published, random masks", "heads, older examples"} <= set(table.index)
-    assert table.loc["DPS as published", "ROUGE-L, 8B, published"] == PUBLISHED["lamp-4"]["DPS"]["ROUGE-L"] == 0.1596
+    steps = {paper.HEADS, paper.CONTRAST, paper.OLDER, paper.OTHERS, paper.ZEROED, paper.RIGHT}
+    assert {"rag", "plain", "DPS, random heads", "DPS, found heads", "head vectors", *steps} <= set(table.index)
+    assert {"DPS as published", "DPS as published, random masks"} <= set(table.index)
+    in_paper = table.loc["DPS as published", f"ROUGE-L, {paper.PAPERS_MODEL}"]
+    assert in_paper == PUBLISHED["lamp-4"]["DPS"]["ROUGE-L"] == 0.1596
     leaking = table.loc["CAD as published, which is rag"]
     assert leaking["ROUGE-1"] == table.loc["rag", "ROUGE-1"]
-    assert leaking["ROUGE-1, 8B, published"] == 0.1681
+    assert leaking[f"ROUGE-1, {paper.PAPERS_MODEL}"] == 0.1681
     removed = pd.read_csv(whole / "tables" / "lamp-4, removed.csv")
     assert set(removed["measure"]) >= {"gain_removed", "task_cost", "neutral_cost"}
     page = (whole / "report.md").read_text()
@@ -166,7 +167,7 @@ def test_every_task(asked, tmp_path):
     run(asked, tmp_path, *tasks)
     for task in tasks:
         table = check_cells(tmp_path, task)
-        assert ("head vectors" in table.index) is (task not in paper.LABELLED)
+        assert ("head vectors" in table.index) is (paper.OLDER in table.index) is (task not in paper.LABELLED)
     assert "accuracy" in pd.read_csv(tmp_path / "tables" / "lamp-1.csv")
     verdict = json.loads((tmp_path / "verdict.json").read_text())
     assert len(verdict) == 4 * len(tasks)
