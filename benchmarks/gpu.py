@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 LIMITS = {"tests": 120, "floors": 40, "decoding": 110, "compiled decoding": 150, "sweeps": 60}
 """Seconds of each section; 8 minutes in all."""
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = Iterator[Row]
 
 
 class Machine:
@@ -93,9 +94,8 @@ class Machine:
 
     def peak(self) -> Rows:
         """Gibibytes that the device held at most."""
-        if self.device != "cuda":
-            return []
-        return [{"name": "peak memory", "value": torch.cuda.max_memory_allocated() / 2**30, "unit": "GiB"}]
+        if self.device == "cuda":
+            yield {"name": "peak memory", "value": torch.cuda.max_memory_allocated() / 2**30, "unit": "GiB"}
 
 
 def floors(machine: Machine) -> Rows:
@@ -107,10 +107,8 @@ def floors(machine: Machine) -> Rows:
     n = 8192 if machine.device == "cuda" else 512
     left, right = (torch.randn(n, n, device=machine.device, dtype=machine.dtype) for _ in range(2))
     rate = 2 * n**3 / machine.seconds(lambda: left @ right, repeats=10)
-    return [
-        {"name": "bandwidth of a copy", "value": copied / 1e9, "unit": "GB/s"},
-        {"name": "rate of a product of matrices", "value": rate / 1e12, "unit": "TFLOP/s"},
-    ]
+    yield {"name": "bandwidth of a copy", "value": copied / 1e9, "unit": "GB/s"}
+    yield {"name": "rate of a product of matrices", "value": rate / 1e12, "unit": "TFLOP/s"}
 
 
 def decoding(machine: Machine, *, compiled: bool = False) -> Rows:
@@ -118,33 +116,39 @@ def decoding(machine: Machine, *, compiled: bool = False) -> Rows:
     bare = machine.bare()
     used = sum(p.numel() * p.element_size() for p in bare.parameters())
     embedding = bare.get_input_embeddings().weight
-    rows: Rows = [{"name": "bytes that a step reads", "value": (used - embedding.nbytes) / 1e9, "unit": "GB"}]
+    yield {"name": "bytes that a step reads", "value": (used - embedding.nbytes) / 1e9, "unit": "GB"}
     generator = torch.Generator().manual_seed(0)
     n_heads, n_layers = machine.shape["num_attention_heads"], machine.shape["num_hidden_layers"]
     ids = torch.randint(10, machine.shape["vocab_size"] - 10, (1, machine.prompt), generator=generator)
     base = machine.a_token(lambda n: plain(bare, ids.to(machine.device), n))
-    rows.append({"name": "transformers, greedy", "value": base * 1e3, "unit": "ms a token"})
+    yield {"name": "transformers, greedy", "value": base * 1e3, "unit": "ms a token"}
     model = machine.hooked(bare)
-    config = dps.DecodeConfig(stop_at_eos=False, compile=compiled)
     for count in machine.users:
         prompts = prompts_of(model.cfg, count, machine.prompt)
         sets = []
         for _ in range(count):
             chosen = torch.randperm(n_layers * n_heads, generator=generator)[:10]
             sets.append(dps.HeadSet([divmod(int(index), n_heads) for index in chosen]))
-        begun = machine.clock()
 
-        def steer(n: int, prompts: Any = prompts, sets: Any = sets) -> object:
+        def steer(n: int, compiled: bool = compiled, prompts: Any = prompts, sets: Any = sets) -> dps.Generation:
+            config = dps.DecodeConfig(stop_at_eos=False, compile=compiled)
             return dps.generate(model, prompts, heads=sets, gamma=1.0, max_new_tokens=n, decode_config=config)
 
+        begun = machine.clock()
         steer(1)
-        steer(1 + machine.tokens)
+        written = steer(1 + machine.tokens).tokens
         first = machine.clock() - begun
         token = machine.a_token(steer)
         name = f"dps, {count} user{'s' * (count > 1)}" + (", compiled" if compiled else "")
-        rows.append({"name": name, "value": token * 1e3, "unit": "ms a token", "ratio": token / base})
-        rows[-1] |= {"a user": token / base / count, "first calls, s": first}
-    return rows + machine.peak()
+        row = {"name": name, "value": token * 1e3, "unit": "ms a token", "ratio": token / base}
+        row |= {"a user": token / base / count, "first calls, s": first}
+        if compiled:
+            eager = steer(1 + machine.tokens, False).tokens
+            same = [float((one == other).float().mean()) for one, other in zip(written, eager, strict=True)]
+            # In 16 bits, ties within rounding may fall otherwise.
+            row["tokens as uncompiled"] = sum(same) / len(same)
+        yield row
+    yield from machine.peak()
 
 
 def sweeps(machine: Machine) -> Rows:
@@ -164,10 +168,11 @@ def sweeps(machine: Machine) -> Rows:
         ("exact PCS, all heads", machine.seconds(exact)),
         ("integrated scores", machine.seconds(lambda: integrated(CleanRun(runner, prompt), STEPS))),
     ]
-    rows: Rows = [{"name": name, "value": seconds, "unit": "s an example"} for name, seconds in found]
     needed = flops(cfg, machine.prompt, 64, "response")[1] * len(masks)
-    rows[0] |= {"TFLOP": needed / 1e12, "rows a batch": batches[-1]}
-    return rows + machine.peak()
+    for name, seconds in found:
+        row = {"name": name, "value": seconds, "unit": "s an example"}
+        yield row | ({"TFLOP": needed / 1e12, "rows a batch": batches[-1]} if name.startswith("exact") else {})
+    yield from machine.peak()
 
 
 SECTIONS: dict[str, Callable[[Machine], Rows]] = {
@@ -182,27 +187,28 @@ def tests(limit: float) -> dict[str, Any]:
     """The tests that need a GPU."""
     command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-o", "addopts=--import-mode=importlib"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
-    lines = ended.stdout.strip().splitlines()
-    return {
-        "rows": [{"name": "tests/test_cuda.py", "value": None, "unit": lines[-1] if lines else ended.stderr[-300:]}]
-    }
+    last = (ended.stdout.strip() or ended.stderr).splitlines()[-1:]
+    if ended.returncode:
+        return {"error": f"{last}: {ended.stdout[-2000:]}"}
+    return {"rows": [{"name": "tests/test_cuda.py", "value": None, "unit": "".join(last)}]}
 
 
 def section(name: str, given: Sequence[str], limit: float) -> dict[str, Any]:
-    """One section in a process of its own; its rows, or what went wrong."""
-    begun = time.monotonic()
+    """One section in a process of its own; the rows that it came to, and what went wrong."""
+    begun, said = time.monotonic(), ""
+    found: dict[str, Any] = {}
     try:
         if name == "tests":
             found = tests(limit)
         else:
             command = [sys.executable, __file__, *given, "--section", name]
             ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
-            found = (
-                json.loads(ended.stdout.splitlines()[-1]) if ended.returncode == 0 else {"error": ended.stderr[-2000:]}
-            )
-    except subprocess.TimeoutExpired:
+            said, found = ended.stdout, {"error": ended.stderr[-2000:]} if ended.returncode else {}
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
         found = {"error": f"took longer than {limit:.0f} s"}
-    return found | {"seconds": time.monotonic() - begun}
+    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    return {"rows": rows, **found, "seconds": time.monotonic() - begun}
 
 
 def with_floors(report: dict[str, Any]) -> None:
@@ -255,11 +261,12 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = Machine(arguments)
     if arguments.section:
-        print(json.dumps({"rows": SECTIONS[arguments.section](machine)}))
+        for row in SECTIONS[arguments.section](machine):
+            print(json.dumps(row), flush=True)
         return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --device cpu --shape tiny shows that the script runs")
-    name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU, one thread"
+    name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     report: dict[str, Any] = {"device": name, "shape": arguments.shape, "dtype": str(machine.dtype)}
     report |= {"prompt": arguments.prompt, "tokens": arguments.tokens, "users": arguments.users}
     report |= {"dps_lens": __version__, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "sections": {}}
@@ -270,6 +277,8 @@ def main() -> None:
         with_floors(report)
         arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(table(report))
+    if any("error" in one for one in report["sections"].values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -121,3 +121,52 @@ def test_families_are_the_same(models, probe, kind):
     family = of_users[kind](users) if kind in of_users else dps.Copying(kind, n_tokens=70)
     one, other = (dps.reference_heads(models[name], [family], cache=False)[kind] for name in ("cpu", "cuda"))
     assert torch.allclose(one.values, other.values, atol=atol.get(kind, 0.05))
+
+
+def asked(model, users, rule):
+    own, none = ([dps.build_prompt(model, user.examples[0], which) for user in users] for which in ("own", "none"))
+    given = {"prompts": own, "rule": rule, "max_new_tokens": 12}
+    parts = rule.split("+")
+    if {"dps", "dps-entropy", "dps-js", "dps-patch", "decore", "amplify"} & {*parts}:
+        given["heads"] = [SETS[index % 2] for index in range(len(users))]
+    if {"cad", "adacad", "dps-patch"} & {*parts}:
+        given["negative_prompts"] = none
+    if "vector" in rule:
+        vectors = vectors_of(model, rule)
+        given["vectors"] = [vectors[index % 2] for index in range(len(users))]
+    return given
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_compiled_steps_write_the_same_tokens(models, probe, rule, unchecked):
+    """Twice, so that the second batch finds the graph and the cache of the first; and with rows that leave."""
+    model = models["cuda"]
+    for users in (probe[:2], probe[2:4], probe[:5]):
+        given = asked(model, users, rule)
+        eager, ours = (
+            dps.generate(model, decode_config=dps.DecodeConfig(compile=compiled, stop_at_eos=False), **given)
+            for compiled in (False, True)
+        )
+        assert [row.tolist() for row in ours.tokens] == [row.tolist() for row in eager.tokens]
+
+
+def test_the_compiled_step_is_one_graph_on_the_device(models, probe, unchecked):
+    from torch._dynamo.utils import counters
+
+    model = models["cuda"]
+    counters.clear()
+    for rule in ("dps", "dola"):
+        dps.generate(model, decode_config=dps.DecodeConfig(compile=True), **asked(model, probe[:2], rule))
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
+def test_compiled_streams_side_by_side(models, probe, unchecked):
+    model, config = models["cuda"], dps.DecodeConfig(compile=True, stop_at_eos=False)
+    given = asked(model, probe[:2], "dps")
+    whole = dps.generate(model, decode_config=dps.DecodeConfig(stop_at_eos=False), **given).texts
+    streams = [dps.generate(model, decode_config=config, stream=True, **given) for _ in "ab"]
+    texts = [[""] * 2, [""] * 2]
+    for pieces in zip(*map(iter, streams), strict=True):
+        for text, (row, piece) in zip(texts, pieces, strict=True):
+            text[row] += piece
+    assert texts == [whole, whole]

@@ -28,11 +28,12 @@ def test_every_section_answers(tmp_path):
         assert rows[name]["value"] > 0
         assert f"| {name} |" in ended.stdout
     assert rows["exact PCS, all heads"]["of the floor"] > 1
+    assert rows["dps, 2 users, compiled"]["tokens as uncompiled"] == 1
 
 
 def test_a_section_that_fails_is_named(tmp_path):
     ended, report = ran(tmp_path, "--only", "floors", "sweeps", "--tokenizer", "no such model")
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 1, "what failed is not hidden"
     assert "rows" in report["sections"]["floors"]
     assert "no such model" in report["sections"]["sweeps"]["error"]
     assert "| sweeps | failed: " in ended.stdout
