@@ -9,6 +9,7 @@ is `lm_eval` with one model more; `DpsLens(…)` goes to `lm_eval.simple_evaluat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -26,6 +27,9 @@ from dps_lens.progress import progress_bar
 from dps_lens.steering import Sampling, generate
 from dps_lens.steering.rules import find_rule
 from dps_lens.steering.vector import HeadVector, SteeringVector, Vector
+
+_DEVICE = "cuda:0"
+"""What `lm_eval` asks for where nobody asks for a device."""
 
 
 @register_model("dps_lens")
@@ -84,6 +88,9 @@ class DpsLens(TemplateLM):
         ):
             if needed is not given:
                 raise EvaluationError(f"lm_eval: rule {rule!r} {'needs' if needed else 'takes no'} {what}")
+        if device == _DEVICE and not torch.cuda.is_available():
+            warn(f"lm_eval: there is no {device} here, its default; the model is on the CPU", stacklevel=2)
+            device = None
         self.hooked = load_model(model, device=device, dtype=dtype) if isinstance(model, str) else model
         self.tokenizer = self.hooked.tokenizer
 

@@ -1,6 +1,9 @@
 """Standard tasks by lm_eval: unsteered, the scores of its own model; steered, those of our rules."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +154,14 @@ def test_what_tasks_cannot_have_is_refused(tinies):
         DpsLens(model, rule="greedy", heads=HEADS)
     with pytest.raises(EvaluationError, match="no model argument 'gama'"):
         DpsLens(model, heads=HEADS, gama=2)
+
+
+def test_the_command_line_of_the_harness(tiny_folders, tmp_path):
+    """As in the docs, with the device that lm_eval asks for by itself."""
+    command = [sys.executable, "-m", "dps_lens.evaluation.harness", "run", "--model", "dps_lens", "--limit", "2"]
+    command += ["--include_path", "examples/standard", "--tasks", "everyday_facts", "--output_path", str(tmp_path)]
+    command += ["--model_args", f"model={tiny_folders['llama']},heads={HEADS.replace(' ', '+')},gamma=1"]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "everyday_facts" in ended.stdout
+    assert list(tmp_path.rglob("results*.json"))
