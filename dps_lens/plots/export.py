@@ -117,7 +117,9 @@ def fit(figure: go.Figure, width: int) -> None:
 
 
 def _lettered(figure: go.Figure, letter: str) -> None:
-    """A letter at the upper left corner of the picture, in place."""
+    """A letter at the upper left corner of the picture, in place, with room for it."""
+    margin = figure.layout.margin.t
+    figure.update_layout(margin={"t": (100 if margin is None else margin) + 8})
     corner = {"x": 0, "xref": "paper", "xanchor": "right", "y": 1, "yref": "paper", "yanchor": "bottom"}
     size = figure.layout.font.size or 14
     figure.add_annotation(
