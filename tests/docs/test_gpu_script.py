@@ -31,6 +31,7 @@ def test_every_section_answers(tmp_path):
     assert rows["dps, 2 users, compiled"]["tokens as uncompiled"] == 1
 
 
+@pytest.mark.full
 def test_a_section_that_fails_is_named(tmp_path):
     ended, report = ran(tmp_path, "--only", "floors", "sweeps", "--tokenizer", "no such model")
     assert ended.returncode == 1, "what failed is not hidden"

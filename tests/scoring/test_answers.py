@@ -208,7 +208,7 @@ def test_what_any_text_needs_cancels(needed):
         assert dps.score_heads(model, users, objective=objective, run_config=QUIET).top(1).heads == (carrier,)
 
 
-@pytest.mark.parametrize("method", ["rank", "greedy", "gates", "conditional"])
+@pytest.mark.parametrize("method", ["rank", pytest.param("greedy", marks=pytest.mark.full), "gates", "conditional"])
 def test_finders_find_the_carrier_by_pairs(method, planted):
     case = planted("harmful")
     users = dps.make_pairs(case.users)
