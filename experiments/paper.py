@@ -365,6 +365,10 @@ def report(findings: Findings, spent: pd.DataFrame, lab: Lab) -> str:
 def read_config(arguments: argparse.Namespace) -> Paper:
     """A file of settings, with what the command line changes in it."""
     values = yaml.safe_load(arguments.config.read_text(encoding="utf-8")) if arguments.config else {}
+    if unused := sorted({*(values or {})} & {"users", "max_examples", "score", "scores"}):
+        raise DataError(
+            f"paper: {unused[0]!r} changes nothing here; data: says where the tasks lie, score_examples: how many score"
+        )
     given = {"model": arguments.model, "max_users": arguments.max_users}
     given["tasks"] = arguments.tasks.split(",") if arguments.tasks else None
     return Paper(**(values or {}) | {name: value for name, value in given.items() if value is not None})

@@ -11,6 +11,7 @@ from lamp import LAMP, LONGLAMP
 from rouge_score.rouge_scorer import RougeScorer
 
 import dps_lens as dps
+from dps_lens.errors import DataError
 from experiments import paper
 from experiments.lib.published import PUBLISHED
 
@@ -178,3 +179,9 @@ def test_the_budget_alone(asked, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| lamp-2 | 2 |" in said
     assert not (tmp_path / "none").exists()
+
+
+def test_settings_that_change_nothing_are_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("users: probe\n")
+    with pytest.raises(DataError, match="'users' changes nothing here; data: says where the tasks lie"):
+        paper.main(["--config", str(tmp_path / "config.yaml"), "--budget"])
