@@ -66,8 +66,8 @@ class DecodeConfig:
         progress: show a progress bar.
         compile: let torch compile the decoding step, with static caches and, on a GPU, as one graph: the first step of
             a batch of another size takes a minute or so, and the others less time where launching kernels is what takes
-            it. The same tokens, up to ties within rounding. Ends are looked for every 8 tokens; hooks of others do not
-            act in the steps.
+            it. The same tokens, up to ties within rounding. Ends are looked for every 8 tokens. Refused for models
+            whose step with static caches is not their own, and while hooks are on the model.
     """
 
     ablation: AblationLike | None = None
