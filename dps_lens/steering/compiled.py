@@ -43,13 +43,17 @@ class CompiledDecoder(Decoder):
                 f"generate: ablation {self.ablation.name!r} edits attention scores, which a compiled step does not "
                 "compute; leave compile out"
             )
-        if has_hooks(model):
+        self._check_hooks()
+        self._program = program_of(model)
+        self._fill(torch.arange(len(self.rows), device=self.device))
+
+    def _check_hooks(self) -> None:
+        """Refuse hooks of others, which a compiled step would leave out without a word."""
+        if has_hooks(self.model):
             raise SteeringError(
                 "generate: there are hooks on the model (ablate, vector.on, …), which a compiled step would not run; "
                 "leave compile out, or the context that put them there"
             )
-        self._program = program_of(model)
-        self._fill(torch.arange(len(self.rows), device=self.device))
 
     def _fill(self, index: Int[Tensor, " row"]) -> None:
         """Lay these rows out as a batch of a round number of rows."""
@@ -62,6 +66,7 @@ class CompiledDecoder(Decoder):
 
     @torch.inference_mode()
     def _attach(self) -> None:
+        self._check_hooks()  # a stream may go on where somebody has put them meanwhile
         if self._cache is None:
             with attention_for(self.model, self.ablation):
                 self._cache = self._prefill()

@@ -205,6 +205,13 @@ def test_hooks_of_others_are_refused_and_spoil_nothing(llama, prompts):
     ):
         generate(model, decode_config=config, **given)
     same(model, given)
+    stream = iter(generate(model, decode_config=config, stream=True, max_new_tokens=N, **given))
+    next(stream)
+    with (
+        dps.ablate(model, HeadSet.parse("L1H2"), positions="all"),
+        pytest.raises(SteeringError, match="there are hooks on the model"),
+    ):
+        list(stream)
 
 
 @pytest.mark.usefixtures("as_it_stands")

@@ -107,7 +107,7 @@ class StepProgram:
         self._leaving = [partial(self._add, layer) for layer in range(len(self._outs))]
         self._entering = [partial(self._note, layer) for layer in range(len(self._outs))]
         self._aside = BypassedHooks(model, linears=False)
-        self._pool: list[tuple[tuple[int, int], Any]] = []
+        self._spare: tuple[tuple[int, int], Any] | None = None
         self._step: Callable[[Tensor], tuple[Tensor, list[Tensor]]] = self._run
         if backend is not None:
             mode = "reduce-overhead" if backend == "inductor" and self.device.type == "cuda" else None
@@ -219,9 +219,11 @@ class StepProgram:
         ended is taken again where it fits: a graph on a GPU knows it by its address.
         """
         length = -(-(prompt.length + room) // _BORDER) * _BORDER
-        pooled = {shape: cache for shape, cache in self._pool}
-        self._pool.clear()  # before anything new is laid out
-        cache = pooled.get((len(rows), length)) or static_cache(prompt, len(rows), length)
+        if self._spare is not None and self._spare[0] == (len(rows), length):
+            cache, self._spare = self._spare[1], None
+        else:
+            self._spare = None  # before anything new is laid out
+            cache = static_cache(prompt, len(rows), length)
         for layer, (key, value) in zip(cache.layers, prompt.layers, strict=True):
             for buffer, held in ((layer.keys, key), (layer.values, value)):
                 buffer[:, :, : prompt.length] = held[rows.to(held.device)]
@@ -231,7 +233,7 @@ class StepProgram:
 
     def end(self, state: StepState) -> None:
         """Keep the cache of a batch that has ended for the next one of its shape."""
-        self._pool[:] = [(state.shape, state.cache)]
+        self._spare = (state.shape, state.cache)
 
 
 def outs_of(model: HookedModel) -> list[nn.Module]:
