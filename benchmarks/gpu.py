@@ -187,10 +187,10 @@ def tests(limit: float) -> dict[str, Any]:
     """The tests that need a GPU."""
     command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-o", "addopts=--import-mode=importlib"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
-    last = (ended.stdout.strip() or ended.stderr).splitlines()[-1:]
+    said = ended.stdout.strip() or ended.stderr
     if ended.returncode:
-        return {"error": f"{last}: {ended.stdout[-2000:]}"}
-    return {"rows": [{"name": "tests/test_cuda.py", "value": None, "unit": "".join(last)}]}
+        return {"error": said[-2000:]}
+    return {"rows": [{"name": "tests/test_cuda.py", "value": None, "unit": said.splitlines()[-1]}]}
 
 
 def section(name: str, given: Sequence[str], limit: float) -> dict[str, Any]:
@@ -220,10 +220,10 @@ def with_floors(report: dict[str, Any]) -> None:
         return
     bandwidth, rate = (row["value"] for row in rows["floors"].values())
     for name in ("decoding", "compiled decoding"):
-        of_step = rows.get(name, {}).get("bytes that a step reads")
-        for row in rows[name].values() if of_step else ():
-            if of_step and row["unit"] == "ms a token":
-                row["of the floor"] = row["value"] / (of_step["value"] / bandwidth * 1e3)
+        of_section = rows.get(name, {})
+        for row in of_section.values():
+            if row["unit"] == "ms a token":
+                row["of the floor"] = row["value"] / (of_section["bytes that a step reads"]["value"] / bandwidth * 1e3)
     exact = rows.get("sweeps", {}).get("exact PCS, all heads")
     if exact:
         exact["of the floor"] = exact["value"] / (exact["TFLOP"] / rate)
@@ -251,12 +251,12 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--tokenizer", default="smollm2-135m", help="a model, or a folder, whose tokenizer is used")
-    parser.add_argument("--prompt", type=int, default=448)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=448, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens")
+    parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 32], help="users in one batch")
+    parser.add_argument("--repeats", type=int, default=2, help="of every timing")
     parser.add_argument("--only", nargs="+", choices=list(LIMITS), default=list(LIMITS), help="some sections")
-    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the numbers go")
     parser.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     machine = Machine(arguments)
