@@ -14,7 +14,7 @@ from dps_lens.data.tokenizer import without_special
 from dps_lens.errors import EvaluationError
 from dps_lens.evaluation.forced import Steered
 from dps_lens.evaluation.methods import Writer
-from dps_lens.evaluation.metrics import Metric, score_text
+from dps_lens.evaluation.metrics import METRICS, Metric, score_text
 from dps_lens.evaluation.result import REFERENCE
 from dps_lens.evaluation.style import StyleMeasure
 from dps_lens.model import HookedModel, native_attention, runner_of
@@ -22,11 +22,6 @@ from dps_lens.model.losses import token_losses
 from dps_lens.model.positions import check_switch
 from dps_lens.scoring import Choice, answers_of
 from dps_lens.scoring.ranks import measures_of_ranks
-
-RANKS = {"preference accuracy": "accuracy"} | {
-    name: name for name in ("chance", "margin", "probability", "overconfidence")
-}
-"""Metrics of how likely answers are, and what `measures_of_ranks` calls them."""
 
 _NGRAM = 2
 
@@ -116,9 +111,10 @@ def rank(
 
 
 def rank_scores(nll: Float64[Tensor, " answer"], length: Float64[Tensor, " answer"]) -> dict[str, float]:
-    """What `rank` says of one example, by the names of the metrics."""
+    """What `rank` says of one example, by metric; `accuracy` is what a written answer has."""
     found = measures_of_ranks(nll[None].numpy(), length[None].numpy())
-    return {name: float(found[measure][0]) for name, measure in RANKS.items()}
+    ranked = (metric.name for metric in METRICS.values() if metric.ranks)
+    return {name: float(found[name.removeprefix("preference ")][0]) for name in ranked}
 
 
 @torch.inference_mode()

@@ -100,10 +100,10 @@ class Bench(Work):
         """Why the likelihoods of an example's answers cannot be compared; empty where they can be, on all examples."""
         tokenizer, length = PromptTokenizer(self.model), self.prompt_config.response_tokens
         for example in (*self.examples, *self.choosing):
-            answers = {tuple(tokenizer.answer(text, length)) for text in (example.reference, *example.rejected)}
             about = f"example {example.id!r} of user {example.user_id!r}"
             if not example.rejected:
                 return f"{about} has one answer only; load pairs or choices, or make_pairs(users)"
+            answers = {tuple(tokenizer.answer(text, length)) for text in (example.reference, *example.rejected)}
             if () in answers or len(answers) <= len(example.rejected):
                 return f"answers of {about} are empty or alike for response_tokens; raise it in PromptConfig"
         return ""

@@ -36,7 +36,8 @@ _DEVICE = "cuda:0"
 class DpsLens(TemplateLM):
     """A model under a rule of `generate`, for `lm_eval`.
 
-    Likelihoods are of the steered distribution, teacher-forced; texts are written by it. Contexts and answers become
+    Likelihoods are of the steered distribution, teacher-forced, without the `min_p` of `dola`; texts are written by it.
+    Contexts and answers become
     tokens as in `lm_eval`'s own `hf` model, so that `rule="greedy"`, or γ = 0, gives its scores.
 
     Args:
@@ -49,12 +50,12 @@ class DpsLens(TemplateLM):
         max_gen_toks: tokens of a written answer, where the task does not say.
         device: of the model.
         dtype: of its weights.
-        batch_size: is taken and changes nothing; the tokens of a context are run once for all that is done to them.
+        batch_size: is taken and changes nothing: requests are run one after the other.
         options: `max_batch_size` and what else `lm_eval` hands to every model.
 
     Raises:
-        EvaluationError: the rule needs a negative prompt, or an option is unknown.
-        SteeringError: the rule lacks its heads or its vector.
+        EvaluationError: the rule needs a negative prompt, lacks its heads or its vector, or takes none; or an option is
+            unknown.
     """
 
     def __init__(
