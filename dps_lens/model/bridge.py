@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dps_lens.errors import ModelCheckError
-from dps_lens.model.fast.cache import preallocated_cache
+from dps_lens.model.fast.cache import forget_first, join_rows, preallocated_cache
 from dps_lens.model.fast.shared import NotShareableError, may_share, shared_attention, shared_cache
 from dps_lens.model.kernels import runs_native
 from dps_lens.model.protocol import HookedModel, hf_model_of
@@ -71,17 +71,26 @@ class BridgeRunner(Runner):
         error = (logits[0].float() - logits[1].float()).norm() / logits[0].float().norm()
         return bool(error < self._tolerance)
 
-    def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
+    def prefill(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        mask: Int[Tensor, "row all_pos"] | None = None,
+        *,
+        after: PromptCache | None = None,
+    ) -> PromptCache:
         from transformers import DynamicCache
 
         cache: Any = DynamicCache()
+        for layer, (key, value) in enumerate(after.layers if after else ()):
+            cache.update(key, value, layer)
         self._direct(tokens, cache, mask)
         if len(cache.layers) != self.cfg.n_layers:
             raise ModelCheckError(
                 f"{type(self._hf_model).__name__} keeps keys and values of {len(cache.layers)} of its "
                 f"{self.cfg.n_layers} layers, so a prompt cannot be continued; use another model"
             )
-        return PromptCache([(layer.keys, layer.values) for layer in cache.layers], tokens.shape[1])
+        length = tokens.shape[1] + (after.length if after else 0)
+        return PromptCache([(layer.keys, layer.values) for layer in cache.layers], length)
 
     def logits(
         self,
@@ -148,6 +157,12 @@ class BridgeRunner(Runner):
 
     def select(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
         cache.batch_select_indices(rows)
+
+    def join(self, cache: Any, other: Any) -> None:
+        join_rows(cache, other)
+
+    def trim(self, cache: Any, positions: int) -> None:
+        forget_first(cache, positions)
 
     def step(
         self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"] | None

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dps_lens.model.fast.cache import joined
 from dps_lens.model.runner import PromptCache, Residuals, Runner, recorders
 
 
@@ -55,13 +56,24 @@ class HookedRunner(Runner):
         cache.freeze()
         return cache
 
-    def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
+    def prefill(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        mask: Int[Tensor, "row all_pos"] | None = None,
+        *,
+        after: PromptCache | None = None,
+    ) -> PromptCache:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-        cache = TransformerLensKeyValueCache.init_cache(self.cfg, self.device, tokens.shape[0])
-        mask = torch.ones_like(tokens) if mask is None else mask
-        self.model(tokens, return_type=None, past_kv_cache=cache, attention_mask=mask)
-        return PromptCache([(entry.past_keys, entry.past_values) for entry in cache.entries], tokens.shape[1])
+        rows, new = tokens.shape
+        before = after.length if after else 0
+        mask = tokens.new_ones(rows, before + new) if mask is None else mask
+        if after:
+            cache = self._cache(after.layers, mask[:, :before])
+        else:
+            cache = TransformerLensKeyValueCache.init_cache(self.cfg, self.device, rows)
+        self.model(tokens, return_type=None, past_kv_cache=cache, attention_mask=mask[:, before:])
+        return PromptCache([(entry.past_keys, entry.past_values) for entry in cache.entries], before + new)
 
     def logits(
         self,
@@ -129,6 +141,15 @@ class HookedRunner(Runner):
         for entry in cache.entries:
             entry.past_keys, entry.past_values = entry.past_keys[rows], entry.past_values[rows]
         cache.previous_attention_mask = cache.previous_attention_mask[rows]
+
+    def join(self, cache: Any, other: Any) -> None:
+        for entry, theirs in zip(cache.entries, other.entries, strict=True):
+            entry.past_keys = joined(entry.past_keys, theirs.past_keys, dim=1)
+            entry.past_values = joined(entry.past_values, theirs.past_values, dim=1)
+
+    def trim(self, cache: Any, positions: int) -> None:
+        for entry in cache.entries:
+            entry.past_keys, entry.past_values = entry.past_keys[:, positions:], entry.past_values[:, positions:]
 
     def step(
         self, tokens: Int[Tensor, "row pos"], cache: Any, mask: Int[Tensor, "row all_pos"] | None

@@ -47,8 +47,20 @@ class Runner(ABC):
         return next((place for place in places if place.type != "meta"), torch.device("cpu"))
 
     @abstractmethod
-    def prefill(self, tokens: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"] | None = None) -> PromptCache:
-        """Run a prompt and keep its keys and values."""
+    def prefill(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        mask: Int[Tensor, "row all_pos"] | None = None,
+        *,
+        after: PromptCache | None = None,
+    ) -> PromptCache:
+        """Run a prompt and keep its keys and values.
+
+        Args:
+            tokens: token ids.
+            mask: 1 where a position, cached or new, is a token; 0 where it is padding.
+            after: keys and values of the positions before, of the same rows; they are in what is returned.
+        """
 
     @abstractmethod
     def logits(
@@ -109,6 +121,15 @@ class Runner(ABC):
     @abstractmethod
     def select(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
         """Keep these rows of a growing cache, in place."""
+
+    @abstractmethod
+    def join(self, cache: Any, other: Any) -> None:
+        """Add the rows of another growing cache behind those of `cache`, in place; all end at the same position, and
+        what the shorter ones have before their first position is masked out."""
+
+    @abstractmethod
+    def trim(self, cache: Any, positions: int) -> None:
+        """Forget so many first positions of a growing cache, in place."""
 
     @abstractmethod
     def step(

@@ -1,6 +1,6 @@
 """Branches decoded as rows of one batch, each with its own prompt and its own heads edited."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,10 +57,12 @@ class Decoder:
     Outside the context the model is bare. It can be entered again and again, also inside itself: once around all
     steps, or, where others use the model in between, around each. With `positions="response"` equal prompts are run
     once, whatever their branches. Rows are left-padded. Hooks of others act if they are on the model when the context
-    is entered.
+    is entered. Rows of another decoder may join.
 
     Attributes:
         rows: those that still run.
+        tokens: `Int[Tensor, "row pos"]`, the prompts that it began with.
+        mask: 1 where a position that is cached is a token, 0 where it is padding.
         device: where ids of tokens go in.
     """
 
@@ -95,14 +97,14 @@ class Decoder:
         self._gaps = gaps = [longest - len(row.tokens) for row in rows]
         padded = [torch.nn.functional.pad(row.tokens, (gap, 0), value=pad) for row, gap in zip(rows, gaps, strict=True)]
         self.tokens = torch.stack(padded).to(device)
-        self.mask = torch.stack([(torch.arange(longest) >= gap).long() for gap in gaps]).to(device)
+        self.mask = torch.stack([(torch.arange(longest - 1) >= gap).long() for gap in gaps]).to(device)
         self.factors = torch.stack([row.factors for row in rows]).to(device)
         self._added = _by_hook(rows, device)
         self._profile = torch.zeros(len(rows), longest - 1, dtype=torch.bool)
         for index, (row, gap) in enumerate(zip(rows, gaps, strict=True)):
             self._profile[index, gap + row.profile[0] : gap + row.profile[1]] = True
         self._cache: Any = None
-        self._hooks: Hooks
+        self._hooks: Hooks | None = None
         self._lean: BypassedHooks
         self._entered, self._attention, self._on = 0, ExitStack(), ExitStack()
 
@@ -129,6 +131,7 @@ class Decoder:
         self._attention.enter_context(attention_for(self.model, self.ablation))
         if self._cache is None:
             self._cache = self._prefill()
+        if self._hooks is None:
             self._install()
             return
         self._on.enter_context(self._hooks)
@@ -160,11 +163,9 @@ class Decoder:
     def _prefill(self) -> Any:
         """Everything before the last prompt token: once a prompt, or once a branch where branches differ there."""
         if self.positions == "response":
-            rows = torch.cat([self.tokens, self.mask], dim=1)
-            _, same = rows.unique(dim=0, return_inverse=True)
-            first = torch.stack([(same == index).nonzero()[0, 0] for index in range(int(same.max()) + 1)])
+            first, same = self._distinct()
             with BypassedHooks(self.model):
-                prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first, :-1])
+                prompt = self.runner.prefill(self.tokens[first, :-1], self.mask[first])
             return self._start(prompt, same)
 
         def profile(n_pos: int) -> Selection:
@@ -174,8 +175,28 @@ class Decoder:
             self._edit(profile if self.positions == "profile" else everywhere).on(self.model),
             BypassedHooks(self.model),
         ):
-            prompt = self.runner.prefill(self.tokens[:, :-1], self.mask[:, :-1])
+            prompt = self.runner.prefill(self.tokens[:, :-1], self.mask)
         return self._start(prompt, torch.arange(len(self.tokens), device=self.tokens.device))
+
+    def _distinct(self) -> tuple[Int[Tensor, " prompt"], Int[Tensor, " row"]]:
+        """One row of each prompt, and for each row, which prompt it has."""
+        _, same = torch.cat([self.tokens, self.mask], dim=1).unique(dim=0, return_inverse=True)
+        return torch.stack([(same == index).nonzero()[0, 0] for index in range(int(same.max()) + 1)]), same
+
+    @torch.inference_mode()
+    def prefill_by(self, chunk: int) -> Iterator[int]:
+        """Run the prompts `chunk` positions at a time; yields how many positions are left after each; outside the
+        context, and before it is entered. Only where heads are edited in the response, which leaves prompts bare."""
+        first, same = self._distinct()
+        tokens, mask, prompt = self.tokens[first, :-1], self.mask[first], None
+        total = tokens.shape[1]
+        for start in range(0, total, chunk):
+            stop = min(start + chunk, total)
+            with attention_for(self.model, self.ablation), BypassedHooks(self.model):
+                prompt = self.runner.prefill(tokens[:, start:stop], mask[:, :stop], after=prompt)
+            if stop == total:
+                self._cache = self._start(prompt, same)
+            yield total - stop
 
     def _start(self, prompt: PromptCache, rows: Int[Tensor, " row"]) -> Any:
         """A growing cache whose row i continues row `rows[i]` of the prompts."""
@@ -190,8 +211,7 @@ class Decoder:
         Args:
             tokens: the tokens; None runs the last token of the prompts.
         """
-        if tokens is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         column = self.tokens[:, -1:] if tokens is None else tokens[:, None]
         with self._lean:
             logits = self.runner.step(column, self._cache, self.mask if any(self._gaps) else None).float()
@@ -209,15 +229,48 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, rows: Bool[Tensor, " row"]) -> None:
-        """Let the other rows leave the batch; inside the context."""
-        index = rows.nonzero().flatten().to(self.mask.device)
-        self.rows = [row for row, stays in zip(self.rows, rows.tolist(), strict=True) if stays]
-        self._gaps = [gap for gap, stays in zip(self._gaps, rows.tolist(), strict=True) if stays]
+        """Let the other rows leave the batch; inside the context. Those behind may take their places."""
+        order = _filled_up(rows.tolist())
+        index = torch.tensor(order, device=self.mask.device)
+        self.rows, gaps = [self.rows[row] for row in order], [self._gaps[row] for row in order]
         self.mask, self.factors = self.mask[index], self.factors[index]
         left = {name: values[index] for name, values in self._added.items()}
         self._added = {name: values for name, values in left.items() if values.any()}
-        self.runner.select(self._cache, index)
+        self.runner.select(self._cache, torch.tensor(order))
+        if (least := min(gaps)) > 0:
+            # The longest row has left: nobody needs the first positions any more.
+            self.runner.trim(self._cache, least)
+            self.mask, gaps = self.mask[:, least:], [gap - least for gap in gaps]
+        self._gaps = gaps
         self._install()
+
+    @torch.inference_mode()
+    def join(self, other: "Decoder") -> None:
+        """Take the rows of another decoder in, behind those that are here, which end at the same position; outside the
+        context. Its prompts have been run, its edits are of the same kind, and its requests have other numbers."""
+        self.runner.join(self._cache, other._cache)
+        masks, gaps = (self.mask, other.mask), (self._gaps, other._gaps)
+        longest = max(mask.shape[1] for mask in masks)
+        self._gaps = [gap + longest - mask.shape[1] for mask, own in zip(masks, gaps, strict=True) for gap in own]
+        self.mask = torch.cat([torch.nn.functional.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
+        self.rows += other.rows
+        self.factors = torch.cat([self.factors, other.factors])
+        self._added = _by_hook(self.rows, self.device)
+        self._hooks = None
+
+
+def _filled_up(stays: Sequence[bool]) -> list[int]:
+    """Places of rows that stay, in an order that moves few: the last ones take the places of those that leave.
+
+    >>> _filled_up([True, False, True, True])
+    [0, 3, 2]
+    """
+    staying = [row for row, stay in enumerate(stays) if stay]
+    order, behind = list(range(len(staying))), [row for row in staying if row >= len(staying)]
+    for place in order:
+        if not stays[place]:
+            order[place] = behind.pop()
+    return order
 
 
 def _by_hook(rows: Sequence[Row], device: torch.device) -> dict[str, Float[Tensor, "row ..."]]:

@@ -89,8 +89,10 @@ class Steps:
     keep_delta_logits: bool
     keep_alternatives: int
     settings: dict[str, Any]
+    keep_likeliest: int = 0
     columns: dict[str, list[list[Tensor]]] = field(default_factory=dict)
     ended: bool = False
+    _shown: dict[int, str] = field(default_factory=dict)
 
     def add(
         self,
@@ -124,6 +126,9 @@ class Steps:
             up, down = change.topk(self.keep_alternatives), (-change).topk(self.keep_alternatives)
             step["moved"] = torch.cat([up.indices, down.indices.flip(-1)], dim=-1).cpu()
             step["moves"] = torch.cat([up.values, -down.values.flip(-1)], dim=-1).cpu()
+        if self.keep_likeliest:
+            likeliest = steered.log_softmax(-1).topk(self.keep_likeliest)
+            step["likeliest"], step["likeliest_logprobs"] = likeliest.indices.cpu(), likeliest.values.cpu()
         for name, values in step.items():
             column = self.columns.setdefault(name, [[] for _ in range(self.rows)])
             for row, value in zip(running, values, strict=True):
@@ -137,6 +142,15 @@ class Steps:
     def text(self, row: int) -> str:
         """What a row has written so far."""
         return self.tokenizer.decode(torch.stack(self.columns["tokens"][row]), skip_special_tokens=True)
+
+    def more(self, row: int, *, last: bool = False) -> str:
+        """What a row has written since this was asked before; a character that is still incomplete waits for its next
+        token, unless there is none."""
+        text, shown = self.text(row), self._shown.get(row, "")
+        if (text.endswith("\ufffd") and not last) or len(text) <= len(shown):
+            return ""
+        self._shown[row] = text
+        return text[len(shown) :]
 
     def generation(self) -> Generation:
         """Everything that was chosen."""
@@ -189,17 +203,12 @@ class TextStream:
 
 def _pieces(written: Iterator[list[int]], steps: Steps) -> Iterator[tuple[int, str]]:
     """New text as rows get tokens; it knows nothing of its stream, so that no cycle keeps a left one alive."""
-    shown = [""] * steps.rows
     for running in written:
         for row in running:
-            text = steps.text(row)
-            if text.endswith("\ufffd"):
-                continue
-            if len(text) > len(shown[row]):
-                yield row, text[len(shown[row]) :]
-                shown[row] = text
+            if text := steps.more(row):
+                yield row, text
     for row in range(steps.rows):
-        if rest := steps.text(row)[len(shown[row]) :]:
+        if rest := steps.more(row, last=True):
             yield row, rest
     steps.ended = True
 

@@ -120,7 +120,7 @@ def test_rows_leave_when_half_of_the_batch_is_idle(llama, prompts, monkeypatch):
     given = asked(model, "dps", prompts)
     alone = generate(model, max_new_tokens=N, decode_config=dps.DecodeConfig(stop_at_eos=False), **given)
     ends = {alone.tokens[0][2].item(), alone.tokens[1][9].item()}
-    monkeypatch.setattr(sys.modules["dps_lens.steering.generate"], "end_tokens", lambda _: ends)
+    monkeypatch.setattr(sys.modules["dps_lens.steering.plan"], "end_tokens", lambda _: ends)
     written = same(model, given)
     assert len({len(row) for row in written.tokens}) > 1
     streamed = generate(model, max_new_tokens=N, decode_config=dps.DecodeConfig(compile=True), stream=True, **given)
