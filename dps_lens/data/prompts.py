@@ -15,9 +15,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dps_lens.checks import check_whole
-from dps_lens.data.documents import Document
+from dps_lens.data.documents import Document, Pool
 from dps_lens.data.records import Example, User
 from dps_lens.data.retrieval import RetrievalMethod, retrieve
+from dps_lens.data.tasks import TASKS, Task
 from dps_lens.data.tokenizer import BETWEEN, PromptTokenizer, span
 from dps_lens.data.words import RetrievalTokens
 from dps_lens.errors import PromptError
@@ -168,11 +169,9 @@ def build_prompt(
     config = config or PromptConfig()
     tokenizer = PromptTokenizer(model, config.chat_template_kwargs)
     documents = _documents(example, profile, config)
-    own = tokenizer.cut(tokenizer.defuse(example.input.strip()), config.task_tokens).strip()
-    snippets = _snippets(tokenizer, example, documents, config.profile_tokens)
-    pieces = [tokenizer.defuse("".join(parts)) for parts in snippets]
     heading = example.task.header + "\n"
-    header = heading + "\n".join(pieces) if pieces else ""
+    own = tokenizer.cut(tokenizer.defuse(example.input.strip()), config.task_tokens).strip()
+    header, snippets, pieces = _header(tokenizer, example.task, documents, config.profile_tokens)
     if isinstance(profile, Note):
         if not profile.text.strip():
             raise PromptError(f"build_prompt: example {example.id!r}: the note is empty; use profile='none'")
@@ -253,6 +252,47 @@ def chat_prompt(
     return Prompt(torch.tensor(ids), spans, rendered, "none", "", "", ())
 
 
+def conversation_prompt(
+    model: HookedModel,
+    messages: Sequence[Mapping[str, str]],
+    history: Sequence[Document] = (),
+    *,
+    task: Task = TASKS["questions"],
+    config: PromptConfig | None = None,
+) -> Prompt:
+    """A conversation as a prompt for its next answer, with a user's documents before the last message.
+
+    Args:
+        model: a hooked model, whose tokenizer has a chat template.
+        messages: each with its `role`, as the template knows it, and its `content`.
+        history: documents; those that go with the last message are shown, in the words of `build_prompt`.
+        task: how the documents read.
+        config: how much of them is shown, and keywords of the template.
+
+    Raises:
+        PromptError: there is no template, or it refuses these messages; or they do not fit the context.
+    """
+    config = config or PromptConfig()
+    tokenizer = PromptTokenizer(model, config.chat_template_kwargs)
+    said = [{"role": one["role"], "content": tokenizer.defuse(one["content"])} for one in messages]
+    if not said or not said[-1]["content"].strip():
+        raise PromptError("the last message is empty")
+    query = said[-1]["content"]
+    documents = _retrieved(Pool(history, task).documents, task, query, config) if history else ()
+    header, _, pieces = _header(tokenizer, task, documents, config.profile_tokens)
+    said[-1]["content"] = header + BETWEEN + query if header else query
+    text = tokenizer.converse(said)
+    ids, offsets = tokenizer.encode(text)
+    begin = text.rfind(said[-1]["content"].strip())
+    asked = begin + (len(header + BETWEEN) if header else 0)
+    spans = {"task": span(offsets, asked, asked + len(query.strip())), "response": (len(ids), len(ids))}
+    spans["profile"] = span(offsets, begin, asked) if header else (spans["task"][0], spans["task"][0])
+    if len(ids) >= model.cfg.n_ctx:
+        raise PromptError(f"the messages take {len(ids)} tokens, and the model's context is {model.cfg.n_ctx}")
+    shown = tuple(document.id for document in documents[: len(pieces)])
+    return Prompt(torch.tensor(ids), spans, text, "own" if header else "none", "", "", shown)
+
+
 def _documents(example: Example, profile: Shown, config: PromptConfig) -> tuple[Document, ...]:
     if profile == "none" or isinstance(profile, Note):
         return ()
@@ -267,9 +307,13 @@ def _documents(example: Example, profile: Shown, config: PromptConfig) -> tuple[
         raise PromptError(
             f"build_prompt: example {example.id!r} has no documents to show beside what it asks for; use profile='none'"
         )
+    return _retrieved(pool, task, task.query(example.input), config)
+
+
+def _retrieved(pool: Sequence[Document], task: Task, query: str, config: PromptConfig) -> tuple[Document, ...]:
     return retrieve(
         pool,
-        task.query(example.input),
+        query,
         config.items,
         task=task,
         method=config.retrieval,
@@ -278,17 +322,26 @@ def _documents(example: Example, profile: Shown, config: PromptConfig) -> tuple[
     )
 
 
+def _header(
+    tokenizer: PromptTokenizer, task: Task, documents: Sequence[Document], budget: int
+) -> tuple[str, list[tuple[str, str, str]], list[str]]:
+    """What shows the documents: the text, and each of them in parts and whole."""
+    snippets = _snippets(tokenizer, task, documents, budget)
+    pieces = [tokenizer.defuse("".join(parts)) for parts in snippets]
+    return task.header + "\n" + "\n".join(pieces) if pieces else "", snippets, pieces
+
+
 def _snippets(
-    tokenizer: PromptTokenizer, example: Example, documents: Sequence[Document], budget: int
+    tokenizer: PromptTokenizer, task: Task, documents: Sequence[Document], budget: int
 ) -> list[tuple[str, str, str]]:
     """The documents as text before their bodies, the bodies, cut so that all fit the budget, and the text behind.
 
     The last documents are left out when not even the first words of all would fit; one always stays.
     """
-    parts = [tuple(map(tokenizer.defuse, example.task.parts(document.fields))) for document in documents]
+    parts = [tuple(map(tokenizer.defuse, task.parts(document.fields))) for document in documents]
     frames = [tokenizer.count(before + after + "\n") for before, _, after in parts]
-    budget -= tokenizer.count(example.task.header + "\n" + BETWEEN)
-    least = example.task.least
+    budget -= tokenizer.count(task.header + "\n" + BETWEEN)
+    least = task.least
     while len(parts) > 1 and sum(frames) + least * len(parts) > budget:
         del parts[-1], frames[-1]
     wanted = [tokenizer.count("".join(part) + "\n") for part in parts]

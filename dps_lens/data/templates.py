@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dps_lens.errors import PromptError
+from dps_lens.errors import PromptError, reason
 
 _OURS = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message", "chat_template", "return_dict"}
 _REASONING = re.compile(r"(<|\[)(?!/)([^<>\[\]\s/]*(?:think|thought|reason)[^<>\[\]\s/]*)(>|\])\s*\Z", re.IGNORECASE)
@@ -62,6 +62,20 @@ class ChatTemplate:
             if before + content + after != text:
                 raise PromptError("build_prompt: the tokenizer's chat template changes the text of a message")
         return before + content + after + self._closing(after), len(before)
+
+    def converse(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A prompt for the next answer in a conversation, as the template renders it.
+
+        Raises:
+            PromptError: the template refuses it, or opens a block whose end is not known.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = self._render([dict(one) for one in messages], add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise PromptError(f"the tokenizer's chat template refuses these messages ({reason(error)})") from error
+        return text + self._closing(text)
 
     def _closing(self, after: str) -> str:
         """What ends the block of reasoning that is open at the end of a prompt."""

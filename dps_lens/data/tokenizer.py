@@ -174,6 +174,16 @@ class PromptTokenizer:
         content = content.strip()
         return self._template.ask(content, turns) if self.chat else (content + _ANSWER, 0)
 
+    def converse(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as text, up to its next answer.
+
+        Raises:
+            PromptError: there is no chat template, or it refuses these messages.
+        """
+        if not self.chat:
+            raise PromptError("the model's tokenizer has no chat template; send a text to be completed")
+        return self._template.converse(messages)
+
     def place(self, profile: str, content: str, where: ProfileIn) -> tuple[str, tuple[int, int], int]:
         """The prompt as text, where the profile begins and ends in it, and where `content` begins.
 

@@ -41,9 +41,9 @@ class Writing:
         self._order: Tensor
 
     @property
-    def tokens(self) -> int:
-        """Positions of keys and values that it may come to hold."""
-        return sum(len(row.tokens) + self.plan.max_new_tokens for row in self.plan.rows)
+    def longest(self) -> int:
+        """Positions of keys and values that its longest row may come to hold."""
+        return max(len(row.tokens) for row in self.plan.rows) + self.plan.max_new_tokens
 
     def lay_out(self, rows: Sequence[Row], device: torch.device) -> None:
         """Note which rows there are of it, as they stand among each other."""
@@ -103,7 +103,9 @@ class ContinuousBatch:
     """
 
     def __init__(self, model: HookedModel, *, chunk: int = 256) -> None:
-        self.model, self._chunk = model, chunk if rotary_switch(model) is None else model.cfg.n_ctx
+        self.model, self.chunk = model, chunk
+        # Keys of a piece would take the factors of the piece's length, not of the prompt's.
+        self._piece = chunk if rotary_switch(model) is None else model.cfg.n_ctx
         self._waiting: list[tuple[Writing, Decoder, Iterator[int]]] = []
         self._lanes: dict[tuple[object, ...], _Lane] = {}
         self._numbers = count()
@@ -139,7 +141,7 @@ class ContinuousBatch:
                 "its prompt and its negative prompt lie on both sides of a length at which the model's rotary factors "
                 "change; shorten one"
             )
-        self._waiting.append((writing, decoder, decoder.prefill_by(self._chunk)))
+        self._waiting.append((writing, decoder, decoder.prefill_by(self._piece)))
 
     def leave(self, writing: Writing, texts: Sequence[int] | None = None) -> None:
         """End some texts of a request, or all of it."""

@@ -1,0 +1,224 @@
+"""What a server knows of its users: a file each, with heads, a vector, how to steer with them, and documents."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dps_lens.data import Document
+from dps_lens.data.tasks import TASKS
+from dps_lens.errors import DataError, FileError, HeadError, SteeringError
+from dps_lens.files import as_json, read_object, write_text, writing
+from dps_lens.heads import HeadSet
+from dps_lens.model import HookedModel, describe_model
+from dps_lens.result import provenance
+from dps_lens.steering import HeadVector
+from dps_lens.steering.rules import find_rule
+
+_LONGEST_NAME = 200
+_SAME = ("name", "n_layers", "n_heads", "weights")
+
+Strength = Annotated[float, Field(allow_inf_nan=False)]
+UserName = Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class HeadRows(_Strict):
+    """A vector of heads: a row of `d_head` numbers for each."""
+
+    heads: str
+    values: list[list[Strength]]
+
+
+class ProfileDocument(_Strict):
+    """A document of a user, with the fields that its task reads."""
+
+    id: str
+    fields: dict[str, Any]
+    date: str | None = None
+
+
+class SteeringProfile(_Strict):
+    """How a user is steered for: what `dps-lens profile make` writes, and `PUT /v1/profiles/USER` takes.
+
+    Attributes:
+        user: whose it is.
+        model: name, layers, heads and digest of the weights that it was made with; a server of another model refuses
+            it.
+        heads: by name, `"L12H3,L4H0"`, for rules of heads.
+        vector: for rules that add one.
+        rule: of `generate`.
+        gamma: its strength.
+        alpha: its second strength.
+        max_kl: cap on KL(steered ‖ full) at every step, nats.
+        documents: of the user; those that go with a message are shown before it.
+        task: how they read.
+        made: who made it, when.
+    """
+
+    user: UserName
+    model: dict[str, Any] = Field(default_factory=dict)
+    heads: str = ""
+    vector: HeadRows | None = None
+    rule: str = "dps"
+    gamma: Strength = 1.0
+    alpha: Strength = 0.5
+    max_kl: Strength | None = None
+    documents: list[ProfileDocument] = Field(default_factory=list)
+    task: str = "questions"
+    made: dict[str, Any] = Field(default_factory=dict)
+
+    def head_set(self) -> HeadSet:
+        """The heads, best first."""
+        return HeadSet.parse(self.heads, label=self.user)
+
+    def head_vector(self) -> HeadVector | None:
+        """The vector, of heads of the model that it was made with."""
+        if self.vector is None:
+            return None
+        shape = (int(self.model.get("n_layers", 0)), int(self.model.get("n_heads", 0)))
+        return HeadVector(
+            torch.tensor(self.vector.values), HeadSet(HeadSet.parse(self.vector.heads), "", shape), self.user
+        )
+
+    def history(self) -> list[Document]:
+        """The documents."""
+        return [Document(one.id, one.fields, one.date) for one in self.documents]
+
+    def check(self, model: HookedModel) -> None:
+        """Refuse what a model cannot be steered with.
+
+        Raises:
+            SteeringError: the profile is of another model, or its rule, heads, vector or documents are none.
+        """
+        found = describe_model(model)
+        for name in _SAME:
+            if name in self.model and self.model[name] != found[name]:
+                raise SteeringError(
+                    f"the profile of user {self.user!r} was made with another model: its {name} is "
+                    f"{str(self.model[name])[:60]!r}, served is {str(found[name])[:60]!r}; make it anew"
+                )
+        rule = find_rule(self.rule)
+        try:
+            self.head_set().mask(model.cfg)
+            vector = self.head_vector()
+        except (HeadError, ValueError) as error:
+            raise SteeringError(f"the profile of user {self.user!r}: {error}") from error
+        if rule.needs_heads and not self.heads:
+            raise SteeringError(f"the profile of user {self.user!r} names no heads, which rule {self.rule!r} needs")
+        if rule.needs_vectors and vector is None:
+            raise SteeringError(f"the profile of user {self.user!r} has no vector, which rule {self.rule!r} adds")
+        if vector is not None:
+            vector.check(f"the profile of user {self.user!r}", model)
+        task = TASKS.get(self.task)
+        if task is None:
+            raise SteeringError(f"the profile of user {self.user!r}: task {self.task!r} is none of {', '.join(TASKS)}")
+        for one in self.documents:
+            if lacking := [name for name in task.fields if name not in one.fields]:
+                raise SteeringError(
+                    f"the profile of user {self.user!r}: document {one.id!r} lacks the field {lacking[0]!r} of task "
+                    f"{self.task!r}"
+                )
+
+
+def model_of(model: HookedModel) -> dict[str, Any]:
+    """What a profile notes of the model that it is for."""
+    found = describe_model(model)
+    return {name: found[name] for name in _SAME}
+
+
+class ProfileStore:
+    """Profiles in a folder, a file each, whole or absent; several servers may share the folder.
+
+    Args:
+        folder: made where it is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, user: str) -> Path:
+        """The file of a user: the name as in an address, so that none leads out of the folder.
+
+        Raises:
+            DataError: the name is empty or too long for a file.
+        """
+        try:
+            name = quote(user, safe="")
+        except UnicodeEncodeError as error:
+            raise DataError(f"the user's name {user[:60]!r} holds half of a character") from error
+        if not name or len(name) > _LONGEST_NAME:
+            raise DataError(f"a user's name takes 1 to {_LONGEST_NAME} characters in a file's name")
+        return self.folder / f"{name}.json"
+
+    def __contains__(self, user: str) -> bool:
+        return self.path(user).is_file()
+
+    def __iter__(self) -> Iterator[str]:
+        """Users, in the order of their files."""
+        for path in sorted(self.folder.glob("*.json")):
+            yield self._read(path).user
+
+    def read(self, user: str) -> SteeringProfile | None:
+        """The profile of a user, or None.
+
+        Raises:
+            DataError: its file is no profile, or another user's.
+        """
+        path = self.path(user)
+        if not path.is_file():
+            return None
+        found = self._read(path)
+        # A file system may not tell two names apart that differ in case.
+        return found if found.user == user else None
+
+    def _read(self, path: Path) -> SteeringProfile:
+        try:
+            return SteeringProfile(**read_object(path, DataError))
+        except ValidationError as error:
+            raise DataError(f"{path.name} is no profile: {first_problem(error)}") from error
+
+    def write(self, profile: SteeringProfile) -> None:
+        """Keep a profile in place of the one that was there; a reader sees the one or the other.
+
+        Raises:
+            DataError: the user's name is none for a file, or the file of this name is another user's.
+            FileError: it cannot be written; the one that was there is kept.
+        """
+        path = self.path(profile.user)
+        if path.is_file() and self._read(path).user != profile.user:
+            raise DataError(f"the file of user {profile.user!r} would be that of another user, on this file system")
+        made = profile.made or provenance()
+        write_text(path, as_json(profile.model_copy(update={"made": made}).model_dump(), sort_keys=False))
+
+    def delete(self, user: str) -> bool:
+        """Delete everything that is kept of a user; whether there was anything.
+
+        Raises:
+            FileError: it cannot be deleted.
+        """
+        path = self.path(user)
+        if self.read(user) is None:
+            return False
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise FileError(f"the profile of user {user!r} cannot be deleted ({error.strerror})") from error
+        return True
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with the first field that does not fit."""
+    found = error.errors()[0]
+    place = ".".join(str(part) for part in found["loc"])
+    return f"{place}: {found['msg']}" if place else found["msg"]

@@ -1,0 +1,221 @@
+"""From a request to a plan: whose profile, which rule, what is in the prompt."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dps_lens.data import Document, Prompt, PromptConfig
+from dps_lens.data.prompts import conversation_prompt
+from dps_lens.data.tasks import TASKS
+from dps_lens.errors import DataError, PromptError, SteeringError
+from dps_lens.heads import HeadSet
+from dps_lens.model import HookedModel
+from dps_lens.serving.keys import Key
+from dps_lens.serving.profiles import ProfileStore, SteeringProfile
+from dps_lens.serving.schema import ChatRequest, CompletionRequest, Steer
+from dps_lens.steering import DecodeConfig, Sampling
+from dps_lens.steering.continuous import Writing
+from dps_lens.steering.plan import plan_of
+from dps_lens.steering.rules import find_rule
+from dps_lens.steering.vector import Vector
+
+PLAIN = "greedy"
+_COMPLETION_TOKENS = 16  # as in OpenAI's API
+_MOST_GAMMA = 1e6
+
+
+class UnknownUserError(DataError):
+    """There is no profile of a user, or a key may not use it."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How an answer is steered, whole.
+
+    Attributes:
+        rule: `"greedy"` where nothing is steered: the plain model.
+        heads: of the rule.
+        vector: of the rule.
+        gamma: its strength.
+        alpha: its second strength.
+        max_kl: cap on KL(steered ‖ full).
+        target_kl: what it is made.
+        history: documents that a chat shows.
+        task: how they read.
+        negative_prompt: of a completion.
+    """
+
+    rule: str = PLAIN
+    heads: HeadSet = field(default_factory=HeadSet)
+    vector: Vector | None = None
+    gamma: float = 1.0
+    alpha: float = 0.5
+    max_kl: float | None = None
+    target_kl: float | None = None
+    history: tuple[Document, ...] = ()
+    task: str = "questions"
+    negative_prompt: str | None = None
+
+
+class Resolver:
+    """Makes plans of requests.
+
+    Args:
+        model: a hooked model.
+        profiles: of users; None where the server keeps none.
+        default: how answers are steered where a request says nothing.
+        most_tokens: that a text may have.
+        prompt_config: how much of a user's documents is shown.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        profiles: ProfileStore | None = None,
+        *,
+        default: Steering | None = None,
+        most_tokens: int = 1024,
+        prompt_config: PromptConfig | None = None,
+    ) -> None:
+        self.model, self.profiles, self.default = model, profiles, default or Steering()
+        self.most_tokens, self.prompt_config = most_tokens, prompt_config or PromptConfig()
+
+    def steering(self, asked: Steer | None, key: Key | None) -> Steering:
+        """How a request is steered: what it says, else the profile that it names, else the server's default.
+
+        Raises:
+            UnknownUserError: there is no such profile, or the key may not use it.
+            SteeringError: what is asked for does not fit together, or the profile is of another model.
+        """
+        if asked is None:
+            return self.default
+        found = self.default if asked.user is None else self._of(self._profile(asked.user, key))
+        given: dict[str, Any] = {
+            name: value
+            for name in ("rule", "gamma", "alpha", "max_kl", "target_kl", "negative_prompt")
+            if (value := getattr(asked, name)) is not None
+        }
+        if asked.heads is not None:
+            given["heads"] = HeadSet.parse(asked.heads)
+            # Whoever names heads, and no rule, means the method.
+            if asked.rule is None and not find_rule(found.rule).needs_heads:
+                given["rule"] = "dps"
+        if asked.vector is not None:
+            given["vector"] = self._of(self._profile(asked.vector, key)).vector
+            if given["vector"] is None:
+                raise SteeringError(f"the profile of user {asked.vector!r} has no vector")
+        if asked.documents is not None:
+            texts = [text for text in dict.fromkeys(asked.documents) if text.strip()]
+            given["history"] = tuple(Document(str(index), {"text": text}) for index, text in enumerate(texts))
+            given["task"] = "questions"
+        if asked.target_kl is not None and asked.max_kl is None:
+            given["max_kl"] = None
+        steering = replace(found, **given)
+        if abs(steering.gamma) > _MOST_GAMMA:
+            raise SteeringError(f"gamma {steering.gamma:g} is more than {_MOST_GAMMA:g}")
+        return steering
+
+    def _profile(self, user: str, key: Key | None) -> SteeringProfile:
+        if self.profiles is None:
+            raise SteeringError("this server keeps no profiles; start it with --profiles FOLDER")
+        allowed = key is None or key.may_use(user)
+        # Whether a user exists is not for those who may not use the profile.
+        profile = self.profiles.read(user) if allowed else None
+        if profile is None:
+            raise UnknownUserError(f"there is no profile of user {user!r:.200}")
+        profile.check(self.model)
+        return profile
+
+    @staticmethod
+    def _of(profile: SteeringProfile) -> Steering:
+        return Steering(
+            rule=profile.rule,
+            heads=profile.head_set(),
+            vector=profile.head_vector(),
+            gamma=profile.gamma,
+            alpha=profile.alpha,
+            max_kl=profile.max_kl,
+            history=tuple(profile.history()),
+            task=profile.task,
+        )
+
+    def chat(self, request: ChatRequest, steering: Steering) -> Writing:
+        """What answers a chat; in the thread that runs the model.
+
+        Raises:
+            DPSLensError: the request cannot be answered.
+        """
+        messages = [
+            {"role": "system" if one.role == "developer" else one.role, "content": one.text} for one in request.messages
+        ]
+        if messages[-1]["role"] == "assistant":
+            raise PromptError("the last message is the assistant's; send what it is to answer")
+        own = self._conversation(messages, steering.history, steering.task)
+        negative = None
+        if find_rule(steering.rule).needs_negative:
+            if not steering.history:
+                raise SteeringError(
+                    f"rule {steering.rule!r} contrasts with the prompt without the user's documents, and there are "
+                    "none; give dps.documents, or a user whose profile has some"
+                )
+            negative = self._conversation(messages, (), steering.task)
+        asked = request.max_completion_tokens or request.max_tokens
+        likeliest = (request.top_logprobs or 0) if request.logprobs else 0
+        return self._writing(request, steering, own, negative, asked or self._room(own), likeliest)
+
+    def completion(self, request: CompletionRequest, prompt: str, steering: Steering) -> Writing:
+        """What goes on from a text; in the thread that runs the model.
+
+        Raises:
+            DPSLensError: the request cannot be answered.
+        """
+        if find_rule(steering.rule).needs_negative and steering.negative_prompt is None:
+            raise SteeringError(f"rule {steering.rule!r} of a completion needs dps.negative_prompt")
+        tokens = request.max_tokens or _COMPLETION_TOKENS
+        return self._writing(request, steering, prompt, steering.negative_prompt, tokens, request.logprobs or 0)
+
+    def _conversation(self, messages: Sequence[Mapping[str, str]], history: Sequence[Document], task: str) -> Prompt:
+        return conversation_prompt(self.model, messages, history, task=TASKS[task], config=self.prompt_config)
+
+    def _room(self, prompt: Prompt) -> int:
+        return max(1, min(self.most_tokens, self.model.cfg.n_ctx - len(prompt.prompt_tokens)))
+
+    def _writing(
+        self,
+        request: ChatRequest | CompletionRequest,
+        steering: Steering,
+        prompt: Prompt | str,
+        negative: Prompt | str | None,
+        tokens: int,
+        likeliest: int,
+    ) -> Writing:
+        if tokens > self.most_tokens:
+            raise PromptError(f"max_tokens {tokens} is more than this server writes, {self.most_tokens}")
+        rule, texts = find_rule(steering.rule), request.texts
+        plan = plan_of(
+            self.model,
+            [prompt] * texts,
+            rule=rule,
+            heads=steering.heads if rule.needs_heads else None,
+            vectors=steering.vector if rule.needs_vectors else None,
+            gamma=steering.gamma,
+            alpha=steering.alpha,
+            negative_prompts=None if negative is None else [negative] * texts,
+            max_new_tokens=tokens,
+            sampling=_samplings(request),
+            decode_config=DecodeConfig(max_kl=steering.max_kl, target_kl=steering.target_kl),
+        )
+        return Writing(plan, keep_likeliest=likeliest)
+
+
+def _samplings(request: ChatRequest | CompletionRequest) -> list[Sampling | None]:
+    """How each text is sampled; text i of a seed is that of seed + i."""
+    if request.temperature == 0:
+        return [None] * request.texts
+    seed = secrets.randbits(31) if request.seed is None else request.seed
+    temperature = 1.0 if request.temperature is None else request.temperature
+    return [
+        Sampling(temperature=temperature, top_p=request.top_p, top_k=request.top_k, seed=(seed + text) % 2**32)
+        for text in range(request.texts)
+    ]
