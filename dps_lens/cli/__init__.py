@@ -15,9 +15,11 @@ from dps_lens.cli import (
     fetch,
     find,
     merge,
+    profile,
     publish,
     report,
     score,
+    serve,
     steer,
     vectors,
 )
@@ -36,9 +38,11 @@ __all__ = [
     "find",
     "main",
     "merge",
+    "profile",
     "publish",
     "report",
     "score",
+    "serve",
     "steer",
     "vectors",
 ]

@@ -2,8 +2,18 @@
 
 from dps_lens.serving.api import make_server
 from dps_lens.serving.keys import Keys, add_key
-from dps_lens.serving.profiles import ProfileStore, SteeringProfile, model_of
+from dps_lens.serving.profiles import ProfileStore, SteeringProfile, make_profiles, model_of
 from dps_lens.serving.resolve import Steering
 from dps_lens.serving.run import Served
 
-__all__ = ["Keys", "ProfileStore", "Served", "Steering", "SteeringProfile", "add_key", "make_server", "model_of"]
+__all__ = [
+    "Keys",
+    "ProfileStore",
+    "Served",
+    "Steering",
+    "SteeringProfile",
+    "add_key",
+    "make_profiles",
+    "make_server",
+    "model_of",
+]

@@ -76,6 +76,7 @@ def make_server(
     app = FastAPI(
         title="dps_lens", version=__version__, lifespan=life, responses=_ERRORS, docs_url=None, redoc_url=None
     )
+    app.state.name = served
     app.add_middleware(Gate, keys=who, most_bytes=most_bytes)
     app.add_middleware(Notes, metrics=metrics)
     _tell_errors(app)

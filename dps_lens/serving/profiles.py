@@ -1,6 +1,6 @@
 """What a server knows of its users: a file each, with heads, a vector, how to steer with them, and documents."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -8,15 +8,18 @@ from urllib.parse import quote
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dps_lens.data import Document
+from dps_lens.data import Document, User
 from dps_lens.data.tasks import TASKS
 from dps_lens.errors import DataError, FileError, HeadError, SteeringError
 from dps_lens.files import as_json, read_object, write_text, writing
+from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel, describe_model
 from dps_lens.result import provenance
+from dps_lens.scores import HeadScores
 from dps_lens.steering import HeadVector
 from dps_lens.steering.rules import find_rule
+from dps_lens.vectors import HeadVectors
 
 _LONGEST_NAME = 200
 _SAME = ("name", "n_layers", "n_heads", "weights")
@@ -125,6 +128,66 @@ class SteeringProfile(_Strict):
                     f"the profile of user {self.user!r}: document {one.id!r} lacks the field {lacking[0]!r} of task "
                     f"{self.task!r}"
                 )
+
+
+def make_profiles(
+    users: Sequence[User],
+    heads: HeadScores | FoundHeads | None = None,
+    *,
+    vectors: HeadVectors | None = None,
+    k: int | None = None,
+    own: bool = False,
+    documents: bool = False,
+    **settings: Any,
+) -> list[SteeringProfile]:
+    """A profile for each user, of what was found on their examples.
+
+    Args:
+        users: whose.
+        heads: of `score_heads` or `find_heads`.
+        vectors: of the same users, of `head_vectors`.
+        k: heads to take; by default 10, of `find_heads` the whole set.
+        own: take the first heads by a user's own examples, not by those of all.
+        documents: keep the users' documents in the profiles, which a server then shows in prompts.
+        settings: `rule`, `gamma`, `alpha` and `max_kl` of the profiles.
+
+    Raises:
+        SteeringError: a user has no vector, or heads and vectors are of two models.
+        ScoreError: a user has no scores.
+    """
+    sources = [one for one in (heads, vectors) if one is not None]
+    models = [{name: one.manifest.get("model", {}).get(name) for name in _SAME} for one in sources]
+    if not models or any(model != models[0] for model in models):
+        raise SteeringError(
+            "profile: heads and vectors are of two models" if models else "profile: give heads, vectors, or both"
+        )
+    made = []
+    for user in users:
+        chosen, vector = HeadSet(), None
+        if heads is not None:
+            if isinstance(heads, FoundHeads) and k is None and not own:
+                chosen = heads.heads
+            else:
+                chosen = heads.top(10 if k is None else k, user.id if own else None)
+        if vectors is not None:
+            if user.id not in vectors:
+                raise SteeringError(f"profile: user {user.id!r} has no vector there")
+            rows = vectors[user.id]
+            vector = HeadRows(heads=str(rows.heads), values=rows.values.tolist())
+        kept = [ProfileDocument(id=one.id, fields=dict(one.fields), date=one.date) for one in user.history]
+        made.append(
+            SteeringProfile(
+                user=user.id,
+                model=models[0],
+                heads=str(chosen),
+                vector=vector,
+                documents=kept if documents else [],
+                task=user.task.name,
+                made=provenance(),
+                **settings,
+            )
+        )
+    return made
 
 
 def model_of(model: HookedModel) -> dict[str, Any]:
