@@ -119,7 +119,8 @@ def test_who_leaves_changes_nobody_else(llama, probe, short):
         batch.step()
         if step == 6:
             batch.leave(writings[0])
-    assert len(batch) == 0 and batch.rows == 0
+    assert len(batch) == 0
+    assert batch.rows == 0
     assert writings[3].steps.columns == {}
     same(writings[1].steps, alone[1])
     same(writings[2].steps, alone[2])
@@ -152,7 +153,8 @@ def test_a_pass_that_fails_ends_those_that_were_in_it(llama, probe, short, monke
         patched.setattr(runner, "step", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
         batch.step()
     assert [str(one.error) for one in writings] == ["out of memory"] * 2
-    assert len(batch) == 0 and no_hooks_left(model)
+    assert len(batch) == 0
+    assert no_hooks_left(model)
     again = Writing(plan_of(model, **asked[0]))
     batch.add(again)
     while len(batch):
@@ -197,13 +199,16 @@ def test_rows_of_two_caches_end_together(monkeypatch, fast):
     for at, (of, held) in {0: (0, ours), 1: (1, ours), 2: (0, theirs), 3: (0, longest), 5: (2, longest)}.items():
         length = held.shape[2]
         assert torch.equal(layer.keys[at, :, 9 - length :], held[of])
-        assert not layer.keys[at, :, : 9 - length].any() and not layer.values[at, :, : 9 - length].any()
+        assert not layer.keys[at, :, : 9 - length].any()
+        assert not layer.values[at, :, : 9 - length].any()
     new = rows(6, 1)
     layer.update(new, new)
-    assert torch.equal(layer.keys[:, :, -1:], new) and torch.equal(layer.values[2, :, 6:9], theirs[0] + 1)
+    assert torch.equal(layer.keys[:, :, -1:], new)
+    assert torch.equal(layer.values[2, :, 6:9], theirs[0] + 1)
     cache.batch_select_indices(torch.tensor([0, 5, 2, 1]))
     forget_first(cache, 2)
-    assert torch.equal(layer.keys[1, :, :-1], longest[2][:, 2:]) and torch.equal(layer.keys[3, :, 2:7], ours[1])
+    assert torch.equal(layer.keys[1, :, :-1], longest[2][:, 2:])
+    assert torch.equal(layer.keys[3, :, 2:7], ours[1])
 
 
 def test_what_cannot_join_is_refused(llama, probe, short):
