@@ -193,6 +193,8 @@ class Resolver:
         if tokens > self.most_tokens:
             raise PromptError(f"max_tokens {tokens} is more than this server writes, {self.most_tokens}")
         rule, texts = find_rule(steering.rule), request.texts
+        if rule.needs_heads and not len(steering.heads):
+            raise SteeringError(f"rule {steering.rule!r} needs heads; give dps.heads, or a user whose profile has some")
         plan = plan_of(
             self.model,
             [prompt] * texts,

@@ -1,6 +1,7 @@
 """Run the application: in the foreground, or from a thread of this process."""
 
 import ipaddress
+import logging
 import socket
 import threading
 from typing import Any
@@ -53,6 +54,8 @@ def bound(host: str, port: int) -> socket.socket:
 def server_of(app: Any, *, patience: int = 30) -> uvicorn.Server:
     """What serves an application until it is told to stop; answers that are being written are then finished, for so
     many seconds."""
+    # Its lines hold addresses, and so the names of users.
+    logging.getLogger("uvicorn.access").disabled = True
     return uvicorn.Server(
         uvicorn.Config(
             app,
