@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from dps_lens.data import PromptConfig
@@ -32,6 +32,8 @@ _POLL = 0.5
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 413, 422, 429, 500, 503, 504)
 }
+
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
 def make_server(
@@ -158,7 +160,7 @@ def _add_operations(app: FastAPI, name: str, metrics: Metrics) -> None:
         body = {"status": status, "model": name, "waiting": engine.waiting, "rows": engine.rows}
         return JSONResponse(body, status_code=200 if engine.running else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def numbers() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -208,14 +210,14 @@ def _check_name(asked: str, name: str) -> None:
 
 
 def _add_answers(app: FastAPI, name: str, resolver: Resolver) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_STREAMED)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         _check_name(asked.model, name)
         steering = await asyncio.to_thread(resolver.steering, asked.dps, request.state.key)
         answer = _Answer(request, asked, name, chat=True)
         return await answer.respond([partial(resolver.chat, asked, steering)])
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_STREAMED)
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         _check_name(asked.model, name)
         steering = await asyncio.to_thread(resolver.steering, asked.dps, request.state.key)

@@ -58,7 +58,9 @@ def guarded(model, store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("guarded")
     for one in profiles_of(model):
         ProfileStore(folder).write(one)
-    with Served(make_server(model, name="tiny", profiles=folder, keys=Keys.read(path), most_bytes=20_000)) as found:
+    with Served(
+        make_server(model, name="tiny", profiles=folder, keys=Keys.read(path), most_bytes=20_000, most_tokens=16)
+    ) as found:
 
         def of(name: str | None) -> httpx.Client:
             headers = {"authorization": f"Bearer {keys[name]}"} if name else {}
