@@ -129,6 +129,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.full
 def test_ten_kills_at_random_moments(tiny_folders, tmp_path):
     """kill -9 ten times: the result is that of an uninterrupted run, and at most one unit is redone each time."""
     nursery = subprocess.Popen(

@@ -330,6 +330,7 @@ def test_a_found_set_is_tested_and_steered_with(model, tmp_path):
     assert "is a run of 'find', which has no map for each user" in done.stderr
 
 
+@pytest.mark.full
 def test_score_on_workers_and_in_shards_is_the_same(scored, model, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

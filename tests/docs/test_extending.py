@@ -185,6 +185,7 @@ def test_an_example_is_short_shown_and_asks_for_public_names_only(file):
             assert node.attr in dps.__all__
 
 
+@pytest.mark.full
 def test_resampled_heads_are_scored_and_tested_as_by_hand(called, model, users):
     scores, heads = called["scores"], [(0, 1), (2, 3)]
     examples = discovery(users, 2)

@@ -136,6 +136,7 @@ with dps.RayEngine(workers=2) as engine:
 """
 
 
+@pytest.mark.full
 def test_a_killed_driver_is_started_again(engine, llama, tiny_folders, users, whole, killed, tmp_path):
     out = tmp_path / "run"
     driver = subprocess.Popen(
@@ -172,6 +173,7 @@ def keys_of(folder):
     return [f"{user}|{example}" for user, example in zip(scores.user_ids, scores.example_ids, strict=True)]
 
 
+@pytest.mark.full
 def test_curves_are_those_of_a_run_without_an_engine(engine, llama, users, tmp_path):
     families = {"one": dps.HeadSet.parse("L1H2,L0H1")}
     options = {"ks": (1, 2), "n_random": 3, "max_examples": 2, "prompt_config": CONFIG}
@@ -182,6 +184,7 @@ def test_curves_are_those_of_a_run_without_an_engine(engine, llama, users, tmp_p
         assert digest(tmp_path / call / "ray") == digest(tmp_path / call / "here")
 
 
+@pytest.mark.full
 def test_families_are_those_of_a_run_without_an_engine(engine, llama, tmp_path):
     kinds = (Repeated("induction", n_prompts=3, length=8), Retrieval(lengths=(300,)), FunctionVector(n_trials=2))
     here = dps.reference_heads(llama.hooked, kinds, cache=tmp_path / "here")
@@ -200,6 +203,7 @@ def test_an_ablation_from_a_file_travels(engine, llama, users):
     torch.testing.assert_close(there.values, here.values, rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 def test_an_evaluation_is_that_of_a_run_without_an_engine(engine, llama, users, tmp_path):
     methods = {"rag": "rag", "note": "prompt", "cad": "cad", "vector": "stylevector", "tuned": "lora"}
     options = {"strengths": (0.5, 1.0), "max_new_tokens": 6, "max_examples": 1, "prompt_config": CONFIG}
@@ -283,6 +287,7 @@ def test_a_killed_worker_of_a_real_run(engine, llama, users, whole, tmp_path):
     assert engine.summary.again <= engine.in_flight
 
 
+@pytest.mark.full
 def test_poison_is_put_in_quarantine(engine, llama, tmp_path):
     engine.start(llama.hooked)
     folder, notes = RunFolder(tmp_path / "run", {}), tmp_path / "notes"
@@ -304,6 +309,7 @@ def test_poison_is_put_in_quarantine(engine, llama, tmp_path):
     assert len(list((tmp_path / "run" / "quarantine").iterdir())) == 1, "a unit that is made leaves the quarantine"
 
 
+@pytest.mark.full
 def test_nothing_made_is_an_error(engine, llama):
     engine.start(llama.hooked)
     with (
@@ -321,6 +327,7 @@ def test_workers_have_the_model_of_the_call(engine, llama, tiny_folders, users):
         score_pcs(other, users, engine=engine, **OPTIONS)
 
 
+@pytest.mark.full
 def test_models_that_no_worker_can_load(engine, llama, users, monkeypatch):
     other = dps.load_model(llama.folder)
     with monkeypatch.context() as patch:
@@ -335,6 +342,7 @@ def test_models_that_no_worker_can_load(engine, llama, users, monkeypatch):
         dps.RayEngine().start(other)
 
 
+@pytest.mark.full
 def test_scores_name_the_example_that_could_not_be_made(engine, llama, users, tmp_path, monkeypatch):
     folder = llama.folder
 
@@ -386,6 +394,7 @@ def test_shards_are_merged(llama, users, tmp_path):
     assert torch.equal(again.values, dps.HeadScores.load(tmp_path / "whole").values)
 
 
+@pytest.mark.full
 def test_shards_of_curves_and_evaluations(llama, users, tmp_path):
     families = {"one": dps.HeadSet.parse("L1H2,L0H1")}
     curve = {"ks": (1,), "n_random": 3, "max_examples": 2, "prompt_config": CONFIG}

@@ -156,6 +156,7 @@ def test_what_tasks_cannot_have_is_refused(tinies):
         DpsLens(model, heads=HEADS, gama=2)
 
 
+@pytest.mark.full
 def test_the_command_line_of_the_harness(tiny_folders, tmp_path):
     """As in the docs, with the device that lm_eval asks for by itself."""
     command = [sys.executable, "-m", "dps_lens.evaluation.harness", "run", "--model", "dps_lens", "--limit", "2"]

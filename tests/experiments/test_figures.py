@@ -32,6 +32,7 @@ def test_one_command_draws_all(run, tmp_path, browser_path):
     assert "warn" not in done.stderr.lower()
 
 
+@pytest.mark.full
 def test_what_a_run_lacks_is_named_and_the_rest_is_drawn(run, tmp_path, browser_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("page"))
     command = [sys.executable, "-m", "figures", "--run", tmp_path / "run", "--out", tmp_path / "out"]
@@ -42,6 +43,7 @@ def test_what_a_run_lacks_is_named_and_the_rest_is_drawn(run, tmp_path, browser_
     assert {file.stem for file in (tmp_path / "out").iterdir()} == {*NAMES} - {"pareto", "k_sweep"}
 
 
+@pytest.mark.full
 def test_a_script_alone_draws_one(run, tmp_path, browser_path):
     command = [sys.executable, "-m", "figures.stability", "--run", run, "--out", tmp_path, "--column", "neurips"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -113,6 +113,7 @@ def check_cells(out, task):
     return table
 
 
+@pytest.mark.full
 def test_one_task_end_to_end(asked, tmp_path, capsys, monkeypatch):
     """Both variants, the control, the published numbers; a run that was killed goes on to the same tables."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

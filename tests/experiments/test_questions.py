@@ -18,7 +18,19 @@ QUESTIONS = sorted(file.stem for file in CONFIGS.parent.glob("q*.py"))
 NAMES = {
     name.partition("_")[2]: name for name in QUESTIONS if (CONFIGS / f"{name.partition('_')[2]}_smoke.yaml").is_file()
 }
-LONG = {"benchmark", "factors", "families", "finders", "race", "rules", "steering"}
+LONG = {
+    "artefact",
+    "benchmark",
+    "factors",
+    "families",
+    "finders",
+    "integration",
+    "mechanism",
+    "pairs",
+    "race",
+    "rules",
+    "steering",
+}
 
 
 @pytest.fixture
@@ -72,6 +84,7 @@ def test_a_second_model_is_compared(smoke, tiny_folders):
     assert pd.read_csv(out / "tables" / "depth.csv")["model"].tolist() == names
 
 
+@pytest.mark.full
 def test_one_command_draws_what_was_run(smoke, tmp_path, browser_path):
     smoke("existence", "runs/existence")
     command = [sys.executable, "-m", "figures", "--experiments", tmp_path / "runs", "--out", tmp_path / "drawn"]

@@ -358,7 +358,9 @@ def test_a_ranking_that_breaks_its_bound_is_cut_short(llama, people, plain):
         find(llama, people, max_task_cost=min(costs) - 0.02, **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(one, marks=[pytest.mark.full] * (one == "conditional")) for one in METHODS]
+)
 def test_a_stopped_run_resumes_byte_for_byte(llama, people, tmp_path, method):
     options = {"method": method, "find_config": replace(CONFIG, n_bootstraps=6), "max_neutral_cost": 0.3}
     whole = find(llama, people, out=tmp_path / "whole", **options)

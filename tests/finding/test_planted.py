@@ -9,6 +9,7 @@ import dps_lens as dps
 # measured set has no use for it.
 MISSED = {("greedy", "chain"), ("conditional", "chain")}
 CASES = [(method, name) for method in ("rank", "greedy", "conditional", "gates") for name in plants.NAMES]
+LONG = {(method, name) for method in ("greedy", "gates") for name in ("redundant", "chain", "style_topic")}
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +22,17 @@ def find(planted):
     return run
 
 
-@pytest.mark.parametrize(("method", "name"), [case for case in CASES if case not in MISSED])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [pytest.param(*case, marks=[pytest.mark.full] * (case in LONG)) for case in CASES if case not in MISSED],
+)
 def test_all_carriers_and_no_other_head(find, planted, method, name):
     found = find(method, name)
     assert len(found.resampled) >= 4
     assert all({*heads} == planted(name).carriers for heads in [found.heads, *found.resampled, *found.by_fold])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "name"), sorted(MISSED))
 def test_the_first_of_a_chain_is_no_loss_to_a_measured_set(find, planted, method, name):
     found = find(method, name)

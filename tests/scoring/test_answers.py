@@ -208,7 +208,9 @@ def test_what_any_text_needs_cancels(needed):
         assert dps.score_heads(model, users, objective=objective, run_config=QUIET).top(1).heads == (carrier,)
 
 
-@pytest.mark.parametrize("method", ["rank", pytest.param("greedy", marks=pytest.mark.full), "gates", "conditional"])
+@pytest.mark.parametrize(
+    "method", ["rank", *(pytest.param(one, marks=pytest.mark.full) for one in ("greedy", "gates", "conditional"))]
+)
 def test_finders_find_the_carrier_by_pairs(method, planted):
     case = planted("harmful")
     users = dps.make_pairs(case.users)
@@ -221,6 +223,7 @@ def test_finders_find_the_carrier_by_pairs(method, planted):
     assert found.manifest["objective"] == "pair"
 
 
+@pytest.mark.full
 def test_costs_of_a_set_are_of_the_model_not_of_the_pair(planted):
     case = planted("harmful")
     config = dps.FindConfig(n_bootstraps=0)
