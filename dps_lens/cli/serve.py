@@ -55,7 +55,7 @@ def serve(
     check_installed()
     import dps_lens as dps
     from dps_lens.errors import SteeringError
-    from dps_lens.serving import Keys, Steering, make_server
+    from dps_lens.serving import Keys, ModelThread, Steering, make_server
     from dps_lens.serving.run import bound, check_host, server_of
 
     if sum(one is not None for one in (run, heads)) > 1:
@@ -67,7 +67,8 @@ def serve(
     found, added = heads_of(run) if run else None, read_vectors(vectors) if vectors else None
     socket = bound(host, port)
     try:
-        loaded = dps.load_model(model, device=device, dtype=dtype)
+        thread = ModelThread()
+        loaded = thread.run(dps.load_model, model, device=device, dtype=dtype)
         for one in (found, added):
             if isinstance(one, dps.Result) and "model" in one.manifest:
                 check_same_model("serve", one, loaded)
@@ -78,8 +79,10 @@ def serve(
             gamma=gamma,
             max_kl=max_kl,
         )
-        application = make_server(
+        application = thread.run(
+            make_server,
             loaded,
+            thread=thread,
             name=name or "",
             profiles=profiles,
             keys=who,

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 
 import psutil
@@ -14,6 +15,7 @@ from dps_lens.model import HookedModel, runner_of
 from dps_lens.serving.answer import Done, Event, Failed, Reader, Started
 from dps_lens.serving.limits import note_failure
 from dps_lens.serving.metrics import Metrics
+from dps_lens.serving.thread import ModelThread
 from dps_lens.steering.continuous import ContinuousBatch, Writing
 
 _SHARE = 0.5  # of free memory: caches are copied when they grow
@@ -69,6 +71,7 @@ class Engine:
         seconds: that a request may take, from when it comes in.
         chunk: positions of a prompt that are run between two steps of the others.
         metrics: are kept up to date.
+        thread: in which the model was loaded, for the speed of its passes; one of its own by default.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Engine:
         seconds: float = 600.0,
         chunk: int = 256,
         metrics: Metrics | None = None,
+        thread: ModelThread | None = None,
     ) -> None:
         self.model, self.metrics = model, metrics or Metrics()
         self.most_rows, self.most_waiting, self.seconds = most_rows, most_waiting, seconds
@@ -91,13 +95,12 @@ class Engine:
         self._waiting: deque[tuple[Job, Writing]] = deque()
         self._in: dict[Writing, Job] = {}
         self._changed, self._closing, self._pace = threading.Condition(), False, 1.0
-        self._thread = threading.Thread(target=self._run, name="dps-lens-model", daemon=True)
-        self._thread.start()
+        self._over = (thread or ModelThread()).start(self._run)
 
     @property
     def running(self) -> bool:
-        """Whether the thread is alive."""
-        return self._thread.is_alive()
+        """Whether it takes requests."""
+        return not self._over.done()
 
     @property
     def waiting(self) -> int:
@@ -136,11 +139,12 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(patience)
+        if wait([self._over], patience).done:
+            return
         with self._changed:
             self.seconds = -1.0  # what is left is told that it took too long
             self._changed.notify()
-        self._thread.join(patience)
+        wait([self._over], patience)
 
     def _run(self) -> None:
         while True:

@@ -151,22 +151,24 @@ class ContinuousBatch:
         self._sweep()
 
     def step(self) -> list[Writing]:
-        """Run a piece of the prompt that waits longest, and write a token of every text whose prompt has been run.
+        """Run a chunk of the prompts that wait longest, and write a token of every text whose prompt has been run.
 
         Returns:
             the requests that got tokens, or an error.
         """
         with in_use(self.model):
-            written = self._advance()
+            written, room = [], self.chunk
+            while self._waiting and room > 0:
+                # The last token of a prompt is run in a step of all.
+                room -= min(self._piece, self._waiting[0][1].tokens.shape[1] - 1)
+                written += self._advance()
             for key in list(self._lanes):
                 written += self._step(self._lanes[key])
             self._sweep()
         return written
 
     def _advance(self) -> list[Writing]:
-        """A piece of a prompt, which joins when it is whole."""
-        if not self._waiting:
-            return []
+        """A piece of the prompt that waits longest, which joins when it is whole."""
         writing, decoder, pieces = self._waiting[0]
         try:
             if next(pieces):
