@@ -7,7 +7,7 @@ from dps_lens.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dps_lens import plots
-    from dps_lens.adapters import export_lora, export_vector, logits_processor
+    from dps_lens.adapters import export_generate, export_lora, export_vector, logits_processor
     from dps_lens.atlas import Atlas, compare_atlas, load_atlas
     from dps_lens.data import (
         Document,
@@ -118,7 +118,7 @@ if TYPE_CHECKING:
     from dps_lens.work import Engine, RunConfig
 
 _MODULES = {
-    "adapters": "export_lora export_vector logits_processor",
+    "adapters": "export_generate export_lora export_vector logits_processor",
     "atlas": "Atlas compare_atlas load_atlas",
     "data": "Document Example Note Prompt PromptConfig User build_prompt chat_prompt load_users make_pairs",
     "dossier": "Dossier describe_head",
@@ -171,9 +171,9 @@ __all__ = [
     "SteeringVector", "StyleModulation", "Term", "TextStream", "Trial", "Uniform", "User", "UserClusters",
     "VectorConfig", "Verdicts", "Zero", "ablate", "ablated_generation", "ablation_cost", "ablation_curve",
     "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt", "check_model", "cluster_users",
-    "compare_atlas", "describe_head", "evaluate", "explore", "export_lora", "export_vector", "faithfulness",
-    "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_atlas", "load_model", "load_users",
-    "logits_processor", "make_pairs", "measure_noise", "merge_runs", "overlap", "patch_heads", "patch_paths",
+    "compare_atlas", "describe_head", "evaluate", "explore", "export_generate", "export_lora", "export_vector",
+    "faithfulness", "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_atlas", "load_model",
+    "load_users", "logits_processor", "make_pairs", "measure_noise", "merge_runs", "overlap", "patch_heads", "patch_paths",
     "plots", "preference_vector", "profile_attention", "random_heads", "rank_answers", "record_z",
     "reference_heads", "score_heads", "screening_recall", "serve", "significant_heads", "split_half", "stability",
     "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
