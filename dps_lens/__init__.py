@@ -173,8 +173,8 @@ __all__ = [
     "attention_pattern", "build_prompt", "causal_head_gates", "chat_prompt", "check_model", "cluster_users",
     "compare_atlas", "describe_head", "evaluate", "explore", "export_generate", "export_lora", "export_vector",
     "faithfulness", "find_heads", "generate", "head_vectors", "held_out_effects", "judge", "load_atlas", "load_model",
-    "load_users", "logits_processor", "make_pairs", "measure_noise", "merge_runs", "overlap", "patch_heads", "patch_paths",
-    "plots", "preference_vector", "profile_attention", "random_heads", "rank_answers", "record_z",
+    "load_users", "logits_processor", "make_pairs", "measure_noise", "merge_runs", "overlap", "patch_heads",
+    "patch_paths", "plots", "preference_vector", "profile_attention", "random_heads", "rank_answers", "record_z",
     "reference_heads", "score_heads", "screening_recall", "serve", "significant_heads", "split_half", "stability",
     "steering_grid", "steering_sweep", "steerx_vector", "style_vector", "vector_recovery",
 ]
