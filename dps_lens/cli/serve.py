@@ -29,7 +29,9 @@ def serve(
     ] = None,
     gamma: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
     max_kl: Annotated[float | None, typer.Option(help="Cap on KL(steered || full) at every step, nats.")] = None,
-    name: Annotated[str | None, typer.Option(help="What requests call the model; by default what --model says, of a path its end.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; by default as --model, or a path's end.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address; one that other machines reach needs --keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     keys: Annotated[Path | None, typer.Option(help="File of 'dps-lens key'; only these are let in.")] = None,

@@ -29,5 +29,8 @@ def test_every_command_and_option_exists():
     shown = re.findall(r"^dps-lens (\w+)(.*)$", README, re.MULTILINE)
     assert {name for name, _ in shown} == {*commands}
     for name, rest in shown:
-        known = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        if hasattr(command, "commands"):
+            command = command.commands[rest.split()[0]]
+        known = {option for parameter in command.params for option in parameter.opts}
         assert set(re.findall(r"(--[\w-]+)", rest)) <= known
