@@ -1,0 +1,39 @@
+"""Many clients at once: every answer is its own, whoever comes and goes beside it."""
+
+import asyncio
+
+import psutil
+import pytest
+
+from benchmarks.serve import NAME, at_once, cases, crowd
+from dps_lens.serving import Served, make_server
+
+
+def checked(seen):
+    assert not seen.wrong, seen.wrong[:3]
+    assert not seen.failed, seen.failed[:3]
+
+
+def test_no_answer_is_another_ones(model):
+    pool = cases(model, 18, tokens=(2, 12), words=40)
+    with Served(make_server(model, name=NAME, chunk=64)) as server:
+        checked(asyncio.run(at_once(server.url, pool)))
+        seen = asyncio.run(crowd(server.url, pool, clients=8, seconds=6.0))
+    checked(seen)
+    assert seen.whole > 10
+    assert seen.left > 1
+
+
+@pytest.mark.full
+@pytest.mark.real
+def test_sixty_four_clients_for_a_minute(real):
+    pool = cases(real, 27, tokens=(2, 30), words=80)
+    process = psutil.Process()
+    with Served(make_server(real, name=NAME)) as server:
+        checked(asyncio.run(crowd(server.url, pool, clients=64, seconds=30.0)))
+        before = process.memory_info().rss
+        seen = asyncio.run(crowd(server.url, pool, clients=64, seconds=60.0))
+        after = process.memory_info().rss
+    checked(seen)
+    assert seen.whole > 20
+    assert after < 1.15 * before
