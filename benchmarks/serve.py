@@ -14,6 +14,8 @@ import asyncio
 import json
 import random
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,11 +29,12 @@ import dps_lens as dps
 from dps_lens.data import Document
 from dps_lens.data.prompts import conversation_prompt
 from dps_lens.heads import HeadSet
-from dps_lens.serving import ModelThread, Served, make_server
+from dps_lens.serving import Limits, ModelThread, ProfileStore, Served, SteeringProfile, make_server, model_of
 
 NAME = "served"
 _TOPICS = ("bread", "a bicycle", "rain", "the night train", "an old map", "tomatoes", "a letter", "the sea")
-_KINDS = ("plain", "dps", "dps", "dps-js", "amplify", "cad", "decore", "capped", "sampled")
+_KINDS = ("plain", "dps", "profile", "dps-js", "amplify", "cad", "decore", "capped", "sampled")
+_USERS = ("ann", "bob", "eve")
 _WORDS = ("and", "then", "it", "was", "so", "late", "that", "nobody", "came")
 _LEFT = 0.15
 
@@ -102,8 +105,12 @@ def cases(
             gamma = rng.choice([0.5, 1.0, 2.0])
             body["dps"] = {"rule": rule, "gamma": gamma}
             options |= {"rule": rule, "gamma": gamma}
-            if rule == "cad":
-                body["dps"] |= {"documents": documents}
+            if kind == "profile":
+                user = _USERS[index % len(_USERS)]
+                body["dps"] = {"user": user}
+                options |= {"rule": "dps", "heads": heads_of(model, user), "gamma": 1.0}
+            elif rule == "cad":
+                body["dps"] = {"rule": rule, "documents": documents}
             else:
                 body["dps"]["heads"], options["heads"] = str(heads), heads
             if kind == "capped":
@@ -199,10 +206,55 @@ async def in_turn(url: str, chosen: Sequence[Case]) -> Seen:
     return seen
 
 
+def heads_of(model: dps.HookedModel, user: str) -> HeadSet:
+    """Those of a user's profile."""
+    rng, cfg = random.Random(user), model.cfg
+    return HeadSet({(rng.randrange(cfg.n_layers), rng.randrange(cfg.n_heads)) for _ in range(6)})
+
+
+def write_profiles(model: dps.HookedModel, folder: str) -> None:
+    """Profiles of the users."""
+    for user in _USERS:
+        profile = SteeringProfile(user=user, model=model_of(model), heads=str(heads_of(model, user)))
+        ProfileStore(folder).write(profile)
+
+
 def quantiles(values: Sequence[float]) -> str:
     """Median and 95th percentile, in milliseconds."""
     cut = statistics.quantiles(values, n=20) if len(values) > 1 else [*values] * 19
     return f"p50 {1000 * statistics.median(values):.0f} ms, p95 {1000 * cut[-1]:.0f} ms"
+
+
+def measure(app: Any, eight: Sequence[Case], pool: Sequence[Case], asked: argparse.Namespace) -> list[str]:
+    """Print what is measured; what went wrong."""
+    process, problems = psutil.Process(), []
+    with Served(app) as server:
+        asyncio.run(at_once(server.url, eight))
+        ratios = []
+        for repeat in range(asked.repeats):
+            times = {}
+            for way in (in_turn, at_once) if repeat % 2 else (at_once, in_turn):
+                begin = time.perf_counter()
+                seen = asyncio.run(way(server.url, eight))
+                times[way] = time.perf_counter() - begin
+                problems += [*seen.wrong, *seen.failed]
+            ratios.append(times[at_once] / times[in_turn])
+            print(
+                f"8 users, one after another {times[in_turn]:.2f} s, at once {times[at_once]:.2f} s: {ratios[-1]:.2f}"
+            )
+        print(f"8 users at once take {statistics.median(ratios):.2f} of the time of one after another")
+        asyncio.run(crowd(server.url, pool, asked.clients, asked.seconds / 4))
+        before = process.memory_info().rss
+        begin = time.perf_counter()
+        seen = asyncio.run(crowd(server.url, pool, asked.clients, asked.seconds))
+        took, after = time.perf_counter() - begin, process.memory_info().rss
+    print(f"{asked.clients} clients, {took:.0f} s: {seen.whole} whole answers, {seen.left} left in the middle")
+    print(f"  wrong {len(seen.wrong)}, failed {len(seen.failed)}")
+    print(f"  first token {quantiles(seen.first)}; from token to token {quantiles(seen.each)}")
+    print(
+        f"  {seen.tokens / took:.0f} tokens a second; memory {before / 2**20:.0f} MiB before, {after / 2**20:.0f} after"
+    )
+    return [*problems, *seen.wrong, *seen.failed]
 
 
 def main() -> None:
@@ -220,33 +272,14 @@ def main() -> None:
     model = thread.run(dps.load_model, asked.model)
     eight = thread.run(cases, model, 8, kinds=["dps"], tokens=(asked.tokens, asked.tokens), words=30, seed=1)
     pool = thread.run(cases, model, 45)
-    process = psutil.Process()
-    with Served(make_server(model, name=NAME, thread=thread, most_waiting=4 * asked.clients)) as server:
-        ratios = []
-        for _ in range(asked.repeats):
-            times = []
-            for way in (in_turn, at_once):
-                begin = time.perf_counter()
-                seen = asyncio.run(way(server.url, eight))
-                times.append(time.perf_counter() - begin)
-                assert not seen.wrong, seen.wrong
-                assert not seen.failed, seen.failed
-            ratios.append(times[1] / times[0])
-            print(f"8 users, one after another {times[0]:.2f} s, at once {times[1]:.2f} s: {ratios[-1]:.2f}")
-        print(f"8 users at once take {statistics.median(ratios):.2f} of the time of one after another")
-        asyncio.run(crowd(server.url, pool, asked.clients, asked.seconds / 4))
-        before = process.memory_info().rss
-        begin = time.perf_counter()
-        seen = asyncio.run(crowd(server.url, pool, asked.clients, asked.seconds))
-        took, after = time.perf_counter() - begin, process.memory_info().rss
-    print(f"{asked.clients} clients, {took:.0f} s: {seen.whole} whole answers, {seen.left} left in the middle")
-    print(f"  wrong {len(seen.wrong)}, failed {len(seen.failed)}")
-    print(f"  first token {quantiles(seen.first)}; from token to token {quantiles(seen.each)}")
-    print(
-        f"  {seen.tokens / took:.0f} tokens a second; memory {before / 2**20:.0f} MiB before, {after / 2**20:.0f} after"
-    )
-    for one in (*seen.wrong[:5], *seen.failed[:5]):
-        print("  ", one)
+    with tempfile.TemporaryDirectory() as folder:
+        thread.run(write_profiles, model, folder)
+        limits = Limits(waiting=4 * asked.clients)
+        app = thread.run(make_server, model, name=NAME, profiles=folder, thread=thread, limits=limits)
+        problems = measure(app, eight, pool, asked)
+    if problems:
+        print(*problems[:10], sep="\n")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from dps_lens.digests import tensors_digest
 from dps_lens.errors import DPSLensError, FileError, ScoreError, reason
 
 _DIGEST, _ABOUT = "digest", "about"
+# Asked for once: it can be asked for only by setting it, for all threads.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MARKS = {
     b"\x1f\x8b": "is compressed with gzip; unpack it first",
@@ -57,8 +61,12 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes `path`'s place at once.
+
+    Args:
+        path: the file.
+        private: nobody but its owner may read it.
 
     Raises:
         FileError: it cannot be written; what stood at `path` is still there.
@@ -66,7 +74,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with writing(path), _beside(path) as temporary:
         yield temporary
-        _make_ordinary(temporary)
+        if not private:
+            _make_ordinary(temporary)
         os.replace(temporary, path)
 
 
@@ -82,16 +91,20 @@ def _beside(path: Path) -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
+def leftovers(path: str | Path) -> Iterator[Path]:
+    """Temporary files of writers of a file that were killed, or are at work."""
+    path = Path(path)
+    yield from path.parent.glob(f".{escape(path.name)}.*.tmp")
+
+
 def _make_ordinary(path: Path) -> None:
     """Give a file of mkstemp, which is private, the permissions of any other."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    path.chmod(0o666 & ~_UMASK)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the whole new one."""
-    with replacing(path) as temporary:
+def write_text(path: str | Path, text: str, *, private: bool = False) -> None:
+    """Write `text` so that a reader sees the old file or the whole new one; a private one is for its owner alone."""
+    with replacing(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

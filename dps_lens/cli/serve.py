@@ -28,7 +28,9 @@ def serve(
         str | None, typer.Option(help="How requests that say nothing are steered; not at all without heads or vector.")
     ] = None,
     gamma: Annotated[float, typer.Option(help="Its strength.")] = 1.0,
-    max_kl: Annotated[float | None, typer.Option(help="Cap on KL(steered || full) at every step, nats.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Cap on KL(steered || full) at every step, where a request says none.")
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="What requests call the model; by default as --model, or a path's end.")
     ] = None,
@@ -57,7 +59,7 @@ def serve(
     check_installed()
     import dps_lens as dps
     from dps_lens.errors import SteeringError
-    from dps_lens.serving import Keys, ModelThread, Steering, make_server
+    from dps_lens.serving import Keys, Limits, ModelThread, Steering, make_server
     from dps_lens.serving.run import bound, check_host, server_of
 
     if sum(one is not None for one in (run, heads)) > 1:
@@ -89,14 +91,16 @@ def serve(
             profiles=profiles,
             keys=who,
             default=default,
-            most_tokens=max_tokens,
-            most_bytes=max_bytes,
+            limits=Limits(
+                rows=max_rows,
+                positions=max_positions,
+                waiting=max_waiting,
+                tokens=max_tokens,
+                bytes=max_bytes,
+                seconds=timeout,
+                chunk=prefill_chunk,
+            ),
             prompt_config=dps.PromptConfig(chat_template_kwargs=template_kwargs(chat_template_kwargs)),
-            most_rows=max_rows,
-            most_waiting=max_waiting,
-            most_positions=max_positions,
-            seconds=timeout,
-            chunk=prefill_chunk,
         )
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)

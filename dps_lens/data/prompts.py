@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dps_lens.checks import check_whole
-from dps_lens.data.documents import Document, Pool
+from dps_lens.data.documents import Document
 from dps_lens.data.records import Example, User
 from dps_lens.data.retrieval import RetrievalMethod, retrieve
 from dps_lens.data.tasks import TASKS, Task
@@ -278,14 +278,13 @@ def conversation_prompt(
     if not said or not said[-1]["content"].strip():
         raise PromptError("the last message is empty")
     query = said[-1]["content"]
-    documents = _retrieved(Pool(history, task).documents, task, query, config) if history else ()
+    documents = _retrieved(history, task, query, config) if history else ()
     header, _, pieces = _header(tokenizer, task, documents, config.profile_tokens)
     said[-1]["content"] = header + BETWEEN + query if header else query
-    text = tokenizer.converse(said)
+    text, begin = tokenizer.converse(said)
     ids, offsets = tokenizer.encode(text)
-    begin = text.rfind(said[-1]["content"].strip())
     asked = begin + (len(header + BETWEEN) if header else 0)
-    spans = {"task": span(offsets, asked, asked + len(query.strip())), "response": (len(ids), len(ids))}
+    spans = {"task": span(offsets, asked, asked + len(query)), "response": (len(ids), len(ids))}
     spans["profile"] = span(offsets, begin, asked) if header else (spans["task"][0], spans["task"][0])
     if len(ids) >= model.cfg.n_ctx:
         raise PromptError(f"the messages take {len(ids)} tokens, and the model's context is {model.cfg.n_ctx}")

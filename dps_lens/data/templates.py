@@ -51,31 +51,43 @@ class ChatTemplate:
         Raises:
             PromptError: the template changes the text, or opens a block whose end is not known.
         """
-        text = self._render(_messages(turns, content, system), add_generation_prompt=True)
-        if text.count(content) == 1:
-            before, after = text.split(content)
-        else:
-            # The words of the template may be those of the message, so they are found around other words.
-            before, _, after = self._render(_messages(turns, _SAID, system), add_generation_prompt=True).partition(
-                _SAID
-            )
-            if before + content + after != text:
-                raise PromptError("build_prompt: the tokenizer's chat template changes the text of a message")
+        before, after = self._around_last(_messages(turns, content, system))
         return before + content + after + self._closing(after), len(before)
 
-    def converse(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A prompt for the next answer in a conversation, as the template renders it.
+    def converse(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, int]:
+        """A prompt for the next answer in a conversation, just as the template renders it, and where the content of the
+        last message begins in it. A block of reasoning that the template opens stays open.
 
         Raises:
-            PromptError: the template refuses it, or opens a block whose end is not known.
+            PromptError: the template refuses these messages, or changes the last one.
         """
         from jinja2 import TemplateError
 
+        said = [dict(one) for one in messages]
         try:
-            text = self._render([dict(one) for one in messages], add_generation_prompt=True)
+            try:
+                before, after = self._around_last(said)
+            except PromptError:
+                # Many templates leave out the blanks around a message.
+                said[-1]["content"] = said[-1]["content"].strip()
+                before, after = self._around_last(said)
         except (TemplateError, TypeError, ValueError) as error:
             raise PromptError(f"the tokenizer's chat template refuses these messages ({reason(error)})") from error
-        return text + self._closing(text)
+        return before + said[-1]["content"] + after, len(before)
+
+    def _around_last(self, messages: list[dict[str, str]]) -> tuple[str, str]:
+        """What a prompt for the next answer holds before and behind the content of the last message."""
+        content = messages[-1]["content"]
+        text = self._render(messages, add_generation_prompt=True)
+        if text.count(content) == 1:
+            before, after = text.split(content)
+            return before, after
+        # The words of the template may be those of the message, so they are found around other words.
+        marked = [*messages[:-1], {**messages[-1], "content": _SAID}]
+        before, _, after = self._render(marked, add_generation_prompt=True).partition(_SAID)
+        if before + content + after != text:
+            raise PromptError("build_prompt: the tokenizer's chat template changes the text of a message")
+        return before, after
 
     def _closing(self, after: str) -> str:
         """What ends the block of reasoning that is open at the end of a prompt."""

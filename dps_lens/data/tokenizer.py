@@ -174,8 +174,8 @@ class PromptTokenizer:
         content = content.strip()
         return self._template.ask(content, turns) if self.chat else (content + _ANSWER, 0)
 
-    def converse(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation as text, up to its next answer.
+    def converse(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, int]:
+        """A conversation as text, up to its next answer, and where the last message's content begins in it.
 
         Raises:
             PromptError: there is no chat template, or it refuses these messages.

@@ -28,7 +28,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt has been read; it has so many tokens."""
+    """The request is in the batch; its prompt has so many tokens."""
 
     prompt_tokens: int
 

@@ -15,9 +15,11 @@ from dps_lens.model import HookedModel, runner_of
 from dps_lens.serving.answer import Done, Event, Failed, Reader, Started
 from dps_lens.serving.limits import note_failure
 from dps_lens.serving.metrics import Metrics
+from dps_lens.serving.settings import Limits
 from dps_lens.serving.thread import ModelThread
 from dps_lens.steering.continuous import ContinuousBatch, Writing
 
+_NEWCOMERS = 8
 _SHARE = 0.5  # of free memory: caches are copied when they grow
 
 
@@ -57,7 +59,6 @@ class Job:
     came: float = field(default_factory=time.monotonic)
     reader: Reader | None = None
     wrote: float | None = None
-    started: bool = False
 
 
 class Engine:
@@ -65,11 +66,7 @@ class Engine:
 
     Args:
         model: a hooked model; nobody else may use it meanwhile.
-        most_rows: rows of the batch; a steered text takes two or three.
-        most_waiting: requests that wait; more are refused.
-        most_positions: of keys and values, rows times the longest; by default what half of the free memory holds.
-        seconds: that a request may take, from when it comes in.
-        chunk: positions of a prompt that are run between two steps of the others.
+        limits: what is held at most.
         metrics: are kept up to date.
         thread: in which the model was loaded, for the speed of its passes; one of its own by default.
     """
@@ -77,25 +74,24 @@ class Engine:
     def __init__(
         self,
         model: HookedModel,
+        limits: Limits | None = None,
         *,
-        most_rows: int = 64,
-        most_waiting: int = 256,
-        most_positions: int | None = None,
-        seconds: float = 600.0,
-        chunk: int = 256,
         metrics: Metrics | None = None,
         thread: ModelThread | None = None,
     ) -> None:
-        self.model, self.metrics = model, metrics or Metrics()
-        self.most_rows, self.most_waiting, self.seconds = most_rows, most_waiting, seconds
-        self.most_positions = most_positions or positions_that_fit(model)
-        self._batch = ContinuousBatch(model, chunk=chunk)
+        self.model, self.limits, self.metrics = model, limits or Limits(), metrics or Metrics()
+        self.positions = self.limits.positions or positions_that_fit(model)
+        self._batch = ContinuousBatch(model, chunk=self.limits.chunk)
         self._came: deque[Job] = deque()
         self._gone: set[Job] = set()
         self._waiting: deque[tuple[Job, Writing]] = deque()
         self._in: dict[Writing, Job] = {}
-        self._changed, self._closing, self._pace = threading.Condition(), False, 1.0
-        self._over = (thread or ModelThread()).start(self._run)
+        self._changed, self._closing, self._stopped, self._pace = threading.Condition(), False, False, 1.0
+        self._rows = 0
+        own = thread or ModelThread()
+        self._over = own.start(self._run)
+        if thread is None:
+            own.close()  # once this has run
 
     @property
     def running(self) -> bool:
@@ -110,7 +106,7 @@ class Engine:
     @property
     def rows(self) -> int:
         """Rows of the batch."""
-        return self._batch.rows
+        return self._rows
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Let requests wait for their turn, all or none.
@@ -122,7 +118,7 @@ class Engine:
         with self._changed:
             if self._closing or not self.running:
                 raise StoppingError("the server is stopping")
-            if self.waiting + len(jobs) > self.most_waiting:
+            if self.waiting + len(jobs) > self.limits.waiting:
                 seconds = max(1, round(self._pace * self.waiting / max(1, len(self._in))))
                 raise BusyError(f"{self.waiting} requests are waiting; ask again later", seconds)
             self._came.extend(jobs)
@@ -142,7 +138,7 @@ class Engine:
         if wait([self._over], patience).done:
             return
         with self._changed:
-            self.seconds = -1.0  # what is left is told that it took too long
+            self._stopped = True  # what is left is told so
             self._changed.notify()
         wait([self._over], patience)
 
@@ -151,10 +147,12 @@ class Engine:
             with self._changed:
                 while not (self._came or self._gone or self._waiting or self._in or self._closing):
                     self._changed.wait()
-                came, gone = list(self._came), set(self._gone)
-                if self._closing and not (came or self._waiting or self._in):
+                if self._closing and not (self._came or self._waiting or self._in):
                     return
-                self._came.clear()
+                # While others are written, one newcomer a turn: to read a long prompt takes a while.
+                came = [self._came.popleft() for _ in range(min(len(self._came), 1 if self._in else _NEWCOMERS))]
+                gone = {*self._gone}
+                self._came = deque(job for job in self._came if job not in gone)
                 self._gone.clear()
             try:
                 self._turn(came, gone)
@@ -164,22 +162,24 @@ class Engine:
                     self._tell(job, Failed(error))
                 self._waiting.clear()
                 self._in.clear()
-                self._batch = ContinuousBatch(self.model, chunk=self._batch.chunk)
+                self._batch = ContinuousBatch(self.model, chunk=self.limits.chunk)
+            self._rows = self._batch.rows
+            self.metrics.rows.set(self._rows)
+            self.metrics.waiting.set(self.waiting)
 
     def _turn(self, came: Sequence[Job], gone: set[Job]) -> None:
         for job in came:
             if job not in gone:
                 self._prepare(job)
         self._let_go(gone)
-        late = time.monotonic() - self.seconds
-        timed_out = {job for job in (*(job for job, _ in self._waiting), *self._in.values()) if job.came < late}
+        late, seconds = time.monotonic(), self.limits.seconds
+        held = [*(job for job, _ in self._waiting), *self._in.values()]
+        timed_out = {job for job in held if self._stopped or late - job.came > seconds}
         for job in timed_out:
-            error: SteeringError = TimedOutError(f"the request took longer than {self.seconds:g} seconds")
-            self._tell(job, Failed(StoppingError("the server has stopped") if self.seconds < 0 else error))
+            error = TimedOutError(f"the request took longer than {seconds:g} seconds")
+            self._tell(job, Failed(StoppingError("the server has stopped") if self._stopped else error))
         self._let_go(timed_out)
         self._admit()
-        self.metrics.waiting.set(len(self._waiting))
-        self.metrics.rows.set(self._batch.rows)
         if len(self._batch):
             for writing in self._batch.step():
                 self._read(writing)
@@ -196,10 +196,10 @@ class Engine:
 
     def _check_size(self, writing: Writing) -> None:
         rows, longest = len(writing.plan.rows), writing.longest
-        if rows > self.most_rows or rows * longest > self.most_positions:
+        if rows > self.limits.rows or rows * longest > self.positions:
             raise PromptError(
-                f"the request takes {rows} rows of {longest} positions; this server holds {self.most_rows} rows and "
-                f"{self.most_positions} positions: ask for fewer texts, fewer tokens, or with a shorter prompt"
+                f"the request takes {rows} rows of {longest} positions; this server holds {self.limits.rows} rows and "
+                f"{self.positions} positions: ask for fewer texts, fewer tokens, or with a shorter prompt"
             )
 
     def _let_go(self, jobs: set[Job]) -> None:
@@ -217,12 +217,12 @@ class Engine:
             job, writing = self._waiting[0]
             rows = self._batch.rows + len(writing.plan.rows)
             longest = max(one.longest for one in (writing, *self._in))
-            if rows > self.most_rows or rows * longest > self.most_positions:
+            if rows > self.limits.rows or rows * longest > self.positions:
                 return
             self._waiting.popleft()
             try:
                 self._batch.add(writing)
-            except SteeringError as error:
+            except Exception as error:
                 self._tell(job, Failed(error))
                 continue
             self._in[writing] = job
@@ -247,7 +247,7 @@ class Engine:
             del self._in[writing]
             self._pace += 0.1 * (now - job.came - self._pace)
             self._tell(job, Done())
-        if any(index in writing.running for index in stopped):
+        if stopped and any(index in writing.running for index in stopped):
             self._batch.leave(writing, stopped)
 
     def _tell(self, job: Job, event: Event) -> None:

@@ -4,17 +4,18 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dps_lens.errors import DataError
-from dps_lens.files import read_json, write_json
+from dps_lens.files import as_json, read_json, write_text
 
 _PREFIX = "dps-"
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(BaseModel):
     """Who may ask.
 
     Attributes:
@@ -24,8 +25,10 @@ class Key:
         users: whose profiles may be steered with; None for all.
     """
 
-    name: str
-    sha256: str
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     admin: bool = False
     users: tuple[str, ...] | None = None
 
@@ -51,10 +54,9 @@ class Keys:
         Raises:
             DataError: it holds none.
         """
-        found = read_json(path, DataError)
         try:
-            keys = [Key(**{**one, "users": None if one.get("users") is None else tuple(one["users"])}) for one in found]
-        except (TypeError, AttributeError) as error:
+            keys = TypeAdapter(list[Key]).validate_python(read_json(path, DataError))
+        except ValidationError as error:
             raise DataError(f"{path} holds no keys; make one with 'dps-lens key NAME --keys {path}'") from error
         if not keys:
             raise DataError(f"{path} holds no keys; make one with 'dps-lens key NAME --keys {path}'")
@@ -63,8 +65,9 @@ class Keys:
     def find(self, header: str | None) -> Key | None:
         """The key of an `Authorization` header, if it is one of these."""
         scheme, _, given = (header or "").partition(" ")
-        digest = _digest(given.strip()) if scheme.lower() == "bearer" else ""
-        found = None
+        if scheme.lower() != "bearer" or not given.strip():
+            return None
+        digest, found = _digest(given.strip()), None
         for one in self.keys:  # all of them, always: what is compared does not tell how long it takes
             if hmac.compare_digest(one.sha256, digest):
                 found = one
@@ -78,14 +81,16 @@ def add_key(path: str | Path, name: str, *, admin: bool = False, users: Sequence
         the key, which is not kept anywhere.
 
     Raises:
-        DataError: the file holds something else, or a key of this name.
+        DataError: the file holds something else, or a key of this name; or an admin's users are named.
     """
+    if admin and users is not None:
+        raise DataError("an admin reads and writes the profiles of all users; leave users out, or admin")
     kept = Keys.read(path).keys if Path(path).exists() else ()
     if any(one.name == name for one in kept):
         raise DataError(f"{path} holds a key of the name {name!r}; take another, or delete its line there")
     key = _PREFIX + secrets.token_urlsafe(32)
-    new = Key(name, _digest(key), admin, None if users is None else tuple(users))
-    write_json(path, [asdict(one) for one in (*kept, new)])
+    new = Key(name=name, sha256=_digest(key), admin=admin, users=None if users is None else tuple(users))
+    write_text(path, as_json([one.model_dump(mode="json") for one in (*kept, new)]), private=True)
     return key
 
 

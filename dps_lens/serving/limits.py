@@ -1,5 +1,6 @@
 """What is refused before a request is read: bodies that are too large, strangers, and pages of other sites."""
 
+import ipaddress
 import json
 import logging
 import secrets
@@ -68,9 +69,11 @@ class Gate:
             if key is None and scope["path"] not in _OPEN:
                 return 401, "no valid key; send it as 'Authorization: Bearer KEY'", "invalid_api_key"
         else:
+            client = scope.get("client")
             host, origin = headers.get("host", ""), headers.get("origin")
             named = host if host.startswith("[") and host.endswith("]") else host.rpartition(":")[0] or host
-            if named not in _HERE or (origin is not None and urlsplit(origin).netloc != host):
+            foreign = origin is not None and urlsplit(origin).netloc != host
+            if named not in _HERE or foreign or (client is not None and not is_here(client[0])):
                 return 403, "this server has no keys, and answers this machine only, at 127.0.0.1", "forbidden"
         scope.setdefault("state", {})["key"] = key
         return None
@@ -132,9 +135,19 @@ class Notes:
             LOG.info(json.dumps({**line, "seconds": round(time.monotonic() - begin, 4)}))
 
 
+def is_here(address: str) -> bool:
+    """Whether an address is this machine's own."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
 def note_failure(error: BaseException) -> None:
     """Log where a failure came from; what an error of a library says may hold texts, and is left out."""
-    LOG.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    system = next((one for one in (error.__cause__, error) if isinstance(one, OSError) and one.strerror), None)
+    why = f" ({system.strerror})" if system is not None else ""
+    LOG.error("%s%s\n%s", type(error).__name__, why, "".join(traceback.format_tb(error.__traceback__)))
 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:

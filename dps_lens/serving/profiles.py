@@ -1,9 +1,11 @@
 """What a server knows of its users: a file each, with heads, a vector, how to steer with them, and documents."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,35 +13,41 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dps_lens.data import Document, User
 from dps_lens.data.tasks import TASKS
 from dps_lens.errors import DataError, FileError, HeadError, SteeringError
-from dps_lens.files import as_json, read_object, write_text, writing
+from dps_lens.files import as_json, leftovers, read_object, write_text, writing
 from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel, describe_model
 from dps_lens.result import provenance
 from dps_lens.scores import HeadScores
-from dps_lens.steering import HeadVector
+from dps_lens.steering import DecodeConfig, HeadVector
+from dps_lens.steering.plan import check_strengths
 from dps_lens.steering.rules import find_rule
 from dps_lens.vectors import HeadVectors
 
 _LONGEST_NAME = 200
+_AT_WORK = 60.0
+"""Seconds after which a file that is being written has been left."""
+
 _SAME = ("name", "n_layers", "n_heads", "weights")
 
 Strength = Annotated[float, Field(allow_inf_nan=False)]
 UserName = Annotated[str, Field(min_length=1, max_length=_LONGEST_NAME)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Takes the fields that it has, of the types that it names."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class HeadRows(_Strict):
+class HeadRows(Strict):
     """A vector of heads: a row of `d_head` numbers for each."""
 
     heads: str
     values: list[list[Strength]]
 
 
-class ProfileDocument(_Strict):
+class ProfileDocument(Strict):
     """A document of a user, with the fields that its task reads."""
 
     id: str
@@ -47,7 +55,7 @@ class ProfileDocument(_Strict):
     date: str | None = None
 
 
-class SteeringProfile(_Strict):
+class SteeringProfile(Strict):
     """How a user is steered for: what `dps-lens profile make` writes, and `PUT /v1/profiles/USER` takes.
 
     Attributes:
@@ -94,20 +102,28 @@ class SteeringProfile(_Strict):
         """The documents."""
         return [Document(one.id, one.fields, one.date) for one in self.documents]
 
-    def check(self, model: HookedModel) -> None:
+    def check(self, model: HookedModel, about: Mapping[str, Any]) -> None:
         """Refuse what a model cannot be steered with.
 
+        Args:
+            model: a hooked model, of which the sizes are read.
+            about: of `model_of`, which reads its weights.
+
         Raises:
-            SteeringError: the profile is of another model, or its rule, heads, vector or documents are none.
+            SteeringError: the profile is of another model, or its rule, strengths, heads, vector or documents are none.
         """
-        found = describe_model(model)
         for name in _SAME:
-            if name in self.model and self.model[name] != found[name]:
+            # Digests of weights in another number format differ in any case.
+            if name == "weights" and self.model.get("dtype") != about["dtype"]:
+                continue
+            if name in self.model and self.model[name] != about[name]:
                 raise SteeringError(
-                    f"the profile of user {self.user!r} was made with another model: its {name} is "
-                    f"{str(self.model[name])[:60]!r}, served is {str(found[name])[:60]!r}; make it anew"
+                    f"the profile of user {self.user!r} was made with another model, or another version of "
+                    f"transformer-lens: its {name} is {str(self.model[name])[:60]!r}, served is "
+                    f"{str(about[name])[:60]!r}; make it anew"
                 )
         rule = find_rule(self.rule)
+        check_strengths(rule, DecodeConfig(max_kl=self.max_kl), [self.gamma], [self.alpha])
         try:
             self.head_set().mask(model.cfg)
             vector = self.head_vector()
@@ -156,7 +172,7 @@ def make_profiles(
         ScoreError: a user has no scores.
     """
     sources = [one for one in (heads, vectors) if one is not None]
-    models = [{name: one.manifest.get("model", {}).get(name) for name in _SAME} for one in sources]
+    models = [{name: one.manifest.get("model", {}).get(name) for name in (*_SAME, "dtype")} for one in sources]
     if not models or any(model != models[0] for model in models):
         raise SteeringError(
             "profile: heads and vectors are of two models" if models else "profile: give heads, vectors, or both"
@@ -193,20 +209,24 @@ def make_profiles(
 def model_of(model: HookedModel) -> dict[str, Any]:
     """What a profile notes of the model that it is for."""
     found = describe_model(model)
-    return {name: found[name] for name in _SAME}
+    return {name: found[name] for name in (*_SAME, "dtype")}
 
 
 class ProfileStore:
-    """Profiles in a folder, a file each, whole or absent; several servers may share the folder.
+    """Profiles in a folder, a file each, whole or absent, for their owner alone; several servers may share the folder.
 
     Args:
-        folder: made where it is missing.
+        folder: made where it is missing; what writers who were killed have left there is removed.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(".*.json.*.tmp"):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _AT_WORK:
+                    path.unlink()
 
     def path(self, user: str) -> Path:
         """The file of a user: the name as in an address, so that none leads out of the folder.
@@ -227,14 +247,13 @@ class ProfileStore:
 
     def __iter__(self) -> Iterator[str]:
         """Users, in the order of their files."""
-        for path in sorted(self.folder.glob("*.json")):
-            yield self._read(path).user
+        yield from (unquote(path.name.removesuffix(".json")) for path in sorted(self.folder.glob("*.json")))
 
     def read(self, user: str) -> SteeringProfile | None:
         """The profile of a user, or None.
 
         Raises:
-            DataError: its file is no profile, or another user's.
+            FileError: its file is no profile.
         """
         path = self.path(user)
         if not path.is_file():
@@ -246,8 +265,16 @@ class ProfileStore:
     def _read(self, path: Path) -> SteeringProfile:
         try:
             return SteeringProfile(**read_object(path, DataError))
-        except ValidationError as error:
-            raise DataError(f"{path.name} is no profile: {first_problem(error)}") from error
+        except (DataError, ValidationError) as error:
+            why = first_problem(error) if isinstance(error, ValidationError) else str(error)
+            raise FileError(f"{path.name} is no profile ({why}); write it anew, or delete it") from error
+
+    def _is_anothers(self, path: Path, user: str) -> bool:
+        """Whether a file is that of another user, whose name a file system does not tell apart."""
+        try:
+            return path.is_file() and self._read(path).user != user
+        except FileError:  # what nobody can read is nobody's
+            return False
 
     def write(self, profile: SteeringProfile) -> None:
         """Keep a profile in place of the one that was there; a reader sees the one or the other.
@@ -257,10 +284,11 @@ class ProfileStore:
             FileError: it cannot be written; the one that was there is kept.
         """
         path = self.path(profile.user)
-        if path.is_file() and self._read(path).user != profile.user:
+        if self._is_anothers(path, profile.user):
             raise DataError(f"the file of user {profile.user!r} would be that of another user, on this file system")
         made = profile.made or provenance()
-        write_text(path, as_json(profile.model_copy(update={"made": made}).model_dump(), sort_keys=False))
+        text = as_json(profile.model_copy(update={"made": made}).model_dump(), sort_keys=False)
+        write_text(path, text, private=True)
 
     def delete(self, user: str) -> bool:
         """Delete everything that is kept of a user; whether there was anything.
@@ -269,15 +297,16 @@ class ProfileStore:
             FileError: it cannot be deleted.
         """
         path = self.path(user)
-        if self.read(user) is None:
+        if self._is_anothers(path, user):
             return False
+        there = path.is_file()
         try:
-            path.unlink()
-        except FileNotFoundError:
-            return False
+            # The file last: who is interrupted before finds it still there, and deletes again.
+            for one in (*leftovers(path), path):
+                one.unlink(missing_ok=True)
         except OSError as error:
             raise FileError(f"the profile of user {user!r} cannot be deleted ({error.strerror})") from error
-        return True
+        return there
 
 
 def first_problem(error: ValidationError) -> str:

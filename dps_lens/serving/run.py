@@ -1,6 +1,5 @@
 """Run the application: in the foreground, or from a thread of this process."""
 
-import ipaddress
 import logging
 import socket
 import threading
@@ -10,6 +9,7 @@ import uvicorn
 
 from dps_lens.errors import SteeringError, reason
 from dps_lens.serving.keys import Keys
+from dps_lens.serving.limits import is_here
 
 HOST = "127.0.0.1"
 _BACKLOG = 512
@@ -21,11 +21,7 @@ def check_host(host: str, keys: Keys | None) -> None:
     Raises:
         SteeringError: the address is no loopback one, and there are no keys.
     """
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local and not (keys and keys.keys):
+    if not is_here(host) and not (keys and keys.keys):
         raise SteeringError(
             f"serve: {host} can be reached from other machines; make a key with 'dps-lens key NAME --keys FILE' and "
             "give --keys FILE"

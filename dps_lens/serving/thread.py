@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class ModelThread:
-    """A thread for everything that a model does, which ends with the process.
+    """A thread for everything that a model does; it ends with the process, or when it is closed.
 
     Load the model in it too. Every thread that has computed something keeps workers of its own, and where there are
     more of them than cores, GNU's OpenMP puts them to sleep after every product: on two cores, decoding takes 1.9 times
@@ -22,7 +22,7 @@ class ModelThread:
     """
 
     def __init__(self) -> None:
-        self._asked: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="dps-lens-model", daemon=True).start()
 
     def start(self, function: Callable[..., T], *arguments: Any, **options: Any) -> "Future[T]":
@@ -35,10 +35,16 @@ class ModelThread:
         """Call a function there, and wait for what it returns or raises."""
         return self.start(function, *arguments, **options).result()
 
+    def close(self) -> None:
+        """End it, after what was asked for before."""
+        self._asked.put(None)
+
     def _work(self) -> None:
-        while True:
-            found, function = self._asked.get()
+        while (asked := self._asked.get()) is not None:
+            found, function = asked
             try:
                 found.set_result(function())
             except BaseException as error:
                 found.set_exception(error)
+            # Or the last of them, and the model in it, would be held while the thread waits.
+            del asked, found, function

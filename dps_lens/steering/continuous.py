@@ -78,6 +78,12 @@ class _Lane:
     owners: dict[int, tuple[Writing, int]]
     places: dict[Writing, Int[Tensor, " row"]] = field(default_factory=dict)
 
+    def fail(self, error: Exception) -> list[Writing]:
+        """End all of its requests."""
+        for writing in self.places:
+            writing.error, writing.running = error, []
+        return list(self.places)
+
     def lay_out(self) -> None:
         mine: dict[Writing, list[tuple[int, Row]]] = {}
         for place, row in enumerate(self.decoder.rows):
@@ -103,7 +109,7 @@ class ContinuousBatch:
     """
 
     def __init__(self, model: HookedModel, *, chunk: int = 256) -> None:
-        self.model, self.chunk = model, chunk
+        self.model, self._chunk = model, chunk
         # Keys of a piece would take the factors of the piece's length, not of the prompt's.
         self._piece = chunk if rotary_switch(model) is None else model.cfg.n_ctx
         self._waiting: list[tuple[Writing, Decoder, Iterator[int]]] = []
@@ -157,7 +163,7 @@ class ContinuousBatch:
             the requests that got tokens, or an error.
         """
         with in_use(self.model):
-            written, room = [], self.chunk
+            written, room = [], self._chunk
             while self._waiting and room > 0:
                 # The last token of a prompt is run in a step of all.
                 room -= min(self._piece, self._waiting[0][1].tokens.shape[1] - 1)
@@ -186,7 +192,12 @@ class ContinuousBatch:
         if lane is None:
             lane = self._lanes[key] = _Lane(decoder, decoder.tokens[:, -1], texts)
         else:
-            lane.decoder.join(decoder)
+            try:
+                lane.decoder.join(decoder)
+            except Exception as error:  # some layers may have the new rows, and some not
+                writing.error, writing.running = error, []
+                del self._lanes[key]
+                return [writing, *lane.fail(error)]
             lane.token = torch.cat([lane.token, decoder.tokens[:, -1]])
             lane.owners |= texts
         lane.lay_out()
@@ -197,13 +208,11 @@ class ContinuousBatch:
             with lane.decoder:
                 logits, early = lane.decoder.step(lane.token)
         except Exception as error:
-            for writing in lane.places:
-                writing.error, writing.running = error, []
-            return list(lane.places)
+            return lane.fail(error)
         for writing, places in lane.places.items():
             try:
                 lane.token[places] = writing.write(logits[places], early[:, places])
-            except SteeringError as error:
+            except Exception as error:
                 writing.error, writing.running = error, []
         return list(lane.places)
 

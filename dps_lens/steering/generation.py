@@ -92,6 +92,7 @@ class Steps:
     keep_likeliest: int = 0
     columns: dict[str, list[list[Tensor]]] = field(default_factory=dict)
     ended: bool = False
+    _ids: dict[int, list[int]] = field(default_factory=dict)
     _shown: dict[int, str] = field(default_factory=dict)
 
     def add(
@@ -133,7 +134,9 @@ class Steps:
             column = self.columns.setdefault(name, [[] for _ in range(self.rows)])
             for row, value in zip(running, values, strict=True):
                 column[row].append(value)
-        return [int(token) for token in tokens]
+        for row, token in zip(running, tokens.tolist(), strict=True):
+            self._ids.setdefault(row, []).append(token)
+        return list(tokens.tolist())
 
     def steps_of(self, row: int) -> int:
         """Tokens that a row has written so far."""
@@ -141,7 +144,7 @@ class Steps:
 
     def text(self, row: int) -> str:
         """What a row has written so far."""
-        return self.tokenizer.decode(torch.stack(self.columns["tokens"][row]), skip_special_tokens=True)
+        return str(self.tokenizer.decode(self._ids[row], skip_special_tokens=True))
 
     def more(self, row: int, *, last: bool = False) -> str:
         """What a row has written since this was asked before; a character that is still incomplete waits for its next

@@ -1,6 +1,7 @@
 """What `generate` was asked for, one prompt after the other, and the rows of the batch that answer it."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -42,8 +43,9 @@ def rows_of(
     untouched = torch.ones(model.cfg.n_layers, model.cfg.n_heads)
     in_place, ablating = rule.in_place, rule.ablating
     rows: dict[Branch, list[Row]] = {"full": [], "scaled": [], "ablated": [], "negative": []}
+    ids_of = lru_cache(maxsize=None)(partial(_ids, model))  # several texts of one prompt are asked for at once
     for request, (prompt, other, heads, vector) in enumerate(zip(batch, others, sets, added, strict=True)):
-        tokens, profile, gamma, alpha = _ids(model, prompt), _profile(prompt), gammas[request], alphas[request]
+        tokens, profile, gamma, alpha = ids_of(prompt), _profile(prompt), gammas[request], alphas[request]
         # A strength of -1 leaves the masked model alone, where it is what was given.
         only = ablating is not None and not rule.adaptive and len(rule.terms) == 1 and gamma == -1
         changed = in_place is not None and gamma != 0
@@ -62,7 +64,7 @@ def rows_of(
             # The model that is steered, with the vector that is added to it, without its heads.
             rows["ablated"].append(Row(request, "ablated", tokens, profile, factors, additions))
         if (rule.has("negative") and alpha) or (isinstance(ablation, Patch) and masked):
-            ids = _ids(model, other)
+            ids = ids_of(other)
             if ids.tolist() == tokens.tolist():
                 raise SteeringError(
                     f"generate: prompt {request} and its negative prompt are the same; the contrast would be nothing"

@@ -177,7 +177,8 @@ def plan_of(
     gammas = per_row("gamma", gamma, len(batch)) if chosen.takes_gamma else [0.0] * len(batch)
     alphas = per_row("alpha", alpha, len(batch)) if chosen.takes_alpha else [0.0] * len(batch)
     ablation = _ablation(chosen, config)
-    _check(chosen, config, max_new_tokens, gammas, alphas)
+    check_whole(SteeringError, "generate: max_new_tokens", max_new_tokens, least=1)
+    check_strengths(chosen, config, gammas, alphas)
     most, why = model.cfg.d_vocab // 2, "half of the vocabulary"
     check_whole(SteeringError, "generate: keep_alternatives", config.keep_alternatives, least=0, most=most, why=why)
     samplings = samplings_of(sampling, len(batch))
@@ -201,20 +202,20 @@ def plan_of(
     if chosen.needs_vectors:
         settings["vectors"] = [one.settings() for one in added if one is not None]
     return Plan(
-        model,
-        rows,
-        len(batch),
-        chosen,
-        gammas,
-        alphas,
-        ablation,
-        positions,
-        early,
-        samplings,
-        max_new_tokens,
-        ends,
-        config,
-        settings,
+        model=model,
+        rows=rows,
+        n_requests=len(batch),
+        rule=chosen,
+        gammas=gammas,
+        alphas=alphas,
+        ablation=ablation,
+        positions=positions,
+        early=early,
+        samplings=samplings,
+        max_new_tokens=max_new_tokens,
+        ends=ends,
+        config=config,
+        settings=settings,
     )
 
 
@@ -237,10 +238,12 @@ def _ablation(rule: Rule, config: DecodeConfig) -> Ablation:
     return find_ablation(own or asked or "zero")
 
 
-def _check(
-    rule: Rule, config: DecodeConfig, max_new_tokens: int, gammas: Sequence[float], alphas: Sequence[float]
-) -> None:
-    check_whole(SteeringError, "generate: max_new_tokens", max_new_tokens, least=1)
+def check_strengths(rule: Rule, config: DecodeConfig, gammas: Sequence[float], alphas: Sequence[float]) -> None:
+    """Refuse strengths and caps that a rule does not take.
+
+    Raises:
+        SteeringError: names the setting.
+    """
     for gamma in gammas:
         check_strength("gamma", gamma)
         if rule.alone and gamma > _MOST_IN_PLACE:

@@ -7,7 +7,7 @@ import openai
 import pytest
 from served import profiles_of
 
-from dps_lens.serving import Keys, ProfileStore, Served, add_key, make_server
+from dps_lens.serving import Keys, Limits, ProfileStore, Served, add_key, make_server
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def store(model, tmp_path_factory) -> ProfileStore:
 
 @pytest.fixture(scope="module")
 def app(model, store):
-    return make_server(model, name="tiny", profiles=store.folder, most_tokens=64)
+    return make_server(model, name="tiny", profiles=store.folder, limits=Limits(tokens=64))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def guarded(model, store, tmp_path_factory):
     for one in profiles_of(model):
         ProfileStore(folder).write(one)
     with Served(
-        make_server(model, name="tiny", profiles=folder, keys=Keys.read(path), most_bytes=20_000, most_tokens=16)
+        make_server(model, name="tiny", profiles=folder, keys=Keys.read(path), limits=Limits(bytes=20_000, tokens=16))
     ) as found:
 
         def of(name: str | None) -> httpx.Client:

@@ -162,6 +162,47 @@ def test_a_stop_text_ends_an_answer_before_it(web, model, stream):
     assert finish == "stop"
 
 
+def test_an_answer_is_sent_back_as_it_came(client):
+    """Its fields that hold nothing ask for nothing."""
+    asked = {"model": "tiny", "temperature": 0, "max_tokens": 6}
+    said = client.chat.completions.create(messages=CONVERSATION[:2], **asked).choices[0].message
+    more = [*CONVERSATION[:2], said.model_dump(), {"role": "user", "content": "And rolls?"}]
+    plain = [
+        *CONVERSATION[:2],
+        {"role": "assistant", "content": said.content},
+        {"role": "user", "content": "And rolls?"},
+    ]
+    options = {"seed": -3, "response_format": {"type": "text"}, "service_tier": "auto"}
+    one = client.chat.completions.create(messages=more, **asked, **options)
+    assert (
+        one.choices[0].message.content
+        == client.chat.completions.create(messages=plain, **asked).choices[0].message.content
+    )
+
+
+def test_a_cap_of_a_profile_can_be_lifted(client, model):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 12}
+    own = generated(model, shown(model, documents=()), heads=SETS["bob"]).texts[0]
+    answer = client.chat.completions.create(**asked, extra_body={"dps": {"user": "bob", "max_kl": None}})
+    assert answer.choices[0].message.content == own
+
+
+def test_a_vector_alone_is_added(client, model):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 12}
+    own = generated(model, shown(model, documents=()), rule="head_vector", vectors=vector_of(model)).texts[0]
+    answer = client.chat.completions.create(**asked, extra_body={"dps": {"vector": "eve"}})
+    assert answer.choices[0].message.content == own
+
+
+def test_offsets_of_a_stream_go_on(client):
+    asked = {"model": "tiny", "prompt": "The bread", "temperature": 0, "max_tokens": 9, "logprobs": 1}
+    whole = client.completions.create(**asked).choices[0].logprobs
+    offsets = [
+        at for chunk in client.completions.create(**asked, stream=True) for at in chunk.choices[0].logprobs.text_offset
+    ]
+    assert offsets == whole.text_offset == sorted(offsets)
+
+
 def test_usage_of_a_stream_stands_in_its_last_chunk(client):
     asked = {"model": "tiny", "messages": CONVERSATION, "temperature": 0, "max_tokens": 6}
     whole = client.chat.completions.create(**asked).usage

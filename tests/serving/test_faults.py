@@ -16,7 +16,7 @@ from served import SETS, ask, generated, profiles_of
 
 import dps_lens as dps
 from dps_lens.errors import DataError, FileError, SteeringError
-from dps_lens.serving import Keys, ProfileStore, Served, SteeringProfile, add_key, make_server
+from dps_lens.serving import Keys, Limits, ProfileStore, Served, SteeringProfile, add_key, make_server, model_of
 from dps_lens.serving.engine import BusyError, Engine, Job, StoppingError
 from dps_lens.serving.run import check_host
 from dps_lens.steering.continuous import Writing
@@ -47,7 +47,7 @@ WRONG = {
     "no heads for a rule": ({"dps": {"rule": "dps-js", "heads": ""}}, 400, "needs heads"),
     "no documents": ({"dps": {"rule": "cad"}}, 400, "documents"),
     "a strength": ({"dps": {"heads": "L1H1", "gamma": -2}}, 400, "gamma"),
-    "a strength that overflows": ({"dps": {"heads": "L1H1", "gamma": 1e30}}, 400, "gamma"),
+    "a strength that overflows": ({"dps": {"heads": "L1H1", "gamma": 3.4e38}}, 400, "infinite"),
     "both caps": ({"dps": {"heads": "L1H1", "max_kl": 1, "target_kl": 1}}, 400, "not both"),
     "a user": ({"dps": {"user": "nobody"}}, 404, "nobody"),
     "a path": ({"dps": {"user": "../../etc/passwd"}}, 404, "passwd"),
@@ -59,6 +59,15 @@ WRONG = {
         "",
     ),
     "too many texts": ({"n": 9}, 400, "n"),
+    "too many stops": ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop"),
+    "a strength of nothing": ({"dps": {"gamma": 2}}, 400, "does not look at it"),
+    "heads of nothing": ({"dps": {"rule": "cad", "heads": "L1H1", "documents": ["x"]}}, 400, "does not look at it"),
+    "a cap of nothing": ({"dps": {"rule": "greedy", "max_kl": 1}}, 400, "does not look at it"),
+    "a cap of a vector": ({"dps": {"user": "eve", "max_kl": 1}}, 400, "max_kl"),
+    "a prompt of completions": ({"dps": {"negative_prompt": "x"}}, 400, "negative_prompt"),
+    "likeliest of nothing": ({"top_logprobs": 2}, 400, "top_logprobs"),
+    "options of no stream": ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    "a name": ({"messages": [{"role": "user", "content": "x", "name": "ann"}]}, 400, "name"),
     "a context": ({"messages": [{"role": "user", "content": "bread " * 3000}]}, 400, "context"),
 }
 
@@ -92,6 +101,10 @@ def test_keys_let_in_who_has_one(guarded):
         assert answer.headers["www-authenticate"] == "Bearer"
     assert guarded("all").get("/v1/models").status_code == 200
     kept = guarded.path.read_text()
+    assert guarded.path.stat().st_mode & 0o077 == 0
+    assert all(path.stat().st_mode & 0o077 == 0 for path in guarded.folder.iterdir())
+    with pytest.raises(DataError, match="of all users"):
+        add_key(guarded.path, "boss", admin=True, users=["ann"])
     assert not any(key in kept for key in guarded.keys.values())
     with pytest.raises(DataError, match="of the name 'ann'"):
         add_key(guarded.path, "ann")
@@ -168,6 +181,8 @@ def test_profiles_are_for_admins_and_checked(guarded, model):
         ({"rule": "head_vector"}, "no vector"),
         ({"rule": "magic"}, "magic"),
         ({"gamma": "strong"}, "gamma"),
+        ({"gamma": -5}, "gamma"),
+        ({"max_kl": -1}, "max_kl"),
         ({"task": "lamp-9"}, "lamp-9"),
         ({"documents": [{"id": "1", "fields": {}}]}, "lacks the field"),
         ({"vector": {"heads": "L0H1", "values": [[1.0]]}, "rule": "head_vector"}, ""),
@@ -188,39 +203,71 @@ def test_a_profile_of_another_model_steers_nothing(guarded):
         assert answer.status_code == 400
         assert "made with another model" in answer.json()["error"]["message"]
         path.write_text(kept[:-30])
-        assert ask(guarded("all"), dps={"user": "bob"}).status_code == 400
+        answer = ask(guarded("all"), dps={"user": "bob"})
+        assert answer.status_code == 500
+        assert "bob" not in answer.text
+        assert "bob" in [one["user"] for one in guarded("root").get("/v1/profiles").json()["data"]]
+        assert guarded("root").delete("/v1/profiles/bob").status_code == 200
     finally:
         path.write_text(kept)
 
 
-def test_who_goes_leaves_the_batch(web, server, app):
-    body = {"model": "tiny", "prompt": "The", "max_tokens": 64, "n": 8, "temperature": 2, "stream": True}
-    engine = app.state.engine
-    with httpx.Client(base_url=server.url) as other, other.stream("POST", "/v1/completions", json=body) as answer:
-        for _ in answer.iter_lines():
-            break
-    deadline = time.monotonic() + 20
-    while (engine.rows or engine.waiting) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert engine.rows == 0
-    # Also who asks for a whole answer.
-    port = int(server.url.rpartition(":")[2])
-    text = json.dumps({**body, "stream": False})
-    with socket.create_connection(("127.0.0.1", port)) as line:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-        line.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode())
-        time.sleep(0.05)
-    while (engine.rows or engine.waiting) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert engine.rows == 0
-    assert ask(web).status_code == 200
+@pytest.fixture
+def slowly(app, monkeypatch):
+    """The server's engine, whose steps take a twentieth of a second; and how many there were."""
+    engine, steps = app.state.engine, []
+    real = engine._batch.step
+
+    def step():
+        steps.append(time.sleep(0.05))
+        return real()
+
+    monkeypatch.setattr(engine._batch, "step", step)
+    return engine, steps
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_goes_leaves_the_batch(web, server, slowly, stream):
+    engine, steps = slowly
+    body = {"model": "tiny", "prompt": "The", "max_tokens": 64, "n": 2, "temperature": 2, "stream": stream}
+    if stream:
+        with httpx.Client(base_url=server.url) as other, other.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+    else:
+        port, text = int(server.url.rpartition(":")[2]), json.dumps(body)
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+            line.sendall(f"{head}Content-Length: {len(text)}\r\n\r\n{text}".encode())
+            wait_for(lambda: len(steps) > 3)
+    wait_for(lambda: not engine.rows and not engine.waiting)
+    assert 0 < len(steps) < 40  # of the 64 that its texts would have taken
+    assert ask(web, max_tokens=1).status_code == 200
+
+
+def test_one_prompt_that_fails_ends_the_others(web, slowly):
+    engine, steps = slowly
+    answer = ask(web, path="/v1/completions", text=["The bread", "The night", "bread " * 3000], max_tokens=60)
+    assert answer.status_code == 400
+    wait_for(lambda: not engine.rows and not engine.waiting)
+    assert len(steps) < 30
+
+
+def test_profiles_are_read_while_others_are_written(web, slowly):
+    """Hooks come and go on the model while it runs; a profile is of this model all the time."""
+    _engine, steps = slowly
+    running = threading.Thread(target=lambda: ask(web, max_tokens=40, n=2, temperature=1))
+    running.start()
+    wait_for(lambda: len(steps) > 2)
+    answers = [ask(web, max_tokens=1, dps={"user": "ann"}).status_code for _ in range(8)]
+    running.join()
+    assert answers == [200] * 8
 
 
 class Slow:
     """An engine whose passes take as long as they are told."""
 
-    def __init__(self, model, **options):
-        self.engine, self.go = Engine(model, **options), threading.Event()
+    def __init__(self, model, limits=None):
+        self.engine, self.go = Engine(model, limits), threading.Event()
         real = self.engine._batch.step
 
         def step():
@@ -247,7 +294,7 @@ def wait_for(condition, seconds=20.0):
 
 
 def test_a_full_queue_says_when_to_come_back(model):
-    slow = Slow(model, most_waiting=2, most_rows=1)
+    slow = Slow(model, Limits(waiting=2, rows=1))
     jobs = [slow.job(model) for _ in range(4)]
     slow.engine.submit([jobs[0][0]])
     wait_for(lambda: names(jobs[0][1]) == ["Started"])
@@ -264,7 +311,7 @@ def test_a_full_queue_says_when_to_come_back(model):
 
 
 def test_a_request_that_takes_too_long_is_told_so(model):
-    slow = Slow(model, seconds=0.2)
+    slow = Slow(model, Limits(seconds=0.2))
     job, events = slow.job(model, tokens=50)
     slow.engine.submit([job])
     time.sleep(0.4)
@@ -300,7 +347,7 @@ def test_a_bug_in_the_engine_is_told_and_survived(model):
 
 
 def test_what_can_never_fit_is_refused(model):
-    engine = Engine(model, most_rows=4, most_positions=60)
+    engine = Engine(model, Limits(rows=4, positions=60))
     found = []
     for texts, tokens in ((5, 4), (4, 30), (1, 8)):
         events = []
@@ -352,6 +399,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_profile(tmp_path):
         assert len(found.head_set()) == 2000
         assert [*store] == ["ann"]
         assert store.delete("ann")
+        assert not [*tmp_path.iterdir()]
 
 
 def test_a_full_disk_keeps_the_profile_that_was_there(tmp_path, monkeypatch):
@@ -387,7 +435,7 @@ def test_profiles_of_runs(model, probe, short):
     vectors = dps.head_vectors(model, probe[:3], scores.top(2), prompt_config=short, max_examples=1, n_donors=1)
     made = make_profiles(probe[:2], scores, vectors=vectors, k=3, own=True, documents=True, gamma=0.5)
     for user, one in zip(probe[:2], made, strict=True):
-        one.check(model)
+        one.check(model, model_of(model))
         assert one.head_set().heads == scores.top(3, user.id).heads
         assert (one.head_vector().values == vectors[user.id].values).all()
         assert [each.fields for each in one.history()] == [dict(each.fields) for each in user.history]
@@ -430,7 +478,8 @@ def test_a_server_that_is_stopped_finishes_its_answers(model):
 
 def test_keys_of_a_file_that_holds_none(tmp_path):
     path = tmp_path / "keys.json"
-    for text in ("[]", "{}", "[1]", '[{"name": "x"}]', "nothing"):
+    blank, open_ = '[{"name": "x", "sha256": ""}]', f'[{{"name": "x", "sha256": "{"0" * 64}", "users": "ann"}}]'
+    for text in ("[]", "{}", "[1]", '[{"name": "x"}]', blank, open_, "nothing"):
         path.write_text(text)
         with pytest.raises(DataError):
             Keys.read(path)

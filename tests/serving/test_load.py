@@ -5,8 +5,8 @@ import asyncio
 import psutil
 import pytest
 
-from benchmarks.serve import NAME, at_once, cases, crowd
-from dps_lens.serving import Served, make_server
+from benchmarks.serve import NAME, at_once, cases, crowd, write_profiles
+from dps_lens.serving import Limits, Served, make_server
 
 
 def checked(seen):
@@ -14,9 +14,10 @@ def checked(seen):
     assert not seen.failed, seen.failed[:3]
 
 
-def test_no_answer_is_another_ones(model):
+def test_no_answer_is_another_ones(model, tmp_path):
+    write_profiles(model, tmp_path)
     pool = cases(model, 18, tokens=(2, 12), words=40)
-    with Served(make_server(model, name=NAME, chunk=64)) as server:
+    with Served(make_server(model, name=NAME, profiles=tmp_path, limits=Limits(chunk=64))) as server:
         checked(asyncio.run(at_once(server.url, pool)))
         seen = asyncio.run(crowd(server.url, pool, clients=8, seconds=6.0))
     checked(seen)
@@ -26,10 +27,11 @@ def test_no_answer_is_another_ones(model):
 
 @pytest.mark.full
 @pytest.mark.real
-def test_sixty_four_clients_for_a_minute(real):
+def test_sixty_four_clients_for_a_minute(real, tmp_path):
+    write_profiles(real, tmp_path)
     pool = cases(real, 27, tokens=(2, 30), words=80)
     process = psutil.Process()
-    with Served(make_server(real, name=NAME)) as server:
+    with Served(make_server(real, name=NAME, profiles=tmp_path)) as server:
         checked(asyncio.run(crowd(server.url, pool, clients=64, seconds=30.0)))
         before = process.memory_info().rss
         seen = asyncio.run(crowd(server.url, pool, clients=64, seconds=60.0))

@@ -162,6 +162,28 @@ def test_a_pass_that_fails_ends_those_that_were_in_it(llama, probe, short, monke
     same(again.steps, dps.generate(model, **asked[0]))
 
 
+def test_a_join_that_fails_ends_those_who_would_share(llama, probe, short, monkeypatch):
+    model = llama.hooked
+    one, two, other = (
+        {**each, "max_new_tokens": 12} for each in requests(model, probe, short, ["dps", "dps", "decore"])
+    )
+    batch, writings = (
+        ContinuousBatch(model, chunk=10_000),
+        [Writing(plan_of(model, **each)) for each in (one, other, two)],
+    )
+    batch.add(writings[0])
+    batch.add(writings[1])
+    batch.step()
+    batch.add(writings[2])
+    with monkeypatch.context() as patched:
+        patched.setattr(type(runner_of(model)), "join", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        batch.step()
+    assert [str(each.error) for each in writings] == ["out of memory", "None", "out of memory"]
+    while len(batch):
+        batch.step()
+    same(writings[1].steps, dps.generate(model, **other))
+
+
 def test_memory_is_that_of_who_is_here(llama, probe, short):
     """A batch that never empties forgets the positions of those that left."""
     model = llama.hooked

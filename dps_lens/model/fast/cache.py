@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dps_lens.model.fast.switch import is_fast
 
-_ROOM = 64
+_ROOM, _MORE_ROWS = 64, 8
 
 
 def preallocated_cache(layers: list[tuple[Tensor, Tensor]], rows: Int[Tensor, " row"], room: int = _ROOM) -> Any:
@@ -87,7 +87,7 @@ def _layer_class() -> Any:
             missing = max(0, length - (self._stop - self._start))
             if rows + new > len(self._buffers[0]) or missing > self._start:
                 room = max(_ROOM, self._buffers[0].shape[-2] - self._stop)
-                self._hold(self.keys, self.values, room, before=missing, rows=max(rows, new))
+                self._hold(self.keys, self.values, room, before=missing, rows=max(_MORE_ROWS, new))
             before, self._start = self._start, self._start - missing
             for buffer, states in zip(self._buffers, (keys, values), strict=True):
                 # Masked out, and yet no NaN may stand there: the weights of what is masked out are 0 times it.
