@@ -402,6 +402,41 @@ def test_a_writer_that_is_killed_leaves_a_whole_profile(tmp_path):
         assert not [*tmp_path.iterdir()]
 
 
+def test_a_server_that_is_killed_while_it_streams(tiny_folders, tmp_path):
+    """Who listens is cut off, and the next server goes on from the same folder."""
+    command = [sys.executable, "-m", "dps_lens", "serve", "--model", tiny_folders["llama"], "--name", "tiny"]
+    heard = []
+    for _ in range(2):
+        ProfileStore(tmp_path).write(SteeringProfile(user="ann", heads=SETS["ann"]))
+        arguments = [*command, "--profiles", tmp_path, "--port", "0"]
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+        url = (
+            next(line for line in process.stderr if line.startswith("serving"))
+            .split()[3]
+            .rstrip(";")
+            .removesuffix("/v1")
+        )
+        body = {
+            "model": "tiny",
+            "prompt": "The",
+            "max_tokens": 900,
+            "temperature": 1,
+            "stream": True,
+            "dps": {"user": "ann"},
+        }
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            heard.append(next(lines))
+            process.send_signal(signal.SIGKILL)
+            with pytest.raises(httpx.HTTPError):
+                list(lines)
+        process.wait()
+        process.stderr.close()
+    assert all(one.startswith("data: {") for one in heard)
+    assert ProfileStore(tmp_path).read("ann").heads == SETS["ann"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ann.json"]
+
+
 def test_a_full_disk_keeps_the_profile_that_was_there(tmp_path, monkeypatch):
     store = ProfileStore(tmp_path)
     store.write(SteeringProfile(user="ann", heads="L0H0"))
