@@ -163,9 +163,13 @@ class Engine:
                 self._waiting.clear()
                 self._in.clear()
                 self._batch = ContinuousBatch(self.model, chunk=self.limits.chunk)
-            self._rows = self._batch.rows
-            self.metrics.rows.set(self._rows)
-            self.metrics.waiting.set(self.waiting)
+            self._publish()
+
+    def _publish(self) -> None:
+        """What other threads may read of the batch."""
+        self._rows = self._batch.rows
+        self.metrics.rows.set(self._rows)
+        self.metrics.waiting.set(self.waiting)
 
     def _turn(self, came: Sequence[Job], gone: set[Job]) -> None:
         for job in came:
@@ -180,6 +184,7 @@ class Engine:
             self._tell(job, Failed(StoppingError("the server has stopped") if self._stopped else error))
         self._let_go(timed_out)
         self._admit()
+        self._publish()
         if len(self._batch):
             for writing in self._batch.step():
                 self._read(writing)
@@ -238,7 +243,14 @@ class Engine:
             self._tell(job, Failed(writing.error))
             return
         now = time.monotonic()
-        for piece in job.reader.pieces():
+        try:
+            pieces = job.reader.pieces()
+        except Exception as error:
+            note_failure(error)
+            self._tell(job, Failed(error))
+            self._let_go({job})
+            return
+        for piece in pieces:
             self.metrics.wrote(piece, now - (job.came if job.wrote is None else job.wrote), first=job.wrote is None)
             self._tell(job, piece)
         job.wrote = now

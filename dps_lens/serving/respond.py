@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -41,6 +42,8 @@ class Answer:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._jobs: list[Job] = []
         self._started: set[int] = set()
+        self._kept: deque[tuple[int, Event]] = deque()
+        self._sending = False
         self._offsets: dict[int, int] = {}
         self._prompt_tokens, self._tokens = 0, 0
 
@@ -58,22 +61,23 @@ class Answer:
         stops = self._asked.stops
         self._jobs = [Job(make, partial(tell, number), stops) for number, make in enumerate(makers)]
         self._engine.submit(self._jobs)
-        streams = False
         try:
-            # What is wrong with a request is found before its answer begins, and has a status of its own.
+            # What is wrong with a request is found before its answer begins, and has a status of its own. Prompts that
+            # have found room may be answered while others wait for theirs.
             while len(self._started) < len(self._jobs):
-                _, event = await self._next()
+                number, event = await self._take()
                 if event is None:
                     return Response(status_code=_GONE)
                 if isinstance(event, Failed):
                     return refusal(event.error)
+                self._kept.append((number, event))
             if self._asked.stream:
-                streams = True
+                self._sending = True
                 stream = self._stream()
                 return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
             return await self._whole()
         finally:
-            if not streams:
+            if not self._sending:
                 self._leave()
 
     def _leave(self) -> None:
@@ -83,9 +87,13 @@ class Answer:
 
     async def _next(self) -> tuple[int, Event | None]:
         """The next event, and of which prompt; None when the client has gone."""
+        return self._kept.popleft() if self._kept else await self._take()
+
+    async def _take(self) -> tuple[int, Event | None]:
+        """As `_next`, of those that nobody has seen."""
         while True:
-            # A stream is ended by whoever sends it.
-            if not self._asked.stream and await self._request.is_disconnected():
+            # Whoever sends a stream ends it.
+            if not self._sending and await self._request.is_disconnected():
                 return 0, None
             try:
                 number, event = await asyncio.wait_for(self._events.get(), _POLL)

@@ -248,8 +248,53 @@ def test_one_prompt_that_fails_ends_the_others(web, slowly):
     engine, steps = slowly
     answer = ask(web, path="/v1/completions", text=["The bread", "The night", "bread " * 3000], max_tokens=60)
     assert answer.status_code == 400
+    time.sleep(0.2)  # the first two may just have been let in
     wait_for(lambda: not engine.rows and not engine.waiting)
     assert len(steps) < 30
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_that_wait_for_each_other_lose_nothing(model, stream):
+    """Of several prompts in a batch of one row, each is answered when the one before it has ended."""
+    prompts = ["The bread", "In the beginning", "Nobody"]
+    own = [generated(model, prompt, rule="greedy").texts[0] for prompt in prompts]
+    with Served(make_server(model, name="tiny", limits=Limits(rows=1))) as server, httpx.Client(timeout=60) as web:
+        body = {"model": "tiny", "prompt": prompts, "max_tokens": 12, "temperature": 0, "stream": stream}
+        answer = web.post(f"{server.url}/v1/completions", json=body)
+    if stream:
+        texts = [""] * 3
+        for line in answer.text.splitlines():
+            if line.startswith("data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                texts[choice["index"]] += choice["text"]
+    else:
+        texts = [choice["text"] for choice in answer.json()["choices"]]
+    assert texts == own
+
+
+def test_a_text_that_cannot_be_read_ends_alone(web, app, monkeypatch):
+    """What goes wrong with one answer is told to one."""
+    from dps_lens.serving.answer import Reader
+
+    real = Reader.pieces
+
+    def pieces(self):
+        if self.writing.plan.max_new_tokens == 7:
+            raise UnicodeError("unreadable")
+        return real(self)
+
+    monkeypatch.setattr(Reader, "pieces", pieces)
+    found = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.setdefault(n, ask(web, max_tokens=n, temperature=1).status_code))
+        for n in (7, 20)
+    ]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert found == {7: 500, 20: 200}
+    wait_for(lambda: not app.state.engine.rows)
 
 
 def test_profiles_are_read_while_others_are_written(web, slowly):
