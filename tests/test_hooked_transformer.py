@@ -10,6 +10,8 @@ import dps_lens as dps
 from dps_lens.data import build_prompt
 from dps_lens.heads import Head, HeadSet
 from dps_lens.model.runners import runner_of
+from dps_lens.steering.continuous import ContinuousBatch, Writing
+from dps_lens.steering.plan import plan_of
 
 ARCHITECTURES = ["llama", "gpt_neox", "qwen2"]
 
@@ -63,6 +65,26 @@ def test_generation(old, probe):
     with torch.no_grad():
         greedy = old.plain.generate(prompts[1].prompt_tokens[None], max_new_tokens=6, do_sample=False, eos_token_id=3)
     assert batch.tokens[1].tolist() == greedy[0, len(prompts[1].prompt_tokens) :].tolist()
+
+
+def test_requests_that_join_a_batch(old, probe, short):
+    """Caches whose rows come and go are of another kind here."""
+    model = old.hooked
+    prompts = [build_prompt(model, user.examples[0], config=short, response=False) for user in probe[:3]]
+    asked = [
+        {"prompts": prompt, "heads": HeadSet.parse("L0H1,L2H3"), "max_new_tokens": 4 + 3 * index}
+        for index, prompt in enumerate(prompts)
+    ]
+    batch, writings = ContinuousBatch(model, chunk=40), [Writing(plan_of(model, **one)) for one in asked]
+    for one in reversed(writings):
+        batch.add(one)
+        for _ in range(2):
+            batch.step()
+    while len(batch):
+        batch.step()
+    for writing, one in zip(writings, asked, strict=True):
+        written = [int(token) for token in writing.steps.columns["tokens"][0]]
+        assert written == dps.generate(model, **one).tokens[0].tolist()
 
 
 def test_steering_vectors_and_the_benchmark_table(old, probe, short):
