@@ -47,7 +47,7 @@ def demo(
     outputs: Outputs = None,
     full: Annotated[
         bool,
-        typer.Option("--full", help="More examples, controls, strengths and texts, and the paper's PCS; in OUT/full."),
+        typer.Option("--full", help="More examples, controls, strengths, texts and maps; in OUT/full."),
     ] = False,
     show: Annotated[
         bool, typer.Option("--show", help="Open a finished page that comes with the package; computes nothing.")
@@ -128,12 +128,12 @@ def demo(
         write(scores, "The heads are tested; texts are on their way.", cost=cost)
     shown: HeadScores | dict[str, HeadScores] = scores
     if size.pcs:
-        # Beside the default score, the paper's own.
+        # Beside the default score, the paper's own, and those of pairs.
         pcs = dps.score_heads(
             loaded_model, loaded, ablation="zero", against=None, method="screened", max_examples=size.examples,
             out=folder / "pcs", run_config=anew,
         )  # fmt: skip
-        shown = {"scores": scores, paper_name(pcs): pcs}
+        shown = {"scores": scores, paper_name(pcs): pcs, **_by_pairs(loaded_model, loaded, size, folder)}
     write(
         shown, "", cost=cost, gammas=size.gammas, ks=sorted({max(1, k // 2), k}),
         max_users=size.shown_users, out=folder / "page", run_config=anew,
@@ -141,6 +141,24 @@ def demo(
     print_top(scores, k)
     print_cost(cost)
     typer.echo(f"report: {report}  ({time.monotonic() - started:.0f} s)")
+
+
+def _by_pairs(model: "HookedModel", users: "list[User]", size: Size, folder: Path) -> "dict[str, HeadScores]":
+    """Maps of what tells a style apart, and a topic, where the users say which are theirs."""
+    import dps_lens as dps
+    from dps_lens.errors import DataError
+
+    found = {}
+    for name, same in (("styles", "topic"), ("topics", "style")):
+        try:
+            paired = dps.make_pairs(users, same=same)
+        except DataError:  # no such labels, or nobody else who shares one
+            continue
+        found[f"{name}, by pairs"] = dps.score_heads(
+            model, paired, objective="pair", max_examples=size.examples,
+            score_config=dps.ScoreConfig(n_donors=size.donors), out=folder / name, run_config=dps.RunConfig(force=True),
+        )  # fmt: skip
+    return found
 
 
 def _show(out: Path) -> None:

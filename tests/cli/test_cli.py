@@ -669,10 +669,11 @@ def test_demo_grows_its_page_and_keeps_more_apart(tmp_path, model):
     assert len(pages) == 1
     assert pages[0].endswith("everything")
     assert page_now() == before
-    full = run("demo", *out, *few, "--full", "--max-users", 2, "--max-examples", 1, "--held-out", 1)
+    full = run("demo", *out, *few, "--full", "--max-users", 8, "--max-examples", 1, "--held-out", 1)
     assert full.returncode == 0, full.stderr
     shown = json.loads(re.search(r'id="data">(.*?)</script>', page_now(), re.DOTALL)[1])
-    assert [*shown["maps"]][1:] == ["the paper's PCS, the largest of them measured"]
+    maps = ["the paper's PCS, the largest of them measured", "styles, by pairs", "topics, by pairs"]
+    assert [*shown["maps"]][1:] == maps
     assert (tmp_path / "demo" / "full" / "scores.json").is_file()
     again = run("demo", *out, *few, "--max-users", 6, "--force")
     assert again.returncode == 0, again.stderr
