@@ -29,7 +29,7 @@ def check_host(host: str, keys: Keys | None) -> None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address, before the work that a server takes.
+    """A socket that listens at an address, before the work that a server takes; who connects waits for it.
 
     Raises:
         SteeringError: it cannot be had.
@@ -39,6 +39,7 @@ def bound(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen(_BACKLOG)
     except OSError as error:
         found.close()
         raise SteeringError(

@@ -412,9 +412,14 @@ def test_logs_hold_nothing_of_what_is_said(guarded, caplog):
     for fields in ({}, {"stream": True}, {"dps": {"user": "ann", "documents": [secret]}}, {"dps": {"rule": secret}}):
         ask(guarded("ann"), f"Tell of {secret}", **fields)
     guarded("root").put("/v1/profiles/zoe", json={"user": "zoe", "heads": secret})
-    ours = [one.getMessage() for one in caplog.records if one.name.startswith(("dps_lens", "uvicorn", "fastapi"))]
-    lines = [json.loads(one) for one in ours if one.startswith("{")]
-    assert {one["key"] for one in lines} >= {"ann", "root"}
+
+    def said():
+        found = [one.getMessage() for one in caplog.records if one.name.startswith(("dps_lens", "uvicorn", "fastapi"))]
+        return found, [json.loads(one) for one in found if one.startswith("{")]
+
+    wait_for(lambda: "root" in {one["key"] for one in said()[1]})  # a line is written when its answer has been sent
+    ours, lines = said()
+    assert {one["key"] for one in lines} == {"ann", "root"}
     assert {one["status"] for one in lines} >= {200, 400}
     assert not any("parrot" in one or "zoe" in one for one in ours)
 
