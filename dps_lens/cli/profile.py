@@ -43,9 +43,11 @@ def make(
     check_installed()
     import dps_lens as dps
     from dps_lens.serving import ProfileStore, make_profiles
+    from dps_lens.steering.plan import check_strengths
 
     name = rule or ("dps" if run else "head_vector")
-    check_rule("profile", name, has_heads=run is not None, has_vectors=vectors is not None)
+    chosen = check_rule("profile", name, has_heads=run is not None, has_vectors=vectors is not None)
+    check_strengths(chosen, dps.DecodeConfig(max_kl=max_kl), [gamma], [alpha])
     people = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
     made = make_profiles(
         people,

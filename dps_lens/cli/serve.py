@@ -1,9 +1,8 @@
 """`dps-lens serve`."""
 
-import importlib.util
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +10,9 @@ from dps_lens.cli.app import app
 from dps_lens.cli.checks import check_same_model, first_of, heads_of, template_kwargs
 from dps_lens.cli.options import Device, Dtype, Model, TemplateKwargs
 from dps_lens.cli.vectors import read_vectors, vector_of
+
+if TYPE_CHECKING:
+    from dps_lens.steering.rules import Rule
 
 
 @app.command()
@@ -120,12 +122,14 @@ def check_installed() -> None:
     """
     from dps_lens.errors import SteeringError
 
-    if any(importlib.util.find_spec(one) is None for one in ("fastapi", "uvicorn", "prometheus_client")):
-        raise SteeringError("serve: this needs fastapi and uvicorn; run: pip install 'dps_lens[serve]'")
+    try:
+        import dps_lens.serving  # noqa: F401
+    except ImportError as error:
+        raise SteeringError(f"serve: {error}") from error
 
 
-def check_rule(command: str, name: str, *, has_heads: bool, has_vectors: bool) -> None:
-    """A rule has what it needs, before anything is loaded.
+def check_rule(command: str, name: str, *, has_heads: bool, has_vectors: bool) -> "Rule":
+    """A rule, which has what it needs, before anything is loaded.
 
     Raises:
         SteeringError: it lacks heads or a vector.
@@ -138,3 +142,4 @@ def check_rule(command: str, name: str, *, has_heads: bool, has_vectors: bool) -
         raise SteeringError(f"{command}: rule {name!r} needs heads; give --run, a folder of 'dps-lens find' or 'score'")
     if rule.needs_vectors and not has_vectors:
         raise SteeringError(f"{command}: rule {name!r} needs --vectors, a folder of 'dps-lens vectors'")
+    return rule

@@ -1,5 +1,10 @@
 """Steered models in others' hands: OpenAI's API, many users in one batch, and their profiles."""
 
+from importlib.util import find_spec
+
+if any(find_spec(one) is None for one in ("fastapi", "uvicorn", "prometheus_client")):
+    raise ImportError("dps_lens.serving needs more packages; run: pip install fastapi uvicorn prometheus-client")
+
 from dps_lens.serving.api import make_server
 from dps_lens.serving.keys import Keys, add_key
 from dps_lens.serving.profiles import ProfileStore, SteeringProfile, make_profiles, model_of
