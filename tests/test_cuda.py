@@ -7,6 +7,8 @@ from pcs import score_pcs
 
 import dps_lens as dps
 from dps_lens.heads import HeadSet
+from dps_lens.steering.continuous import ContinuousBatch, Writing
+from dps_lens.steering.plan import plan_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is here")
 
@@ -170,3 +172,20 @@ def test_compiled_streams_side_by_side(models, probe, unchecked):
         for text, (row, piece) in zip(texts, pieces, strict=True):
             text[row] += piece
     assert texts == [whole, whole]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_requests_that_join_a_batch_write_the_same_tokens(models, probe, rule):
+    model = models["cuda"]
+    calls = [
+        asked(model, [user], rule) | {"max_new_tokens": n} for user, n in zip(probe[:4], (12, 3, 9, 6), strict=True)
+    ]
+    batch, writings = ContinuousBatch(model, chunk=100), [Writing(plan_of(model, **one)) for one in calls]
+    for one in writings:
+        batch.add(one)
+        batch.step()
+    while len(batch):
+        batch.step()
+    for writing, one in zip(writings, calls, strict=True):
+        written = [int(token) for token in writing.steps.columns["tokens"][0]]
+        assert written == dps.generate(model, **one).tokens[0].tolist()
