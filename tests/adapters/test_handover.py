@@ -120,7 +120,7 @@ def test_native_attention_may_be_on_around_generate(llama, prompts_of):
     assert model.original_model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("positions", ["response", "all"])
+@pytest.mark.parametrize("positions", ["response", pytest.param("all", marks=pytest.mark.full)])
 def test_sampling_and_beams_equal_naive_steering(tiny, prompts_of, positions):
     model, ids = tiny.hooked, prompts_of(tiny.hooked)[0].prompt_tokens[None]
     naive = Naive(model, 0.8, start=ids.shape[1] if positions == "response" else None)

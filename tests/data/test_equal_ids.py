@@ -15,6 +15,7 @@ def users():
     return dps.load_users([record | {"id": record["id"].split("-")[1]} for record in toy.records()])
 
 
+@pytest.mark.full
 def test_scores_and_effects_are_those_of_distinct_ids(toy_model, toy_users, users, short):
     ids = [[document.id for document in user.history] for user in users]
     assert ids[0] == ids[1], "the ids are those of every user"

@@ -31,11 +31,9 @@ def test_outputs_are_there(path):
     assert path.stat().st_size < 3 * 10**6
 
 
+@pytest.mark.full
 @pytest.mark.real
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.full] * (path.stem != "quickstart"), id=path.stem) for path in NOTEBOOKS],
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_small_settings_run(path, tmp_path):
     shown = [kind for one in outputs(executed(path, tmp_path, {"DPS_LENS_SMALL": "1"})) for kind in one]
     assert FIGURE in shown, "a figure is shown"

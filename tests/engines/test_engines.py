@@ -435,6 +435,7 @@ def test_shards_of_different_runs_are_refused(llama, users, tmp_path):
         score_pcs(llama.hooked, users, engine=dps.Shard(5, 5), **OPTIONS)
 
 
+@pytest.mark.full
 def test_torn_units_are_left_out(llama, users, tmp_path):
     score_pcs(llama.hooked, users, out=tmp_path / "one", **OPTIONS)
     torn = next((tmp_path / "one" / "units").iterdir())

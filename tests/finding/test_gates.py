@@ -212,6 +212,7 @@ def subsets(k):
     return torch.stack([HeadSet(chosen).mask(CFG) for chosen in sets])
 
 
+@pytest.mark.full
 def test_sets_are_nearly_the_best_of_all_and_keep_their_bounds(six_trials):
     """Beside every set of at most three heads, measured by plain ablation."""
     weights, every = bootstraps(len(six_trials), 2), subsets(3)

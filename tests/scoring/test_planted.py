@@ -196,7 +196,7 @@ def ranked(values):
     return [Head(*divmod(index, plants.N_HEADS)) for index in order]
 
 
-@pytest.mark.parametrize("against", ["other_user", "no_profile"])
+@pytest.mark.parametrize("against", ["other_user", pytest.param("no_profile", marks=pytest.mark.full)])
 @pytest.mark.parametrize("name", plants.NAMES)
 def test_integrated_patches_put_all_carriers_first(planted, name, against):
     of = planted(name)

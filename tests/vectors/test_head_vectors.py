@@ -426,7 +426,7 @@ def test_a_planted_user_is_brought_back_by_the_carriers_vector(toy_model, toy_us
 
 
 @pytest.mark.parametrize("against", ["other_user", "no_profile"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
 def test_what_differences_bring_back_is_what_plain_passes_give(tinies, users, architecture, against):
     tiny, options = tinies(architecture), {"max_examples": 1, "prompt_config": PROMPT}
     config = dps.VectorConfig(against=against, scale=1.5, examples=2)
