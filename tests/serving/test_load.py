@@ -36,12 +36,12 @@ def test_no_answer_is_another_ones(model, tmp_path):
 @pytest.mark.real
 def test_sixty_four_clients_for_a_minute(real, tmp_path):
     write_profiles(real, tmp_path)
-    pool = cases(real, 27, tokens=(2, 30), words=80)
-    process = psutil.Process()
+    pool = cases(real, 27, tokens=(2, 16), words=40)
+    process, sizes, whole = psutil.Process(), [], 0
     with Served(make_server(real, name=NAME, profiles=tmp_path)) as server:
-        go(crowd(server.url, pool, clients=64, seconds=30.0))
-        before = process.memory_info().rss
-        seen = go(crowd(server.url, pool, clients=64, seconds=60.0))
-        after = process.memory_info().rss
-    assert seen.whole > 20
-    assert after < 1.15 * before
+        for _ in range(5):
+            whole += go(crowd(server.url, pool, clients=64, seconds=15.0)).whole
+            sizes.append(process.memory_info().rss)
+    assert whole > 100
+    # The first round fills the batch; what it holds then follows the lengths that are asked for, not the time.
+    assert max(sizes[3:]) < 1.1 * max(sizes[1:3])
