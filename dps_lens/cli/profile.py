@@ -71,11 +71,16 @@ def make(
 def list_(out: Folder) -> None:
     """Show whose profiles there are, and how each user is steered for."""
     check_installed()
+    from dps_lens.errors import FileError
     from dps_lens.serving import ProfileStore
 
     store = ProfileStore(out)
     for user in store:
-        one = store.read(user)
+        try:
+            one = store.read(user)
+        except FileError as error:  # the others are shown
+            typer.echo(str(error), err=True)
+            continue
         if one is not None:
             heads = f"{len(one.head_set())} heads, " if one.heads else ""
             vector = "a vector, " if one.vector else ""

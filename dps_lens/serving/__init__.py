@@ -7,10 +7,10 @@ if any(find_spec(one) is None for one in ("fastapi", "uvicorn", "prometheus_clie
 
 from dps_lens.serving.api import make_server
 from dps_lens.serving.keys import Keys, add_key
+from dps_lens.serving.limits import Limits
 from dps_lens.serving.profiles import ProfileStore, SteeringProfile, make_profiles, model_of
 from dps_lens.serving.resolve import Steering
 from dps_lens.serving.run import Served
-from dps_lens.serving.settings import Limits
 from dps_lens.serving.thread import ModelThread
 
 __all__ = [

@@ -18,13 +18,13 @@ from dps_lens.errors import DPSLensError
 from dps_lens.model import HookedModel
 from dps_lens.serving.engine import Engine
 from dps_lens.serving.keys import Key, Keys
-from dps_lens.serving.limits import Gate, Notes
+from dps_lens.serving.limits import Limits
 from dps_lens.serving.metrics import Metrics
+from dps_lens.serving.middleware import Gate, Notes
 from dps_lens.serving.profiles import ProfileStore, SteeringProfile, model_of
 from dps_lens.serving.resolve import Resolver, Steering, UnknownModelError, UnknownUserError
 from dps_lens.serving.respond import Answer, error_answer, refusal
 from dps_lens.serving.schema import ChatRequest, CompletionRequest, ErrorAnswer
-from dps_lens.serving.settings import Limits
 from dps_lens.serving.thread import ModelThread
 from dps_lens.version import __version__
 

@@ -13,9 +13,9 @@ import torch
 from dps_lens.errors import PromptError, SteeringError
 from dps_lens.model import HookedModel, runner_of
 from dps_lens.serving.answer import Done, Event, Failed, Reader, Started
-from dps_lens.serving.limits import note_failure
+from dps_lens.serving.failures import note_failure
+from dps_lens.serving.limits import Limits
 from dps_lens.serving.metrics import Metrics
-from dps_lens.serving.settings import Limits
 from dps_lens.serving.thread import ModelThread
 from dps_lens.steering.continuous import ContinuousBatch, Writing
 

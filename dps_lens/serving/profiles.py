@@ -242,9 +242,6 @@ class ProfileStore:
             raise DataError(f"a user's name takes 1 to {_LONGEST_NAME} characters in a file's name")
         return self.folder / f"{name}.json"
 
-    def __contains__(self, user: str) -> bool:
-        return self.path(user).is_file()
-
     def __iter__(self) -> Iterator[str]:
         """Users, in the order of their files."""
         yield from (unquote(path.name.removesuffix(".json")) for path in sorted(self.folder.glob("*.json")))

@@ -21,7 +21,6 @@ from dps_lens.steering.plan import check_strengths, plan_of
 from dps_lens.steering.rules import find_rule
 from dps_lens.steering.vector import Vector
 
-PLAIN = "greedy"
 _COMPLETION_TOKENS = 16  # as in OpenAI's API
 _LETTERS = 32
 """Letters that a token may stand for, and few do."""
@@ -52,7 +51,7 @@ class Steering:
         negative_prompt: of a completion.
     """
 
-    rule: str = PLAIN
+    rule: str = "greedy"
     heads: HeadSet = field(default_factory=HeadSet)
     vector: Vector | None = None
     gamma: float = 1.0

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from dps_lens.errors import DPSLensError, FileError
 from dps_lens.serving.answer import Done, Event, Failed, Piece, Started, Token
 from dps_lens.serving.engine import BusyError, Engine, Job, StoppingError, TimedOutError
-from dps_lens.serving.limits import error_body, note_failure
+from dps_lens.serving.failures import error_body, note_failure
 from dps_lens.serving.resolve import UnknownModelError, UnknownUserError
 from dps_lens.serving.schema import ChatRequest, CompletionRequest
 from dps_lens.steering.continuous import Writing

@@ -9,7 +9,7 @@ import uvicorn
 
 from dps_lens.errors import SteeringError, reason
 from dps_lens.serving.keys import Keys
-from dps_lens.serving.limits import is_here
+from dps_lens.serving.middleware import is_here
 
 HOST = "127.0.0.1"
 _BACKLOG = 512

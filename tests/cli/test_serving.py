@@ -47,6 +47,11 @@ def test_profiles_are_made_listed_and_deleted(made, tmp_path):
     first = ProfileStore(tmp_path).read("asker-bread")
     assert first.head_set().heads == scores.top(4).heads
     assert first.max_kl == 0.5
+    ProfileStore(tmp_path).path("zoe").write_text("{")
+    again = run("profile", "list", "--out", tmp_path)  # one that is damaged does not hide the others
+    assert all(line in again for line in shown)
+    assert "zoe.json is no profile" in again
+    run("profile", "delete", "zoe", "--out", tmp_path)
     run("profile", "delete", "asker-bread", "--out", tmp_path)
     assert len(run("profile", "list", "--out", tmp_path).splitlines()) == 2
     assert "no profile of user" in refused("profile", "delete", "asker-bread", "--out", tmp_path)
