@@ -9,8 +9,8 @@ from dps_lens.serving.api import make_server
 from dps_lens.serving.keys import Keys, add_key
 from dps_lens.serving.limits import Limits
 from dps_lens.serving.profiles import ProfileStore, SteeringProfile, make_profiles, model_of
-from dps_lens.serving.resolve import Steering
 from dps_lens.serving.run import Served
+from dps_lens.serving.steered import Steering
 from dps_lens.serving.thread import ModelThread
 
 __all__ = [

@@ -22,9 +22,10 @@ from dps_lens.serving.limits import Limits
 from dps_lens.serving.metrics import Metrics
 from dps_lens.serving.middleware import Gate, Notes
 from dps_lens.serving.profiles import ProfileStore, SteeringProfile, model_of
-from dps_lens.serving.resolve import Resolver, Steering, UnknownModelError, UnknownUserError
+from dps_lens.serving.resolve import Resolver, UnknownModelError, UnknownUserError
 from dps_lens.serving.respond import Answer, error_answer, refusal
 from dps_lens.serving.schema import ChatRequest, CompletionRequest, ErrorAnswer
+from dps_lens.serving.steered import Steering
 from dps_lens.serving.thread import ModelThread
 from dps_lens.version import __version__
 

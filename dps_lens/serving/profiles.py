@@ -19,9 +19,8 @@ from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel, describe_model
 from dps_lens.result import provenance
 from dps_lens.scores import HeadScores
-from dps_lens.steering import DecodeConfig, HeadVector
-from dps_lens.steering.plan import check_strengths
-from dps_lens.steering.rules import find_rule
+from dps_lens.serving.steered import Steering
+from dps_lens.steering import HeadVector
 from dps_lens.vectors import HeadVectors
 
 _LONGEST_NAME = 200
@@ -102,6 +101,19 @@ class SteeringProfile(Strict):
         """The documents."""
         return [Document(one.id, one.fields, one.date) for one in self.documents]
 
+    def steering(self) -> Steering:
+        """How the user's answers are steered."""
+        return Steering(
+            rule=self.rule,
+            heads=self.head_set(),
+            vector=self.head_vector(),
+            gamma=self.gamma,
+            alpha=self.alpha,
+            max_kl=self.max_kl,
+            history=tuple(self.history()),
+            task=self.task,
+        )
+
     def check(self, model: HookedModel, about: Mapping[str, Any]) -> None:
         """Refuse what a model cannot be steered with.
 
@@ -122,19 +134,11 @@ class SteeringProfile(Strict):
                     f"transformer-lens: its {name} is {str(self.model[name])[:60]!r}, served is "
                     f"{str(about[name])[:60]!r}; make it anew"
                 )
-        rule = find_rule(self.rule)
-        check_strengths(rule, DecodeConfig(max_kl=self.max_kl), [self.gamma], [self.alpha])
         try:
-            self.head_set().mask(model.cfg)
-            vector = self.head_vector()
+            steering = self.steering()
         except (HeadError, ValueError) as error:
             raise SteeringError(f"the profile of user {self.user!r}: {error}") from error
-        if rule.needs_heads and not self.heads:
-            raise SteeringError(f"the profile of user {self.user!r} names no heads, which rule {self.rule!r} needs")
-        if rule.needs_vectors and vector is None:
-            raise SteeringError(f"the profile of user {self.user!r} has no vector, which rule {self.rule!r} adds")
-        if vector is not None:
-            vector.check(f"the profile of user {self.user!r}", model)
+        steering.check(f"the profile of user {self.user!r}", model)
         task = TASKS.get(self.task)
         if task is None:
             raise SteeringError(f"the profile of user {self.user!r}: task {self.task!r} is none of {', '.join(TASKS)}")

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from dps_lens.data import Document, Prompt, PromptConfig
@@ -15,11 +15,11 @@ from dps_lens.model.positions import rotary_switch
 from dps_lens.serving.keys import Key
 from dps_lens.serving.profiles import ProfileStore, SteeringProfile
 from dps_lens.serving.schema import ChatRequest, CompletionRequest, Steer
+from dps_lens.serving.steered import Steering
 from dps_lens.steering import DecodeConfig, Sampling
 from dps_lens.steering.continuous import Writing
-from dps_lens.steering.plan import check_strengths, plan_of
+from dps_lens.steering.plan import plan_of
 from dps_lens.steering.rules import find_rule
-from dps_lens.steering.vector import Vector
 
 _COMPLETION_TOKENS = 16  # as in OpenAI's API
 _LETTERS = 32
@@ -32,35 +32,6 @@ class UnknownUserError(DataError):
 
 class UnknownModelError(DataError):
     """A request names another model."""
-
-
-@dataclass(frozen=True)
-class Steering:
-    """How an answer is steered, whole.
-
-    Attributes:
-        rule: `"greedy"` where nothing is steered: the plain model.
-        heads: of the rule.
-        vector: of the rule.
-        gamma: its strength.
-        alpha: its second strength.
-        max_kl: cap on KL(steered ‖ full).
-        target_kl: what it is made.
-        history: documents that a chat shows.
-        task: how they read.
-        negative_prompt: of a completion.
-    """
-
-    rule: str = "greedy"
-    heads: HeadSet = field(default_factory=HeadSet)
-    vector: Vector | None = None
-    gamma: float = 1.0
-    alpha: float = 0.5
-    max_kl: float | None = None
-    target_kl: float | None = None
-    history: tuple[Document, ...] = ()
-    task: str = "questions"
-    negative_prompt: str | None = None
 
 
 class Resolver:
@@ -87,28 +58,7 @@ class Resolver:
     ) -> None:
         self.model, self.about, self.profiles, self.default = model, about, profiles, default or Steering()
         self.most_tokens, self.prompt_config = most_tokens, prompt_config or PromptConfig()
-        self._check(self.default)
-
-    def _check(self, steering: Steering) -> None:
-        """Refuse a default that no request could be steered by.
-
-        Raises:
-            SteeringError: it lacks what its rule needs, or is not of this model.
-        """
-        rule = find_rule(steering.rule)
-        check_strengths(
-            rule,
-            DecodeConfig(max_kl=steering.max_kl, target_kl=steering.target_kl),
-            [steering.gamma],
-            [steering.alpha],
-        )
-        steering.heads.mask(self.model.cfg)
-        if rule.needs_heads and not len(steering.heads):
-            raise SteeringError(f"rule {steering.rule!r} needs heads")
-        if rule.needs_vectors:
-            if steering.vector is None:
-                raise SteeringError(f"rule {steering.rule!r} needs a vector")
-            steering.vector.check("serve", self.model)
+        self.default.check("the default", model)
 
     def steering(self, asked: Steer | None, key: Key | None) -> Steering:
         """How a request is steered: what it says, else the profile that it names, else the server's default.
@@ -119,7 +69,7 @@ class Resolver:
         """
         if asked is None:
             return self.default
-        found = self.default if asked.user is None else self._of(self._profile(asked.user, key))
+        found = self.default if asked.user is None else self._profile(asked.user, key).steering()
         given: dict[str, Any] = {
             name: value
             for name in ("rule", "gamma", "alpha", "negative_prompt")
@@ -136,7 +86,7 @@ class Resolver:
         if asked.vector is not None:
             if asked.rule is None and not before.needs_vectors:
                 given["rule"] = "head_vector+dps" if asked.heads is not None else "head_vector"
-            given["vector"] = self._of(self._profile(asked.vector, key)).vector
+            given["vector"] = self._profile(asked.vector, key).head_vector()
             if given["vector"] is None:
                 raise SteeringError(f"the profile of user {asked.vector!r} has no vector")
         if asked.documents is not None:
@@ -159,19 +109,6 @@ class Resolver:
             raise UnknownUserError(f"there is no profile of user {user!r:.200}")
         profile.check(self.model, self.about)
         return profile
-
-    @staticmethod
-    def _of(profile: SteeringProfile) -> Steering:
-        return Steering(
-            rule=profile.rule,
-            heads=profile.head_set(),
-            vector=profile.head_vector(),
-            gamma=profile.gamma,
-            alpha=profile.alpha,
-            max_kl=profile.max_kl,
-            history=tuple(profile.history()),
-            task=profile.task,
-        )
 
     def chat(self, request: ChatRequest, steering: Steering) -> Writing:
         """What answers a chat; in the thread that runs the model.
