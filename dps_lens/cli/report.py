@@ -102,13 +102,15 @@ def explore(
     """The page of 'report' with a live model, to ask anything of, any heads. Only this machine can open it."""
     import dps_lens as dps
     from dps_lens.explorer.server import LivePage, check_flask, check_port, make_app
+    from dps_lens.model import ModelThread
 
     check_flask()
     check_port(port)
 
-    exploration, loaded, people = _explored(
-        "explore", run, users, outputs, ablation, mechanism, kinds, k, gammas, ks, shown_users, max_new_tokens, model,
-        device, dtype, force,
+    thread = ModelThread()
+    exploration, loaded, people = thread.run(
+        _explored, "explore", run, users, outputs, ablation, mechanism, kinds, k, gammas, ks, shown_users,
+        max_new_tokens, model, device, dtype, force,
     )  # fmt: skip
     more = f", outputs={str(outputs)!r}" if outputs is not None else ""
     where = f", device={device!r}" * (device is not None) + f", dtype={dtype!r}" * (dtype != "auto")
@@ -121,7 +123,7 @@ def explore(
         added = dps.HeadVectors.load(vectors)
         check_same_model("explore", added, loaded)
         source += f"\nvectors = dps.HeadVectors.load({str(vectors)!r})"
-    with LivePage(make_app(loaded, people, exploration, source, added), port) as live:
+    with LivePage(make_app(loaded, people, exploration, source, added, thread), port) as live:
         typer.echo(f"{live.url}  (Ctrl-C ends it)")
         try:
             live.wait()

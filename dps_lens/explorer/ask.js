@@ -93,6 +93,24 @@ globalThis.asking = ({ data, $, element, options, grouped, table, number, tokens
     drawAnswers();
   }
 
+  // What is asked about is read while the question is looked at.
+  let prepared = "", timer = 0, preparing = new AbortController();
+  function prepare() {
+    const { user, prompt, text, documents, ablation } = form(), about = { user, prompt, text, documents, ablation };
+    const whole = prompt.trim() && text.trim() && (user !== PASTED || documents.trim());
+    if (stateOf().tab !== "ask" || !whole || JSON.stringify(about) === prepared) return;
+    clearTimeout(timer);
+    timer = setTimeout(async () => {
+      prepared = JSON.stringify(about);
+      preparing.abort();
+      preparing = new AbortController();
+      const body = JSON.stringify({ ...about, heads: data.tops.join(",") });
+      try {
+        await (await fetch("prepare", { method: "POST", headers: { "Content-Type": "application/json" }, body, signal: preparing.signal })).text();
+      } catch { /* whoever asks is told */ }
+    }, 300);
+  }
+
   // answers
 
   const about = (answer) => (answer.kind === "write"
@@ -199,6 +217,7 @@ globalThis.asking = ({ data, $, element, options, grouped, table, number, tokens
     field("set").value = names.find((name) => named[name] === asked.heads) ?? "";
     const heads = headsOf(asked.heads);
     field("count").textContent = `${heads.length} heads`;
+    prepare();
     $("pick").textContent = `${heads.includes(stateOf().head) ? "Take out of" : "Put into"} the heads that are asked about`;
   }
 

@@ -4,8 +4,9 @@ import math
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -195,6 +196,21 @@ class Asker:
             )
         yield {"rows": rows, "python": self._python(asked, call)}
 
+    def prepare(self, asked: Question, interrupted: Callable[[], bool]) -> Iterator[dict[str, Any]]:
+        """Read the prompts that `measure` will need, one a step, until they are read or somebody else waits.
+
+        Raises:
+            Refused: a prompt cannot be built.
+        """
+        try:
+            if asked.example.reference and not interrupted():
+                for _ in self._work(asked).clean_runs(unit_key(asked.example), asked.example):
+                    yield {}
+                    if interrupted():
+                        return
+        except DPSLensError as error:
+            raise Refused("prompt", str(error)) from error
+
     def _work(self, asked: Question) -> "_KeptRuns":
         """The run of `ablation_cost`."""
         return _KeptRuns.of_one_set(
@@ -209,9 +225,7 @@ class Asker:
 
     def _effects(self, asked: Question, work: "_KeptRuns") -> list[dict[str, Any]]:
         key = unit_key(asked.example)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the other users have no examples
-            effects = work.collect(Units({key: work.make(key)}), {"spread": False})
+        effects = work.collect(Units({key: work.make(key)}), {"spread": False})
         frame = effects.to_frame()
         full = frame[frame["family"] == FULL].set_index("measure")["mean"]
         edited = frame[frame["family"] != FULL].set_index("measure")["mean"]
@@ -233,12 +247,12 @@ class Asker:
     def _next(self, asked: Question, work: "_KeptRuns | None") -> list[tuple[str, float, float]]:
         """The likeliest next tokens: text, p of the model, p with the heads ablated at the last prompt token."""
         runner, ablation = runner_of(self.model), find_ablation(asked.ablation)
-        prompt = build_prompt(self.model, asked.example, config=self.config, response=work is not None)
+        prompt = build_prompt(self.model, asked.example, config=self.config, response=False)
         last = prompt.prompt_tokens[None, -1:].to(runner.device)
         with attention_for(self.model, ablation):
             if work is not None:
                 # The run that is measured has read the prompt.
-                run = work.clean_run(prompt, "own", keep_z=True)
+                run = nll_run(next(work.clean_runs(unit_key(asked.example), asked.example))[1])
                 cache, full = run.prompt_cache, run.logits[0]
             else:
                 cache = runner.prefill(prompt.prompt_tokens[None, :-1].to(runner.device))
@@ -315,6 +329,12 @@ class _KeptRuns(AblationWork):
     """`ablation_cost` that keeps its clean runs, so that other heads of the same question are measured at once."""
 
     runs: OrderedDict[Any, CleanRun] = field(default_factory=OrderedDict)
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the other users have no examples
+            return super().examples
 
     def clean_run(self, prompt: Prompt, condition: str, **options: Any) -> CleanRun:
         ablation, where, keep_z = (options.get(name) for name in ("ablation", "where", "keep_z"))

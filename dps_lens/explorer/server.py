@@ -15,16 +15,16 @@ from dps_lens.data.examples import unit_key
 from dps_lens.errors import DPSLensError, SteeringError, reason
 from dps_lens.explorer.ask import ABLATED_BY, Asker, Refused, streamed, written_tokens
 from dps_lens.explorer.content import ranked_for
+from dps_lens.explorer.line import PATIENCE, BusyError, Line
 from dps_lens.explorer.page import FRAME, Exploration, page
 from dps_lens.files import parse_json
 from dps_lens.heads import HeadSet
-from dps_lens.model import HookedModel
+from dps_lens.model import HookedModel, ModelThread
 from dps_lens.vectors import HeadVectors
 
 Q = TypeVar("Q")
 
 HOST = "127.0.0.1"
-_PATIENCE = 0.5
 # A notebook of this machine may show the page.
 _FRAMED_BY = "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"
 
@@ -35,8 +35,11 @@ def make_app(
     found: Exploration,
     source: str = "",
     vectors: HeadVectors | None = None,
+    thread: ModelThread | None = None,
 ) -> Any:
     """A Flask application with the page at `/`; `POST /ask` and `/write` answer questions, `/steer` writes one text.
+
+    `/prepare` reads what is about to be asked, as long as nobody waits.
 
     Args:
         model: the model that was explored.
@@ -44,6 +47,7 @@ def make_app(
         found: of `explore`; its grid names the rule, the examples and the length of a text.
         source: lines of Python that make `model` and `users`, for the calls that the page offers.
         vectors: of the users, at heads, to steer with.
+        thread: where the model runs, best the one that loaded it; one of its own by default.
 
     Raises:
         SteeringError: flask is not installed, or the exploration holds no texts.
@@ -54,7 +58,7 @@ def make_app(
 
     if found.grid is None:
         raise SteeringError("explore: the exploration holds no texts to steer; make it with a grid")
-    app, writer, line = Flask("dps_lens"), Writer(model, users, found), Line()
+    app, writer, line = Flask("dps_lens"), Writer(model, users, found), Line(thread)
     asker = Asker(model, users, writer.config, source, vectors)
     app.config["MAX_CONTENT_LENGTH"] = 2**22
     shown = page(found, live=_questions(asker, writer))
@@ -105,6 +109,10 @@ def make_app(
     @app.post("/ask")
     def ask() -> Any:
         return answered(asker.read, asker.measure)
+
+    @app.post("/prepare")
+    def prepare() -> Any:
+        return answered(asker.read, lambda asked: asker.prepare(asked, lambda: line.waited_for))
 
     @app.post("/write")
     def write() -> Any:
@@ -213,7 +221,7 @@ class LivePage:
     def wait(self) -> None:
         """Until it is closed, or interrupted."""
         while self._thread.is_alive():
-            self._thread.join(_PATIENCE)
+            self._thread.join(PATIENCE)
 
     def close(self) -> None:
         """End it; a text that is being written ends with it."""
@@ -233,68 +241,6 @@ class LivePage:
     def _repr_html_(self) -> str:
         """The page inside a notebook of this machine."""
         return f'<iframe src="{self.url}" {FRAME}></iframe>'
-
-
-class BusyError(SteeringError):
-    """Too many are waiting."""
-
-
-class Line:
-    """Who waits for the model: one is served at a time, in the order of asking.
-
-    Args:
-        most: who may wait or be served.
-    """
-
-    def __init__(self, most: int = 16) -> None:
-        self._tickets: list[object] = []
-        self._most, self._changed = most, threading.Condition()
-
-    def join(self) -> object:
-        """A place in the line.
-
-        Raises:
-            BusyError: there is none.
-        """
-        with self._changed:
-            if len(self._tickets) >= self._most:
-                raise BusyError(f"{len(self._tickets)} questions are waiting; try again when some are answered")
-            ticket = object()
-            self._tickets.append(ticket)
-        return ticket
-
-    def leave(self, ticket: object) -> None:
-        """Give a place up, served or not."""
-        with self._changed:
-            if ticket in self._tickets:
-                self._tickets.remove(ticket)
-            self._changed.notify_all()
-
-    def served(self, ticket: object, answer: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-        """`{"waiting": how many are before it}` down to 0, then the answer, or `{"error": …}`."""
-        try:
-            while place := self._place(ticket):
-                yield {"waiting": place}
-            yield {"waiting": 0}
-            yield from answer()
-        except Refused as error:
-            yield {"error": error.reason, "field": error.field}
-        except DPSLensError as error:
-            yield {"error": str(error)}
-        except Exception as error:
-            # Whoever asked is told; the next one is served.
-            logging.getLogger(__name__).exception("a question was not answered")
-            yield {"error": f"{type(error).__name__}: {reason(error)}"}
-        finally:
-            self.leave(ticket)
-
-    def _place(self, ticket: object) -> int:
-        with self._changed:
-            place = self._tickets.index(ticket)
-            if place:
-                self._changed.wait(_PATIENCE)
-                place = self._tickets.index(ticket)
-            return place
 
 
 class Writer:

@@ -11,6 +11,7 @@ from dps_lens.model.load import load_model, loader_of
 from dps_lens.model.protocol import HookedModel, ModelConfig, hf_model_of, is_bridge
 from dps_lens.model.runner import PromptCache, Residuals, Runner
 from dps_lens.model.runners import runner_of
+from dps_lens.model.thread import ModelThread
 from dps_lens.model.use import in_use
 from dps_lens.model.wrap import wrap_model
 
@@ -19,6 +20,7 @@ __all__ = [
     "HookedModel",
     "Hooks",
     "ModelConfig",
+    "ModelThread",
     "PromptCache",
     "Residuals",
     "Runner",

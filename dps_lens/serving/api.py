@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from dps_lens.data import PromptConfig
 from dps_lens.errors import DPSLensError
-from dps_lens.model import HookedModel
+from dps_lens.model import HookedModel, ModelThread
 from dps_lens.serving.engine import Engine
 from dps_lens.serving.keys import Key, Keys
 from dps_lens.serving.limits import Limits
@@ -26,7 +26,6 @@ from dps_lens.serving.resolve import Resolver, UnknownModelError, UnknownUserErr
 from dps_lens.serving.respond import Answer, error_answer, refusal
 from dps_lens.serving.schema import ChatRequest, CompletionRequest, ErrorAnswer
 from dps_lens.serving.steered import Steering
-from dps_lens.serving.thread import ModelThread
 from dps_lens.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {

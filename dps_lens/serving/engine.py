@@ -11,12 +11,11 @@ import psutil
 import torch
 
 from dps_lens.errors import PromptError, SteeringError
-from dps_lens.model import HookedModel, runner_of
+from dps_lens.model import HookedModel, ModelThread, runner_of
 from dps_lens.serving.answer import Done, Event, Failed, Reader, Started
 from dps_lens.serving.failures import note_failure
 from dps_lens.serving.limits import Limits
 from dps_lens.serving.metrics import Metrics
-from dps_lens.serving.thread import ModelThread
 from dps_lens.steering.continuous import ContinuousBatch, Writing
 
 _NEWCOMERS = 8

@@ -1,6 +1,6 @@
 """Ablate the top K heads of several families on held-out examples, beside random heads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from dps_lens.intervene import AblationLike, Patch, Zero
 from dps_lens.literals import AGAINST, CONDITIONS, PATCHED, Select
 from dps_lens.model import HookedModel
 from dps_lens.scores import HeadScores
-from dps_lens.scoring import nll_run
+from dps_lens.scoring import ExampleRun, nll_run
 from dps_lens.selection import HeadSource, check_held_out
 from dps_lens.validation.edits import Condition, EditWork
 from dps_lens.validation.effects import SetEffects
 from dps_lens.validation.patch import exchanged
 from dps_lens.validation.work import HeldOutConfig, Self
 from dps_lens.work import Engine, Run, RunConfig
+
+_ENDS = ("own", "other_user")
+"""What is patched between."""
 
 
 def ablation_curve(
@@ -214,22 +217,28 @@ class AblationWork(EditWork):
             found["neutral"] = neutral_prompt(self.model, self.texts[self.places[key] % len(self.texts)])
         return found
 
-    def conditions(self, key: str, example: Example) -> dict[str, Condition]:
-        prompts, ends = self.prompts(key, example), ("own", "other_user")
+    def clean_runs(self, key: str, example: Example) -> Iterator[tuple[str, ExampleRun]]:
+        """The runs that are edited, by condition, then those that patches start from, as `"from own"`; made one by one.
+
+        What edits attention patterns runs another attention, whose run no patch may start from.
+        """
+        prompts = self.prompts(key, example)
         patched = self.patched and "other_user" in prompts
-        # What edits attention patterns runs another attention, whose run no patch may start from.
         shared = self.settings.ablation.site == Patch.site
-        runs = {
-            name: self.clean_run(prompt, name, keep_z=patched and shared and name in ends)
-            for name, prompt in prompts.items()
-        }
+        for name, prompt in prompts.items():
+            run = self.clean_run(prompt, name, keep_z=patched and shared and name in _ENDS)
+            yield name, run
+            if patched and shared and name in _ENDS:
+                yield f"from {name}", run
+        for name in _ENDS if patched and not shared else ():
+            yield f"from {name}", self.clean_run(prompts[name], name, ablation=Zero(), keep_z=True)
+
+    def conditions(self, key: str, example: Example) -> dict[str, Condition]:
+        runs = dict(self.clean_runs(key, example))
+        ends = [runs.pop(f"from {name}") for name in _ENDS if f"from {name}" in runs]
         edited = {name: (name, run) for name, run in runs.items()}
-        if patched:
-            own, other = (
-                runs[name] if shared else self.clean_run(prompts[name], name, ablation=Zero(), keep_z=True)
-                for name in ends
-            )
-            edited |= dict(zip(PATCHED, zip(ends, exchanged(self.model, own, other), strict=True), strict=True))
+        if ends:
+            edited |= dict(zip(PATCHED, zip(_ENDS, exchanged(self.model, *ends), strict=True), strict=True))
         found = {
             name: Condition(full, run, run.ablated_losses, drawn=name in self.config.controls)
             for name, (full, run) in edited.items()

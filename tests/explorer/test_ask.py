@@ -19,6 +19,7 @@ from dps_lens.errors import SteeringError
 from dps_lens.explorer.ask import ADDED_BY, STEERED_BY, Asker, Refused, _KeptRuns
 from dps_lens.explorer.server import HOST, BusyError, Line, LivePage, make_app
 from dps_lens.heads import HeadSet
+from dps_lens.model import runner_of
 
 PROMPT = dps.PromptConfig(items=2, profile_tokens=60, task_tokens=20, response_tokens=6)
 EVIL = "<img src=x onerror='window.hacked = 1'>"
@@ -279,6 +280,46 @@ def test_those_who_wait_are_told_and_served_in_turn():
     assert line.join() is not None
 
 
+@pytest.mark.parametrize("ablation", ["zero", "uniform"])
+def test_what_was_prepared_is_not_read_again(asker, llama, probe, ablation, monkeypatch):
+    asked = request(probe[1].examples[-1], ablation=ablation)
+    fresh = measured(Asker(llama.hooked, probe[:4], PROMPT), asked)
+    assert {one for line in asker.prepare(asker.read(asked), lambda: False) for one in line} == set()
+    kept = len(asker._runs)
+    prefills, runner = [], type(runner_of(llama.hooked))
+    prefill = runner.prefill
+    monkeypatch.setattr(runner, "prefill", lambda *args, **options: prefills.append(1) or prefill(*args, **options))
+    assert measured(asker, asked) == fresh
+    assert not prefills
+    assert len(asker._runs) == kept
+    # Whoever waits goes first.
+    other = Asker(llama.hooked, probe[:4], PROMPT)
+    assert not [*other.prepare(other.read(asked), lambda: True)]
+    steps = other.prepare(other.read(asked), iter([False, False, True]).__next__)
+    assert len([*steps]) == 2
+    assert 0 < len(other._runs) < kept
+
+
+def test_the_page_reads_what_will_be_asked(url, probe, open_page):
+    opened = open_page(url + "#tab=ask", offline=False)
+    page = opened.page
+    sent = []
+    page.on("request", lambda one: sent.append(one.url.removeprefix(url)))
+    page.wait_for_timeout(1000)
+    sent.clear()
+    with page.expect_response(url + "prepare") as prepared:
+        page.select_option("#ask-example", index=2)
+    assert prepared.value.ok
+    page.fill("#ask-heads", "L1H2")
+    page.fill("#ask-gamma", "2")
+    page.wait_for_timeout(600)
+    assert sent == ["prepare"]
+    page.fill("#ask-text", "")
+    page.wait_for_timeout(600)
+    assert sent == ["prepare"]
+    assert not opened.problems
+
+
 def test_the_wire_is_closed_to_others(explored, llama, probe):
     client = make_app(llama.hooked, probe[:4], explored).test_client()
     asked, base = request(probe[0].examples[-1]), {"base_url": f"http://{HOST}:8050"}
@@ -289,7 +330,8 @@ def test_the_wire_is_closed_to_others(explored, llama, probe):
         assert client.post("/ask", json=asked, headers={"Origin": origin}, **base).status_code == status
     refused = client.post("/ask", json=asked | {"heads": "L9H9"}, **base)
     assert (refused.status_code, refused.get_json()["field"]) == (400, "heads")
-    assert client.post("/ask", data=json.dumps(asked), content_type="text/plain", **base).status_code == 400
+    for path in ("/ask", "/write", "/prepare"):
+        assert client.post(path, data=json.dumps(asked), content_type="text/plain", **base).status_code == 400
     lines = client.post("/ask", json=asked, **base).data.decode().splitlines()
     assert [{*json.loads(line)} for line in lines] == [{"waiting"}, {"next"}, {"rows", "python"}]
 
