@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dps_lens.data import User
     from dps_lens.dossier import Dossier
     from dps_lens.explorer import Exploration
+    from dps_lens.found import FoundHeads
     from dps_lens.paths import PathEffects
     from dps_lens.scores import HeadScores
     from dps_lens.validation.effects import SetEffects
@@ -177,10 +178,11 @@ def _explored(
         numbers("ks", ks, int) if ks is not None else None, shown_users, max_new_tokens,
     )  # fmt: skip
     loaded = dps.load_model(model, device=device, dtype=dtype)
-    cost, maps = _of_demo(run)
-    for one in (scores, *beside, *maps.values(), *([cost] if cost is not None else [])):
+    found, cost, maps = _of_demo(run)
+    for one in (scores, *beside, *maps.values(), *(one for one in (found, cost) if one is not None)):
         check_same_model(command, one, loaded)
-    references = dps.reference_heads(loaded, families(kinds)) if kinds else None
+    references: dict[str, HeadScores | FoundHeads] = {"found": found} if found is not None else {}
+    references |= dps.reference_heads(loaded, families(kinds)) if kinds else {}
     exploration = dps.explore(
         loaded, people, {scores.name: scores, **maps} if maps else scores, families=references, effects=effects,
         cost=cost, k=k, run_config=dps.RunConfig(force=force), **settings,
@@ -195,19 +197,20 @@ def _mechanism(folder: Path) -> "Dossier | PathEffects":
     return kind.load(folder)
 
 
-def _of_demo(run: Path) -> "tuple[SetEffects | None, dict[str, HeadScores]]":
-    """What 'demo' measured beside its scores: the tested heads, and the paper's PCS."""
+def _of_demo(run: Path) -> "tuple[FoundHeads | None, SetEffects | None, dict[str, HeadScores]]":
+    """What 'demo' measured beside its scores: the set that was found, the tested heads, and the paper's PCS."""
     import dps_lens as dps
 
+    found = dps.FoundHeads.load(run / "found") if (run / "found" / f"{dps.FoundHeads.stem}.json").is_file() else None
     tested, paper = run / "ablation", run / "pcs"
     cost = dps.SetEffects.load(tested) if (tested / f"{dps.SetEffects.stem}.json").is_file() else None
     if cost is not None and cost.manifest.get("call") != "ablation_cost":
         cost = None
     has_paper = (paper / f"{dps.HeadScores.stem}.json").is_file()
     if not has_paper:
-        return cost, {}
+        return found, cost, {}
     scores = dps.HeadScores.load(paper)
-    return cost, {paper_name(scores): scores}
+    return found, cost, {paper_name(scores): scores}
 
 
 def paper_name(scores: "HeadScores") -> str:

@@ -59,18 +59,12 @@ def print_found(found: "FoundHeads") -> None:
 
     n = len(found.resampled)
     table = Table(title=printable(f"{len(found.heads)} heads, chosen on {len(found.users)} users"))
-    for column in (
-        "place",
-        "head",
-        "value",
-        f"in resamples (of {n})",
-        "95% over resamples",
-        f"in folds (of {len(found.folds)})",
-    ):
+    shares = (f"in resamples (of {n})", "95% over resamples") if n else ()
+    for column in ("place", "head", "value", *shares, f"in folds (of {len(found.folds)})"):
         table.add_column(printable(column), justify="left" if column == "head" else "right")
     frame = found.to_frame()
     for row in frame[frame["place"].notna()].to_dict("records"):
-        share = [f"{row['inclusion']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}"] if n else ["", ""]
+        share = [f"{row['inclusion']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}"] if n else []
         _add(table, row["place"], row["name"], f"{row['value']:.4f}", *share, row["folds"])
     console = _console()
     console.print(table)

@@ -58,10 +58,11 @@ def explore(
         scores: of `score_heads`; or several by name, of the same users: the page is about the first, and its map can
             be switched to the others, such as the paper's PCS.
         families: of `reference_heads`, where a family that the model does not show is named with its reason, or sets
-            of `find_heads`, which are shown by what the finder ranked by.
+            of `find_heads`, which are shown by what the finder ranked by. The first of these sets is outlined, and
+            texts are steered with it, each user's with the heads that others chose.
         effects: of `ablation_curve` or `patch_heads`.
-        cost: of `ablation_cost`; its heads are outlined where all users were tested with the same.
-        k: the top heads to outline and compare.
+        cost: of `ablation_cost`; where no set was found, its heads are outlined, if all users were tested with them.
+        k: the top heads to compare, and to outline where there are no others.
         gammas: grid of the slider.
         ks: grid of the other slider.
         max_users: with attention and texts; 0 makes a page of maps and measures only.
@@ -86,20 +87,21 @@ def explore(
     if max_users and not shown:
         raise ScoreError("explore: none of the users has an evaluation example to show")
     shown_families = {name: _as_map(one) for name, one in (families or {}).items()}
-    tested = {*map(str, cost.sets().values())} if cost is not None else set()
-    # Sets that differ from user to user, as of folds, are no one set to outline.
-    heads = next(iter(cost.sets().values())) if cost is not None and len(tested) == 1 else scores.top(k)
+    found = next((one for one in (families or {}).values() if isinstance(one, FoundHeads)), None)
+    heads = found.heads if found is not None else _tested(cost) or scores.top(k)
     config = PromptConfig(**scores.manifest.get("prompt_config", {}))
     check_held_out("explore", scores, [user.examples[-1] for user in shown])
+    if found is not None:
+        check_held_out("explore", found, [user.examples[-1] for user in shown])
     grid: SteeringGrid | None = None
     views: tuple[ExampleView, ...] = ()
     if shown:
         grid = steering_grid(
             model,
             shown,
-            ranked_by(scores, max(ks)),
+            found if found is not None else ranked_by(scores, max(ks)),
             gammas=gammas,
-            ks=ks,
+            ks=ks if found is None else [min(k, found.k) for k in ks],
             max_new_tokens=max_new_tokens,
             prompt_config=config,
             out=Path(out) / "grid" if out is not None else None,
@@ -116,6 +118,7 @@ def explore(
     return Exploration(
         scores=scores,
         heads=heads,
+        found=found,
         families=shown_families,
         maps=maps,
         between_users=_between_users(scores, k),
@@ -148,14 +151,22 @@ def _main_and_others(scores: HeadScores | Mapping[str, HeadScores]) -> tuple[Hea
     return main[1], dict(others)
 
 
+def _tested(cost: SetEffects | None) -> HeadSet | None:
+    """The heads that all users were tested with; sets that differ from user to user, as of folds, are no one set."""
+    sets = list(cost.sets().values()) if cost is not None else []
+    return sets[0] if sets and len({*map(str, sets)}) == 1 else None
+
+
 def ranked_by(scores: HeadScores, k: int) -> HeadScores | HeadSet:
     """Scores, by which other users choose a user's heads; the heads themselves where there is one user only."""
     return scores if len(scores.users) > 1 else scores.top(k)
 
 
-def ranked_for(scores: HeadScores, users: Sequence[User], k: int) -> dict[str, HeadSet]:
-    """The best `k` heads for each user."""
-    ranked = rankings("explore", {"heads": ranked_by(scores, k)}, users, (k,))[0]["heads"]
+def ranked_for(shown: Exploration, users: Sequence[User]) -> dict[str, HeadSet]:
+    """What each user's texts are steered with, best heads first: the set that was found, or all heads."""
+    scores, found = shown.scores, shown.found
+    k = scores.values[0].numel() if found is None else found.k
+    ranked = rankings("explore", {"heads": found or ranked_by(scores, k)}, users, (k,))[0]["heads"]
     return {user: sets[0] for user, sets in ranked.items()}
 
 

@@ -283,7 +283,7 @@ function drawHeatmap() {
   }));
   const single = state.map === data.main && examples() ? `${n} example${n > 1 ? "s" : ""} of one user` : "Mean of one user's examples";
   const whom = isFamily(state.map) ? "" : state.user ? `${single}: no claim about heads. ` : `Mean of ${n} users. `;
-  $("map-note").textContent = `${whom}Black: the ${data.tops.length} heads that are tested. ` +
+  $("map-note").textContent = `${whom}Black: ${data.outlined}. ` +
     (dots.length ? "Dots: p \u2264 0.05 over users, family-wise over heads. " : "") + (clipped.length ? "\u00d7: beyond the ends of the colours. " : "") +
     (ask ? "Green: the heads that are asked about; Shift-click puts one in or takes it out." : "");
 }
@@ -632,7 +632,7 @@ if (grid) {
   }
   if (data.live) {
     const free = (id, text, attributes) => { const label = element("label", `${text} `); label.append(element("input", undefined, { id, type: "number", required: "", ...attributes })); return label; };
-    $("live").prepend(free("gamma-free", "\u03b3", { min: -1, max: 1000, step: "any", value: state.gamma }), " ", free("k-free", "K", { min: 1, max: size, step: 1, value: state.k }), " ");
+    $("live").prepend(free("gamma-free", "\u03b3", { min: -1, max: 1000, step: "any", value: state.gamma }), " ", free("k-free", "K", { min: 1, max: data.live.most, step: 1, value: Math.min(state.k, data.live.most) }), " ");
     $("live").hidden = false;
     $("write").addEventListener("click", write);
     $("cancel").addEventListener("click", () => writing && writing.abort());

@@ -22,6 +22,7 @@ from dps_lens.errors import RunError, ScoreError, reason
 from dps_lens.evaluation import SteeringGrid
 from dps_lens.explorer.render import rendered
 from dps_lens.files import replacing, write_text
+from dps_lens.found import FoundHeads
 from dps_lens.heads import Head, HeadSet
 from dps_lens.paths import PathEffects
 from dps_lens.plots import ablation, dossier, families, k_sweep, overlap, pareto, paths
@@ -87,7 +88,8 @@ class Exploration:
 
     Attributes:
         scores: of `score_heads`.
-        heads: that are outlined and tested.
+        heads: that are outlined.
+        found: the set that is outlined, where `find_heads` found it.
         families: reference families by name.
         maps: other scores of the same users, by name, to switch to.
         between_users: overlap of the users' top heads, where there are at least two users.
@@ -103,6 +105,7 @@ class Exploration:
 
     scores: HeadScores
     heads: HeadSet
+    found: FoundHeads | None = None
     families: dict[str, HeadScores] = field(default_factory=dict)
     maps: dict[str, HeadScores] = field(default_factory=dict)
     between_users: Overlap | None = None
@@ -221,6 +224,7 @@ def content(found: Exploration) -> dict[str, Any]:
         "t": {size: t_quantile(size - 1, 0.95) for size in sizes if size > 1},
         "families": {name: _family(family) for name, family in found.families.items()},
         "tops": [str(head) for head in found.heads],
+        "outlined": _outlined(found),
         "significant": significant(scores),
         "figures": _figures(found),
         "cost": _rows(found.cost.beside_random().to_dict("records")) if found.cost is not None else [],
@@ -234,6 +238,15 @@ def _lead(found: Exploration) -> str:
     model = scores.manifest.get("model", {})
     lead = f"{model.get('name', 'model')}: {len(scores.users)} users, {len(scores.user_ids)} discovery examples"
     return lead + (f", {len(found.cost.user_ids)} held out" if found.cost is not None else "")
+
+
+def _outlined(found: Exploration) -> str:
+    """What the outlined heads are."""
+    heads = f"the {len(found.heads)} heads"
+    if found.found is None:
+        return f"{heads} that are tested"
+    folds = "; each user is tested with those that others choose" if found.found.folds else ""
+    return f"{heads} that find_heads found{folds}"
 
 
 def _examples(scores: HeadScores) -> dict[str, Any] | None:

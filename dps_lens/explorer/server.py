@@ -139,6 +139,7 @@ def _questions(asker: Asker, writer: "Writer") -> dict[str, Any]:
         "ablations": ABLATED_BY,
         "rules": asker.rules,
         "length": length,
+        "most": writer.most,
     }
 
 
@@ -252,10 +253,14 @@ class Writer:
         asked = {one.key for one in self.grid.texts}
         shown = [one for user in users for one in user.examples if unit_key(one) in asked]
         self.examples = {(one.user_id, one.id): one for one in shown}
-        total = found.scores.values[0].numel()
         owners = {one.user_id for one in self.examples.values()}
-        self._heads = ranked_for(found.scores, [user for user in users if user.id in owners], total)
+        self._heads = ranked_for(found, [user for user in users if user.id in owners])
         self.config = PromptConfig(**self.grid.manifest["prompt_config"])
+
+    @property
+    def most(self) -> int:
+        """Heads that there are for every user."""
+        return min(map(len, self._heads.values()))
 
     def asked(self, request: object) -> tuple[Example, HeadSet, float]:
         """Example, heads and γ of a request.

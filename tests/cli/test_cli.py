@@ -21,6 +21,7 @@ from conftest import write_jsonl
 
 import dps_lens as dps
 from dps_lens.cli import main
+from dps_lens.cli.stages import Size, Stages
 from dps_lens.evaluation import Evaluation
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -624,21 +625,30 @@ def test_demo_writes_its_report(tmp_path, model):
     assert done.returncode == 0, done.stderr
     assert "minutes" in done.stderr
     assert "Held-out examples: nats per token" in done.stdout
-    assert "Top 3 heads" in done.stdout
+    assert "3 heads, chosen on 3 users" in done.stdout
+    assert "in resamples" not in done.stdout
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     for user in ("asker-bread", "asker-bicycles", "asker-birds"):
         assert user in page
     found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert found["grid"]["gammas"] == [1.0, 2.0]
     assert found["grid"]["ks"] == [1, 3]
-    assert len(found["tops"]) == 3
+    chosen = dps.FoundHeads.load(tmp_path / "demo" / "found")
+    assert found["tops"] == [str(head) for head in chosen.heads]
+    assert found["outlined"].startswith("the 3 heads that find_heads found; each user is tested with those that others")
     assert found["cost"]
+    # Each user is tested, and steered, with the set of a fit without the user.
+    tested = dps.SetEffects.load(tmp_path / "demo" / "ablation").sets()
+    assert {*map(str, tested.values())} == {str(chosen.of_user(user)) for user in chosen.users}
+    steered = {(text["user"], text["heads"]) for text in found["grid"]["texts"] if text["k"] == 3 and text["gamma"]}
+    assert steered == {(user, str(chosen.of_user(user))) for user in chosen.users}
     # A report of the run shows what the demo measured, and writes no text anew.
     again = run("report", tmp_path / "demo", "--out", tmp_path / "again.html", "--model", model)
     assert again.returncode == 0, again.stderr
     shown = (tmp_path / "again.html").read_text(encoding="utf-8")
     of_run = json.loads(re.search(r'id="data">(.*?)</script>', shown, re.DOTALL)[1])
     assert of_run["cost"] == found["cost"]
+    assert (of_run["tops"], of_run["outlined"]) == (found["tops"], found["outlined"])
     assert [*of_run["maps"]][1:] == [*found["maps"]][1:]
     assert of_run["grid"] == found["grid"]
     assert not [*(tmp_path / "demo").glob("page-*")]
@@ -651,8 +661,8 @@ def test_demo_grows_its_page_and_keeps_more_apart(tmp_path, model):
     quick = run("demo", *out, *few, "--max-users", 6)
     assert quick.returncode == 0, quick.stderr
     said = [line.split(": ", 1)[1] for line in quick.stderr.splitlines() if "report.html, " in line]
-    assert said[0] == "2 of 6 users so far; nothing is tested yet."
-    assert len(said) == 4
+    assert said[0] == "2 of 6 users so far; no set is found yet."
+    assert len(said) == 5
     assert said[-1] == "everything"
 
     def page_now():
@@ -925,6 +935,28 @@ def test_demo_on_few_heads_and_short_histories(tmp_path, model):
     assert done.returncode == 2
     assert "use a smaller --k" in done.stderr
     assert not (tmp_path / "many").exists()
+    # Settings that a folder does not hold are refused before time is taken for an estimate.
+    done = run(*demo, "--out", tmp_path / "run", "--k", 5, "--dtype", "bfloat16")
+    assert done.returncode == 2
+    assert "minutes" not in done.stderr
+
+
+def test_demo_goes_on_where_no_set_is_found(tmp_path, llama, probe, capsys):
+    class Nothing(dps.Finder):
+        name = "nothing"
+
+        def fit(self, trials, weights, k, bounds, seed):
+            return [dps.Fit(dps.HeadSet(), torch.zeros(3, 4)) for _ in weights]
+
+    size = Size(1, 1, 1, 2, (1.0,), 1, Nothing(), 0, 24, maps=False)
+    stages = Stages(llama.hooked, list(probe[:3]), size, 2, tmp_path / "run", tmp_path / "report.html")
+    scores, found = stages.scores(), stages.found()
+    assert found is None
+    assert "going on with the top 2 of the scores" in capsys.readouterr().err
+    cost = stages.cost(scores, found)
+    assert [*map(str, {*cost.sets().values()})] == [str(scores.top(2))]
+    stages.write_all(scores, found, cost)
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_heads_of_another_model_are_refused(scored, tiny_folders):
