@@ -1,7 +1,7 @@
 """`dps-lens ablate`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from dps_lens.cli.checks import (
     heads_of,
     numbers,
     objective_named,
+    only_of,
     paired,
     sizes_of,
     with_discovery,
@@ -23,12 +24,12 @@ from dps_lens.cli.options import (
     Device,
     Dtype,
     Force,
-    HeadsRun,
     HeldOutExamples,
     Kinds,
     MaxUsers,
     Model,
     Objective,
+    Only,
     Outputs,
     OwnHeads,
     Pairs,
@@ -38,15 +39,22 @@ from dps_lens.cli.options import (
 from dps_lens.cli.tables import print_effects
 from dps_lens.literals import Against
 
+if TYPE_CHECKING:
+    from dps_lens.selection import HeadSource
+
 
 @app.command()
 def ablate(
-    run: HeadsRun,
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder; a run started again there resumes.")],
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run folder of 'score' or 'find', whose first heads are tested.")
+    ] = None,
+    heads: Annotated[str | None, typer.Option(help="Instead of a run: heads by name, such as L12H3,L4H0.")] = None,
     users: Users = "probe",
     outputs: Outputs = None,
     max_users: MaxUsers = None,
     strict: Strict = False,
+    only: Only = None,
     pairs: Pairs = None,
     max_examples: HeldOutExamples = None,
     kinds: Kinds = "induction,retrieval,function_vector",
@@ -75,18 +83,30 @@ def ablate(
 ) -> None:
     """Ablate the top heads of every family on held-out examples, beside random heads; resumes where it stopped."""
     import dps_lens as dps
+    from dps_lens.errors import ScoreError
     from dps_lens.files import write_text
 
-    scores = heads_of(run)
+    if (run is None) == (heads is None):
+        raise ScoreError("ablate: give either --run, a folder of 'dps-lens score' or 'find', or --heads L12H3,L4H0")
+    scores = heads_of(run) if run else None
+    named = dps.HeadSet.parse(heads or "")
+    if ks is not None:
+        sizes = numbers("ks", ks, int)
+    else:
+        sizes = sizes_of(scores, (1, 5, 10, 20)) if scores is not None else [len(named)]
     with engine_of(workers, ray, cpus, gpus, shard) as engine:
         loaded = load_for(engine, model, device, dtype)
-        check_same_model("ablate", scores, loaded)
-        sets = {"preference": scores, **dps.reference_heads(loaded, families(kinds), engine=engine)}
+        if scores is not None:
+            check_same_model("ablate", scores, loaded)
+        references = dps.reference_heads(loaded, families(kinds), engine=engine) if kinds else {}
+        sets: dict[str, HeadSource] = {"heads": named} if scores is None else {"preference": scores}
+        sets |= references
         tested = paired(dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict), pairs)
+        tested = only_of("ablate", tested, only)
         options: dict[str, Any] = {
-            "ks": numbers("ks", ks, int) if ks is not None else sizes_of(scores, (1, 5, 10, 20)),
+            "ks": sizes,
             "n_random": n_random,
-            "select": {"preference": select},
+            "select": {"preference": select} if run else "global",
             "max_examples": max_examples,
             "seed": seed,
             "out": out,

@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -108,6 +109,18 @@ def ablation_of(text: str | None) -> "AblationLike | None":
     from dps_lens.intervene import Ablation
 
     return load_object(text, Ablation)
+
+
+def only_of(command: str, users: "Sequence[User]", ids: Sequence[str] | None) -> "list[User]":
+    """The users, of whom only some have evaluation examples, where that was asked for."""
+    from dps_lens.errors import DataError
+
+    if not ids:
+        return list(users)
+    known = [user.id for user in users]
+    if missing := [one for one in ids if one not in known]:
+        raise DataError(f"{command}: --only {missing[0]} is not among the users, {', '.join(known)[:200]}")
+    return [user if user.id in ids else replace(user, examples=()) for user in users]
 
 
 def paired(users: "Sequence[User]", pairs: str | None) -> "list[User]":

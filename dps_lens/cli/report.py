@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dps_lens.data import User
     from dps_lens.dossier import Dossier
     from dps_lens.explorer import Exploration
+    from dps_lens.explorer.code import Origin
     from dps_lens.found import FoundHeads
     from dps_lens.paths import PathEffects
     from dps_lens.scores import HeadScores
@@ -113,23 +114,48 @@ def explore(
         _explored, "explore", run, users, outputs, ablation, mechanism, kinds, k, gammas, ks, shown_users,
         max_new_tokens, model, device, dtype, force,
     )  # fmt: skip
-    more = f", outputs={str(outputs)!r}" if outputs is not None else ""
-    where = f", device={device!r}" * (device is not None) + f", dtype={dtype!r}" * (dtype != "auto")
-    source = (
-        f"scored = dps.HeadScores.load({str(run)!r}).users\nmodel = dps.load_model({model!r}{where})\n"
-        f"users = [user for user in dps.load_users({users!r}{more}) if user.id in scored]"
-    )
     added = None
     if vectors is not None:
         added = dps.HeadVectors.load(vectors)
         check_same_model("explore", added, loaded)
-        source += f"\nvectors = dps.HeadVectors.load({str(vectors)!r})"
-    with LivePage(make_app(loaded, people, exploration, source, added, thread), port) as live:
+    origin = _origin(run, people, users, outputs, model, device, dtype, vectors)
+    with LivePage(make_app(loaded, people, exploration, origin, added, thread), port) as live:
         typer.echo(f"{live.url}  (Ctrl-C ends it)")
         try:
             live.wait()
         except KeyboardInterrupt:
             typer.echo("ended")
+
+
+def _origin(
+    run: Path,
+    people: "list[User]",
+    users: str,
+    outputs: Path | None,
+    model: str,
+    device: str | None,
+    dtype: str,
+    vectors: Path | None,
+) -> "Origin":
+    """The lines of Python that make the page's model and users, and the options of commands that load the same."""
+    import dps_lens as dps
+    from dps_lens.explorer.code import Origin
+
+    more = f", outputs={str(outputs)!r}" if outputs is not None else ""
+    where = f", device={device!r}" * (device is not None) + f", dtype={dtype!r}" * (dtype != "auto")
+    lines = [
+        f"scored = dps.HeadScores.load({str(run)!r}).users",
+        f"model = dps.load_model({model!r}{where})",
+        f"users = [user for user in dps.load_users({users!r}{more}) if user.id in scored]",
+        *([f"vectors = dps.HeadVectors.load({str(vectors)!r})"] if vectors is not None else []),
+    ]
+    options = ["--users", users, *(["--outputs", str(outputs)] if outputs is not None else [])]
+    options += ["--max-users", str(len(people)), "--model", model]
+    options += [*(["--device", device] if device is not None else []), *(["--dtype", dtype] if dtype != "auto" else [])]
+    # A command can take the first users, and no others.
+    first = dps.load_users(users, outputs=outputs, max_users=len(people))
+    same = [user.id for user in first] == [user.id for user in people]
+    return Origin("\n".join(lines), options if same else None)
 
 
 def _explored(

@@ -10,8 +10,8 @@ import typer
 from dps_lens.cli.app import app
 from dps_lens.cli.chat import chat as talk
 from dps_lens.cli.chat import check_answers
-from dps_lens.cli.checks import ablation_of, check_same_model, first_of, heads_of, rule_of, template_kwargs
-from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Strict, TemplateKwargs, Users
+from dps_lens.cli.checks import ablation_of, check_same_model, first_of, heads_of, only_of, rule_of, template_kwargs
+from dps_lens.cli.options import Device, Dtype, Force, Model, Only, Outputs, Strict, TemplateKwargs, Users
 from dps_lens.cli.requests import Lines, Request, read_requests, sampling_of
 from dps_lens.cli.vectors import name_of, read_vectors, vector_of
 from dps_lens.literals import Positions
@@ -74,8 +74,9 @@ def steer(
     users: Users = "probe",
     outputs: Outputs = None,
     max_users: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many users; 3 without --requests.")
+        int | None, typer.Option(min=1, help="Use the first so many users; 3 without --requests and --only.")
     ] = None,
+    only: Only = None,
     strict: Strict = False,
     chat_template_kwargs: TemplateKwargs = None,
     model: Model = "smollm2-135m",
@@ -110,6 +111,8 @@ def steer(
     chosen_rule = find_rule(rule_of(rule))
     if sum((prompt is not None, requests is not None, chat)) > 1:
         raise SteeringError("steer: give one of a text, --requests and --chat")
+    if only and (prompt is not None or requests is not None or chat):
+        raise SteeringError("steer: --only is of the users' examples; leave out the text, --requests and --chat")
     own_heads = requests is not None and run is None
     _check_given(
         rule, chosen_rule, prompt, chat, (run is None) != (heads is None) or own_heads, vectors, whose, ablation
@@ -130,7 +133,9 @@ def steer(
         ablation=ablation_of(ablation), min_p=min_p, max_kl=max_kl, target_kl=target_kl, compile=compiled
     )
     shared: dict[str, Any] = {"rule": chosen_rule, "positions": positions, "max_new_tokens": max_new_tokens}
-    asked = [] if chat else _asked(prompt, requests, users, outputs, max_users, strict, defaults, chosen_rule, added)
+    asked = (
+        [] if chat else _asked(prompt, requests, users, outputs, max_users, only, strict, defaults, chosen_rule, added)
+    )
     if chat and out is not None and not force:
         check_answers(out)
     about = {
@@ -232,6 +237,7 @@ def _asked(
     users: str,
     outputs: Path | None,
     max_users: int | None,
+    only: Sequence[str] | None,
     strict: bool,
     defaults: Mapping[str, Any],
     rule: "Rule",
@@ -244,9 +250,9 @@ def _asked(
     if requests is not None:
         people = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
         return read_requests(requests, people, defaults, rule, vectors)
-    examples = [
-        user.examples[-1] for user in dps.load_users(users, outputs=outputs, max_users=max_users or 3, strict=strict)
-    ]
+    most = max_users if max_users or only else 3
+    people = only_of("steer", dps.load_users(users, outputs=outputs, max_users=most, strict=strict), only)
+    examples = [user.examples[-1] for user in people if user.examples or not only]
     return [
         Request(
             {"user": example.user_id, "example": example.id, "reference": example.reference},

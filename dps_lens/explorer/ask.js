@@ -54,7 +54,7 @@ globalThis.asking = ({ data, $, element, options, grouped, table, number, tokens
   async function ask(kind) {
     clear();
     const asked = form(), control = new AbortController();
-    const answer = { number: ++count, kind, asked, control, rows: [], next: [], text: "", one: null, python: "", said: "asked", pinned: false };
+    const answer = { number: ++count, kind, asked, control, rows: [], next: [], text: "", one: null, python: "", command: "", said: "asked", pinned: false };
     if (running) running.abort();
     running = control;
     answers.unshift(answer);
@@ -70,7 +70,7 @@ globalThis.asking = ({ data, $, element, options, grouped, table, number, tokens
         if (line.next) Object.assign(answer, { next: line.next, said: answer.asked.text.trim() ? "measuring" : "" });
         if (line.rows) Object.assign(answer, { rows: line.rows, said: "" });
         if (line.done) Object.assign(answer, { one: { ...line.done, gamma: Number(asked.gamma) }, said: "" });
-        if (line.python) answer.python = line.python;
+        if (line.python) Object.assign(answer, { python: line.python, command: line.command });
         drawAnswers();
       }
     } catch (error) {
@@ -142,7 +142,7 @@ globalThis.asking = ({ data, $, element, options, grouped, table, number, tokens
     const controls = element("div", undefined, { class: "controls" });
     controls.append(take.button(answer.pinned ? "Unpin" : "Pin", () => { pin(answer); }),
       take.button("Back into the form", () => { change(answer.asked); }));
-    if (answer.python) controls.append(take.copy("Copy Python", () => answer.python));
+    controls.append(...take.lines(answer));
     if (answer.text) controls.append(take.copy("Copy text", () => answer.text));
     controls.append(take.button("Remove", () => { drop(answer); }));
     found.append(controls);
@@ -150,7 +150,8 @@ globalThis.asking = ({ data, $, element, options, grouped, table, number, tokens
       const code = element("details");
       code.open = answer.open ?? false;
       code.addEventListener("toggle", () => { answer.open = code.open; });
-      code.append(element("summary", "As Python"), element("pre", answer.python, { tabindex: "0" }));
+      code.append(element("summary", "As code"), element("pre", answer.python, { tabindex: "0" }));
+      if (answer.command) code.append(element("pre", answer.command, { tabindex: "0", class: "command" }));
       found.append(code);
     }
     return found;

@@ -16,6 +16,15 @@ from dps_lens.data import Document, Example, Prompt, PromptConfig, User, build_p
 from dps_lens.data.examples import unit_key
 from dps_lens.data.tasks import TASKS
 from dps_lens.errors import DPSLensError, SteeringError
+from dps_lens.explorer.code import (
+    Origin,
+    as_command,
+    as_python,
+    config_as_python,
+    example_as_python,
+    generate_as_python,
+    steer_options,
+)
 from dps_lens.heads import HeadSet
 from dps_lens.intervene import Edit, attention_for, everywhere, find_ablation
 from dps_lens.model import HookedModel, runner_of
@@ -65,6 +74,7 @@ class Question:
         gamma: its strength.
         length: of a written text, in tokens.
         code: lines of Python that make `users`, `example` and `heads`.
+        newest: of the page's users, who asks, where it is the user's newest evaluation example that is asked about.
     """
 
     users: tuple[User, ...]
@@ -75,6 +85,7 @@ class Question:
     gamma: float
     length: int
     code: str
+    newest: User | None
 
 
 class Asker:
@@ -84,7 +95,7 @@ class Asker:
         model: a hooked model.
         users: of the page.
         config: how its prompts are built.
-        source: lines of Python that make `model` and `users`, and `vectors` where there are some.
+        origin: of the model and the users, for the lines that are offered with an answer.
         vectors: of the users, at heads; with them, rules that add them can be asked for.
     """
 
@@ -93,10 +104,10 @@ class Asker:
         model: HookedModel,
         users: Sequence[User],
         config: PromptConfig,
-        source: str = "",
+        origin: Origin | None = None,
         vectors: HeadVectors | None = None,
     ) -> None:
-        self.model, self.users, self.config, self.source = model, tuple(users), config, source
+        self.model, self.users, self.config, self.origin = model, tuple(users), config, origin or Origin()
         self.vectors = vectors
         self.rules = STEERED_BY + (ADDED_BY if vectors is not None else ())
         self._runs: OrderedDict[Any, CleanRun] = OrderedDict()
@@ -122,7 +133,8 @@ class Asker:
             raise Refused("prompt", "is empty; write what the model is asked")
         users, example, code = self._asked(texts)
         code += f"\nheads = dps.HeadSet.parse({str(heads)!r})"
-        return Question(users, example, heads, ablation, rule, gamma, length, code)
+        newest = next((one for one in self.users if one.examples and one.examples[-1] is example), None)
+        return Question(users, example, heads, ablation, rule, gamma, length, code, newest)
 
     def _heads(self, names: str) -> HeadSet:
         try:
@@ -141,15 +153,17 @@ class Asker:
             asker = next((one for one in self.users if one.id == texts["user"]), None)
             if asker is None:
                 raise Refused("user", f"{texts['user']!r:.80} is not on this page")
-            code = f"asker = next(one for one in users if one.id == {asker.id!r})"
             users = self.users
             same = (one for one in asker.examples if (one.input.strip(), one.reference.strip()) == (prompt, text))
             example = next(same, None)
             if example is not None:
-                code += f"\nexample = next(one for one in asker.examples if one.id == {example.id!r})"
+                code = example_as_python(asker.id, example.id)
             else:
                 example = Example("asked", asker.id, asker.task, prompt, text, asker.history)
-                code += f'\nexample = dps.Example("asked", asker.id, asker.task, {prompt!r}, {text!r}, asker.history)'
+                code = (
+                    f"asker = next(one for one in users if one.id == {asker.id!r})\n"
+                    f'example = dps.Example("asked", asker.id, asker.task, {prompt!r}, {text!r}, asker.history)'
+                )
         else:
             documents = [part.strip() for part in re.split(r"\n\s*\n", texts["documents"]) if part.strip()]
             history = tuple(Document(str(place), {"text": one}) for place, one in enumerate(documents))
@@ -184,7 +198,8 @@ class Asker:
         except DPSLensError as error:
             raise Refused("prompt", str(error)) from error
         call = (
-            f"config = {self._config}\nprompt = dps.build_prompt(model, example, config=config, response=False)\n"
+            f"config = {config_as_python(self.config)}\n"
+            "prompt = dps.build_prompt(model, example, config=config, response=False)\n"
             "with torch.no_grad():\n    plain = model(prompt.tokens[None])[0, -1].softmax(-1)\n"
             f"    with dps.ablate(model, heads, ablation={asked.ablation!r}, prompt=prompt):\n"
             "        ablated = model(prompt.tokens[None])[0, -1].softmax(-1)\n"
@@ -194,7 +209,9 @@ class Asker:
                 f"effects = dps.ablation_cost(\n    model, asked, heads, ablation={asked.ablation!r}, n_random=0, "
                 "prompt_config=config\n)\nprint(effects.to_frame())"
             )
-        yield {"rows": rows, "python": self._python(asked, call)}
+        options = ("--heads", asked.heads, "--ablation", asked.ablation, "--kinds", "", "--n-random", 0)
+        command = self._command("ablate", asked, *options, "--max-examples", 1, "--out", "runs/asked")
+        yield {"rows": rows, "python": self._python(asked, call), "command": command}
 
     def prepare(self, asked: Question, interrupted: Callable[[], bool]) -> Iterator[dict[str, Any]]:
         """Read the prompts that `measure` will need, one a step, until they are read or somebody else waits.
@@ -290,12 +307,10 @@ class Asker:
             raise Refused("prompt", str(error)) from error
         given = "heads=heads, " * rule.needs_heads
         given += "vectors=vectors.only(heads)[example.user_id], " * rule.needs_vectors
-        call = (
-            f"prompt = dps.build_prompt(model, example, config={self._config}, response=False)\n"
-            f"written = dps.generate(\n    model, prompt, {given}rule={asked.rule!r}, gamma={asked.gamma!r}, "
-            f"max_new_tokens={asked.length}\n)\nprint(written.texts[0])"
-        )
-        yield {"done": written_tokens(written), "python": self._python(asked, call)}
+        call = generate_as_python(self.config, asked.rule, asked.gamma, asked.length, given)
+        options = steer_options(asked.heads, asked.rule, asked.gamma, asked.length)
+        command = self._command("steer", asked, *options) if not rule.needs_vectors else ""
+        yield {"done": written_tokens(written), "python": self._python(asked, call), "command": command}
 
     def _vector(self, asked: Question) -> HeadVector | None:
         """The asker's own, at the heads that are asked about.
@@ -311,17 +326,11 @@ class Asker:
             raise Refused("heads", f"{missing[0]} has no vector; there are some at {self.vectors.heads}")
         return self.vectors.only(asked.heads)[asked.example.user_id]
 
-    @property
-    def _config(self) -> str:
-        """The prompts' settings as Python."""
-        usual = PromptConfig()
-        changed = {name: value for name, value in vars(self.config).items() if value != getattr(usual, name)}
-        return f"dps.PromptConfig({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
-
     def _python(self, asked: Question, call: str) -> str:
-        source = self.source or "# model and users: those that the page was made of"
-        imports = "from dataclasses import replace\n\nimport torch\n\nimport dps_lens as dps"
-        return f"{imports}\n\n{source}\n{asked.code}\n{call}\n"
+        return as_python(self.origin, asked.code, call)
+
+    def _command(self, name: str, asked: Question, *options: object) -> str:
+        return as_command(self.origin, name, asked.newest, options, self.config) if asked.newest else ""
 
 
 @dataclass

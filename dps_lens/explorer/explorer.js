@@ -511,6 +511,7 @@ function drawTexts() {
   $("steered-scores").textContent = shownNow.said;
   $("steered-title").textContent = `${grid.rule}, \u03b3 = ${shownNow.gamma}, K = ${shownNow.k}`;
   $("text-note").textContent = `Blue tokens were made likelier by steering, red ones less likely; hover for what moved.${shownNow.heads ? ` Heads: ${shownNow.heads}` : ""}`;
+  $("text-take").replaceChildren(...take.lines(live ?? {}));
   $("write").disabled = writing !== null; $("cancel").disabled = writing === null; $("spinner").hidden = writing === null;
 }
 
@@ -534,7 +535,7 @@ async function* lines(reply) {
 async function write() {
   if (!["gamma-free", "k-free"].every((id) => $(id).reportValidity())) return;
   const asked = texts.find(([key]) => key === state.text)[1], control = new AbortController();
-  const answer = { place: place(), gamma: +$("gamma-free").value, k: +$("k-free").value, heads: "", text: "", one: null, said: "" };
+  const answer = { place: place(), gamma: +$("gamma-free").value, k: +$("k-free").value, heads: "", text: "", one: null, python: "", command: "", said: "" };
   live = answer; writing = control;
   drawTexts();
   try {
@@ -546,7 +547,7 @@ async function write() {
       if (line.waiting !== undefined) answer.said = line.waiting ? `waiting, ${line.waiting} before this one` : "";
       if (line.heads !== undefined) Object.assign(answer, { heads: line.heads, said: "" });
       if (line.text !== undefined) answer.text += line.text;
-      if (line.done) { answer.one = line.done; answer.said = scores(line.done); }
+      if (line.done) Object.assign(answer, { one: line.done, python: line.python, command: line.command, said: scores(line.done) });
       if (live === answer) drawTexts();
     }
   } catch (error) {

@@ -14,6 +14,14 @@ from dps_lens.data import Example, PromptConfig, User, build_prompt
 from dps_lens.data.examples import unit_key
 from dps_lens.errors import DPSLensError, SteeringError, reason
 from dps_lens.explorer.ask import ABLATED_BY, Asker, Refused, streamed, written_tokens
+from dps_lens.explorer.code import (
+    Origin,
+    as_command,
+    as_python,
+    example_as_python,
+    generate_as_python,
+    steer_options,
+)
 from dps_lens.explorer.content import ranked_for
 from dps_lens.explorer.line import PATIENCE, BusyError, Line
 from dps_lens.explorer.page import FRAME, Exploration, page
@@ -33,7 +41,7 @@ def make_app(
     model: HookedModel,
     users: Sequence[User],
     found: Exploration,
-    source: str = "",
+    origin: Origin | None = None,
     vectors: HeadVectors | None = None,
     thread: ModelThread | None = None,
 ) -> Any:
@@ -45,7 +53,7 @@ def make_app(
         model: the model that was explored.
         users: those of the page.
         found: of `explore`; its grid names the rule, the examples and the length of a text.
-        source: lines of Python that make `model` and `users`, for the calls that the page offers.
+        origin: of the model and the users, for the lines that the page offers.
         vectors: of the users, at heads, to steer with.
         thread: where the model runs, best the one that loaded it; one of its own by default.
 
@@ -58,8 +66,8 @@ def make_app(
 
     if found.grid is None:
         raise SteeringError("explore: the exploration holds no texts to steer; make it with a grid")
-    app, writer, line = Flask("dps_lens"), Writer(model, users, found), Line(thread)
-    asker = Asker(model, users, writer.config, source, vectors)
+    app, writer, line = Flask("dps_lens"), Writer(model, users, found, origin), Line(thread)
+    asker = Asker(model, users, writer.config, origin, vectors)
     app.config["MAX_CONTENT_LENGTH"] = 2**22
     shown = page(found, live=_questions(asker, writer))
 
@@ -247,8 +255,11 @@ class LivePage:
 class Writer:
     """Writes texts of the page's examples, one at a time."""
 
-    def __init__(self, model: HookedModel, users: Sequence[User], found: Exploration) -> None:
-        self.model, self.grid = model, found.grid
+    def __init__(
+        self, model: HookedModel, users: Sequence[User], found: Exploration, origin: Origin | None = None
+    ) -> None:
+        self.model, self.grid, self.origin = model, found.grid, origin or Origin()
+        self._users = {user.id: user for user in users}
         assert self.grid is not None
         asked = {one.key for one in self.grid.texts}
         shown = [one for user in users for one in user.examples if unit_key(one) in asked]
@@ -289,4 +300,12 @@ class Writer:
         prompt = build_prompt(self.model, example, config=self.config)
         rule, length = self.grid.manifest["rule"], self.grid.manifest["max_new_tokens"]
         written = yield from streamed(self.model, prompt, heads=heads, gamma=gamma, rule=rule, max_new_tokens=length)
-        yield {"done": {"gamma": gamma, "k": len(heads), **written_tokens(written)}}
+        asked = f"{example_as_python(example.user_id, example.id)}\nheads = dps.HeadSet.parse({str(heads)!r})"
+        call = generate_as_python(self.config, rule, gamma, length, "heads=heads, ")
+        options, user = steer_options(heads, rule, gamma, length), self._users[example.user_id]
+        command = as_command(self.origin, "steer", user, options, self.config) if user.examples[-1] is example else ""
+        yield {
+            "done": {"gamma": gamma, "k": len(heads), **written_tokens(written)},
+            "python": as_python(self.origin, asked, call),
+            "command": command,
+        }

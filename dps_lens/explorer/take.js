@@ -30,6 +30,9 @@ globalThis.taking = ({ element, nameOfPage }) => {
     setTimeout(() => { target.textContent = label; }, 1500);
   });
 
+  /** Buttons of the lines that answer the same. */
+  const lines = ({ python, command }) => [...(python ? [copy("Copy Python", () => python)] : []), ...(command ? [copy("Copy command", () => command)] : [])];
+
   /** A button that saves rows, the first of which names the columns. */
   const table = (name, rows) => button("CSV", () => save(file(name(), "csv"), csv(rows())));
 
@@ -61,5 +64,5 @@ globalThis.taking = ({ element, nameOfPage }) => {
     return rows;
   }
 
-  return { button, copy, table, figure, traces };
+  return { button, copy, lines, table, figure, traces };
 };

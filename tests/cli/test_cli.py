@@ -14,6 +14,7 @@ import urllib.request
 import warnings
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 import toy
@@ -774,7 +775,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_explore_serves_the_page_here_only(scored, model, interruptible):
+def test_explore_serves_the_page_here_only(scored, model, interruptible, tmp_path):
     out, _ = scored
     arguments = ["explore", out, "--port", 0, "--k", 3, "--ks", "1,2", "--gammas", 1, "--max-new-tokens", 4]
     command = [*COMMAND, *map(str, arguments), "--model", model]
@@ -786,9 +787,52 @@ def test_explore_serves_the_page_here_only(scored, model, interruptible):
             assert url.startswith("http://127.0.0.1:")
             with urllib.request.urlopen(url) as reply:
                 assert b'id="tab-ask"' in reply.read()
+            example = dps.load_users("probe")[1].examples[-1]
+            shown = {"user": example.user_id, "prompt": example.input, "text": example.reference, "documents": ""}
+            shown |= {"heads": "L1H2,L0H0", "rule": "dps-js", "gamma": 1.5, "length": 5}
+            measured = {one: posted(url + "ask", shown | {"ablation": one}) for one in ("zero", "uniform")}
+            written = posted(url + "write", shown)
+            anew = posted(url + "steer", {"user": example.user_id, "example": example.id, "gamma": 2, "k": 3})
+            own = posted(url + "write", shown | {"prompt": "Something else."})
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(timeout=900) == 0, "Ctrl-C is how it ends"
+    # What is offered as Python and as a command answers the same.
+    for found in measured.values():
+        done = run(*shlex.split(found["command"])[1:], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        frame = pandas.read_csv(tmp_path / "runs" / "asked" / "effects.csv").set_index(["family", "measure"])["mean"]
+        (tmp_path / "runs" / "asked").rename(tmp_path / found["command"].split("--ablation ")[1].split()[0])
+        left = {"gain": "gain_left", "gain_other": "gain_left_other"}
+        for row in found["rows"]:
+            name = row["measure"]
+            assert frame["heads", left.get(name, name)] == pytest.approx(row.get("edited", row.get("value")), abs=1e-6)
+    assert measured["zero"]["rows"] != measured["uniform"]["rows"]
+    for found in (written, anew):
+        done = run(*shlex.split(found["command"])[1:], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        (said,) = map(json.loads, done.stdout.splitlines())
+        assert said["steered"] == found["said"]
+        names = {}
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(found["python"], names)
+        assert names["written"].texts[0] == found["said"]
+    assert written["said"] != anew["said"]
+    assert own["python"]
+    assert not own["command"], "no command knows somebody's own question"
+    refused = run(*shlex.split(written["command"].replace(example.user_id, "nobody"))[1:])
+    assert refused.returncode == 2
+    assert "--only nobody is not among the users" in refused.stderr
+
+
+def posted(url, asked):
+    """The lines of an answer as one, and the whole text that they write as `said`."""
+    request = urllib.request.Request(url, json.dumps(asked).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        lines = [json.loads(line) for line in reply]
+    whole = {name: value for line in lines for name, value in line.items()}
+    assert "error" not in whole, whole
+    return whole | {"said": "".join(line.get("text", "") for line in lines)}
 
 
 @pytest.mark.parametrize(

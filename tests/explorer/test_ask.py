@@ -17,6 +17,7 @@ from playwright.sync_api import expect
 import dps_lens as dps
 from dps_lens.errors import SteeringError
 from dps_lens.explorer.ask import ADDED_BY, STEERED_BY, Asker, Refused, _KeptRuns
+from dps_lens.explorer.code import Origin
 from dps_lens.explorer.server import HOST, BusyError, Line, LivePage, make_app
 from dps_lens.heads import HeadSet
 from dps_lens.model import runner_of
@@ -39,7 +40,7 @@ def asker(llama, probe):
 
 @pytest.fixture(scope="module")
 def url(explored, tinies, probe):
-    with LivePage(make_app(tinies("llama").hooked, probe[:4], explored, "# as given")) as live:
+    with LivePage(make_app(tinies("llama").hooked, probe[:4], explored, Origin("# as given"))) as live:
         yield live.url
 
 
