@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from dps_lens.cli.app import app
-from dps_lens.cli.checks import check_same_model, first_of, heads_of, template_kwargs, words
-from dps_lens.cli.options import Device, Dtype, Force, MaxUsers, Model, Outputs, Strict, TemplateKwargs, Users
+from dps_lens.cli.checks import check_same_model, first_of, heads_of, only_of, template_kwargs, words
+from dps_lens.cli.options import Device, Dtype, Force, MaxUsers, Model, Only, Outputs, Strict, TemplateKwargs, Users
 from dps_lens.literals import Against
 
 Other = Annotated[Against, typer.Option(help="The other run: another user's profile, or none.")]
@@ -24,6 +24,7 @@ def describe(
     outputs: Outputs = None,
     max_users: MaxUsers = None,
     strict: Strict = False,
+    only: Only = None,
     chat_template_kwargs: TemplateKwargs = None,
     families: Annotated[
         bool, typer.Option(help="Also the head's rank among reference heads; minutes once, then cached.")
@@ -42,7 +43,7 @@ def describe(
     from dps_lens.files import write_text
 
     asked = dps.Head.parse(head)
-    loaded = dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict)
+    loaded = only_of("describe", dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict), only)
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
     found = dps.describe_head(
         loaded_model,

@@ -440,6 +440,8 @@ function press(event) {
 
 // figures that were drawn beforehand
 
+function plotted(box, { data: traces, layout }) { Plotly.react(box, traces, { ...layout, autosize: true }, PLOT); }
+
 function drawFigures(tab) {
   const panel = $(tab === "texts" ? "texts-figures" : tab), figures = data.figures[tab], names = Object.keys(figures);
   panel.replaceChildren();
@@ -453,7 +455,7 @@ function drawFigures(tab) {
   const select = element("select", undefined, { "aria-label": "figure" }), box = element("div", undefined, { class: "figure" });
   options(select, names.map((name) => [name, words(name)]));
   select.value = chosen;
-  const plot = (name) => { const { data: traces, layout } = figures[name]; Plotly.react(box, traces, { ...layout, autosize: true }, PLOT); };
+  const plot = (name) => { plotted(box, figures[name]); };
   select.addEventListener("change", () => { if (tab in fresh) go({ [tab]: select.value }); else plot(select.value); });
   const controls = element("div", undefined, { class: "controls" });
   controls.append(select);
@@ -563,6 +565,9 @@ async function write() {
 const take = globalThis.taking({ element, nameOfPage: document.title });
 const topOf = (name, k) => { const rank = ranks(name, EVERYBODY); return [...rank.keys()].sort((a, b) => rank[a] - rank[b]).slice(0, k).map(nameOf); };
 const ask = data.live ? globalThis.asking({ data, $, element, options, grouped, table, number, tokens, lines, indexOf, nameOf, topOf, stateOf: () => state, go, take, walk }) : null;
+const describing = globalThis.describing({
+  data, $, element, take, lines, stateOf: () => state, userOf: () => views.find((one) => one.key === state.view)?.user ?? "", plotted,
+});
 const onMap = () => `${state.map} ${state.user || "all users"}`;
 $("map-take").append(take.figure($("heatmap"), onMap, listed),
   take.copy("Copy heads as Python", () => `dps.HeadSet.parse(${JSON.stringify(data.tops.join(","))})`), take.copy("Copy link", () => location.href));
@@ -570,7 +575,7 @@ $("list-take").append(take.table(() => `${onMap()} heads`, listed));
 $("list").addEventListener("toggle", drawList);
 $("list-filter").addEventListener("input", drawList);
 const drawn = new Map();
-function drawHeads() { drawHeatmap(); drawDetail(); drawList(); drawAttention(); drawAnswers(); }
+function drawHeads() { drawHeatmap(); drawDetail(); drawList(); describing.draw(); drawAttention(); drawAnswers(); }
 
 function draw() {
   for (const tab of document.querySelectorAll("[role=tab]")) {

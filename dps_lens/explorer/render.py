@@ -20,7 +20,8 @@ def rendered(said: Mapping[str, Any], *, live: Mapping[str, Any] | None = None) 
         loader=PackageLoader("dps_lens", "explorer"),
         autoescape=select_autoescape(default=True, default_for_string=True),
     )
-    scripts = [_plotly(), _read("take.js"), *([_read("ask.js")] if live else []), _read("explorer.js")]
+    own = ("take.js", *(("ask.js",) if live else ()), "describe.js", "explorer.js")
+    scripts = [_plotly(), *map(_read, own)]
     more = {
         "style": Markup(_read("explorer.css")),
         "scripts": [Markup(script) for script in scripts],

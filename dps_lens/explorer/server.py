@@ -23,6 +23,7 @@ from dps_lens.explorer.code import (
     steer_options,
 )
 from dps_lens.explorer.content import ranked_for
+from dps_lens.explorer.describe import Describer
 from dps_lens.explorer.line import PATIENCE, BusyError, Line
 from dps_lens.explorer.page import FRAME, Exploration, page
 from dps_lens.files import parse_json
@@ -47,7 +48,7 @@ def make_app(
 ) -> Any:
     """A Flask application with the page at `/`; `POST /ask` and `/write` answer questions, `/steer` writes one text.
 
-    `/prepare` reads what is about to be asked, as long as nobody waits.
+    `/prepare` reads what is about to be asked, as long as nobody waits; `/describe` says what a head does.
 
     Args:
         model: the model that was explored.
@@ -68,6 +69,7 @@ def make_app(
         raise SteeringError("explore: the exploration holds no texts to steer; make it with a grid")
     app, writer, line = Flask("dps_lens"), Writer(model, users, found, origin), Line(thread)
     asker = Asker(model, users, writer.config, origin, vectors)
+    describer = Describer(model, users, writer.config, origin)
     app.config["MAX_CONTENT_LENGTH"] = 2**22
     shown = page(found, live=_questions(asker, writer))
 
@@ -121,6 +123,10 @@ def make_app(
     @app.post("/prepare")
     def prepare() -> Any:
         return answered(asker.read, lambda asked: asker.prepare(asked, lambda: line.waited_for))
+
+    @app.post("/describe")
+    def describe() -> Any:
+        return answered(describer.read, lambda asked: describer.describe(*asked))
 
     @app.post("/write")
     def write() -> Any:

@@ -794,6 +794,7 @@ def test_explore_serves_the_page_here_only(scored, model, interruptible, tmp_pat
             written = posted(url + "write", shown)
             anew = posted(url + "steer", {"user": example.user_id, "example": example.id, "gamma": 2, "k": 3})
             own = posted(url + "write", shown | {"prompt": "Something else."})
+            described = posted(url + "describe", {"user": example.user_id, "head": "L1H2"})
         finally:
             server.send_signal(signal.SIGINT)
         assert server.wait(timeout=900) == 0, "Ctrl-C is how it ends"
@@ -818,6 +819,9 @@ def test_explore_serves_the_page_here_only(scored, model, interruptible, tmp_pat
             exec(found["python"], names)
         assert names["written"].texts[0] == found["said"]
     assert written["said"] != anew["said"]
+    done = run(*shlex.split(described["command"])[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(dps.Dossier.load(tmp_path / "runs" / "L1H2").plot().to_json()) == described["figure"]
     assert own["python"]
     assert not own["command"], "no command knows somebody's own question"
     refused = run(*shlex.split(written["command"].replace(example.user_id, "nobody"))[1:])

@@ -321,6 +321,44 @@ def test_the_page_reads_what_will_be_asked(url, probe, open_page):
     assert not opened.problems
 
 
+def test_a_head_is_described_in_the_shown_example(url, llama, probe, explored, open_page, capsys):
+    opened = open_page(url, offline=False)
+    page, users = opened.page, list(probe[:4])
+    page.fill("#head", "L1H2")
+    page.press("#head", "Enter")
+    page.select_option("#view", index=1)
+    with page.expect_response(url + "describe") as reply:
+        page.click("#describe")
+    page.wait_for_selector("#dossier .main-svg")
+    asked = explored.views[1].user
+    assert asked in page.locator("#dossier-said").inner_text()
+    (line,) = [json.loads(one) for one in reply.value.body().decode().splitlines() if "figure" in one]
+    names = ran(line["python"], llama.hooked, users)
+    assert "reads" in capsys.readouterr().out
+    assert line["figure"] == json.loads(names["found"].plot().to_json())
+    expected = dps.describe_head(llama.hooked, names["asked"], "L1H2", prompt_config=PROMPT)
+    assert expected.to_frame().equals(names["found"].to_frame())
+    assert {*expected.user_ids} == {asked}
+    # It stays with its head and its example.
+    page.select_option("#view", index=0)
+    assert page.locator("#dossier").is_hidden()
+    assert page.locator("#describe").is_visible()
+    page.select_option("#view", index=1)
+    page.wait_for_selector("#dossier .main-svg")
+    assert page.locator("#describe").is_hidden()
+    assert page.locator("#dossier-take").get_by_role("button", name="Copy Python").is_visible()
+    assert not opened.problems
+
+
+def test_a_head_that_cannot_be_described_is_named(explored, llama, probe):
+    client, base = make_app(llama.hooked, probe[:4], explored).test_client(), {"base_url": f"http://{HOST}:8050"}
+    for field, value in (("head", "L9H9"), ("head", 7), ("user", "nobody"), ("user", None)):
+        asked = {"head": "L1H2", "user": probe[0].id} | {field: value}
+        refused = client.post("/describe", json=asked, **base)
+        assert (refused.status_code, refused.get_json()["field"]) == (400, field)
+    assert client.post("/describe", json=[], **base).status_code == 400
+
+
 def test_the_wire_is_closed_to_others(explored, llama, probe):
     client = make_app(llama.hooked, probe[:4], explored).test_client()
     asked, base = request(probe[0].examples[-1]), {"base_url": f"http://{HOST}:8050"}
@@ -331,10 +369,10 @@ def test_the_wire_is_closed_to_others(explored, llama, probe):
         assert client.post("/ask", json=asked, headers={"Origin": origin}, **base).status_code == status
     refused = client.post("/ask", json=asked | {"heads": "L9H9"}, **base)
     assert (refused.status_code, refused.get_json()["field"]) == (400, "heads")
-    for path in ("/ask", "/write", "/prepare"):
+    for path in ("/ask", "/write", "/prepare", "/describe"):
         assert client.post(path, data=json.dumps(asked), content_type="text/plain", **base).status_code == 400
     lines = client.post("/ask", json=asked, **base).data.decode().splitlines()
-    assert [{*json.loads(line)} for line in lines] == [{"waiting"}, {"next"}, {"rows", "python"}]
+    assert [{*json.loads(line)} for line in lines] == [{"waiting"}, {"next"}, {"rows", "python", "command"}]
 
 
 def test_the_page_asks_pins_and_undoes(url, asker, probe, open_page):

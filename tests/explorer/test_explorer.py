@@ -314,6 +314,14 @@ def test_what_heads_do_has_a_tab_where_it_was_asked(explored, report, llama, pro
     page.select_option("#mechanism select", "paths")
     expect(page.locator("#mechanism .js-plotly-plot")).to_contain_text("logits")
     assert "mechanism=paths" in page.url
+    # The dossier is the head's detail, too; where there is none, the page says how to get one.
+    page.click("#tab-heads")
+    for name, drawn in ((str(head), True), ("L0H0", False), (str(head), True)):
+        page.fill("#head", name)
+        page.press("#head", "Enter")
+        expect(page.locator("#dossier .gtitle")).to_be_visible(visible=drawn)
+        assert ("dps-lens describe L0H0" in page.locator("#dossier-said").inner_text()) == (not drawn)
+    assert page.locator("#describe").is_hidden()
     assert not opened.problems
     assert not open_page(report.as_uri()).page.locator("#tab-mechanism").count()
     with pytest.raises(ScoreError, match="not a HeadScores"):
@@ -790,7 +798,7 @@ def test_the_policy_names_every_script(explored):
     text = page(explored)
     policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1])
     scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     for script in scripts:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in policy
