@@ -1,4 +1,5 @@
-"""Where the profile is read: the mean map of all users, its top heads outlined, heads of the population dotted.
+"""Where the profile is read: the mean map of all users, the heads that were found (or the top ten) outlined, heads of
+the population dotted.
 
 python -m figures.heads --run runs/demo
 """
@@ -16,9 +17,9 @@ COLUMN = "acl"
 
 def draw(run: Path) -> go.Figure:
     scores = dps.HeadScores.load(run)
-    return plots.heatmap(
-        scores, heads=scores.top(10, label="top 10"), significance=dps.significant_heads(scores), fade=True
-    )
+    found = run / "found"
+    heads = dps.FoundHeads.load(found).heads if found.is_dir() else scores.top(10, label="top 10")
+    return plots.heatmap(scores, heads=heads, significance=dps.significant_heads(scores), fade=True)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def heatmap(
             colorscale=SIGNED,
             xgap=1,
             ygap=1,
-            colorbar={"title": {"text": f"{unit}<br>(ends at ±{limit:.2g})"}, "thickness": 12},
+            colorbar={"title": {"text": _quantity(scores, unit, limit)}, "thickness": 12},
             hovertemplate=(
                 f"<b>%{{text}}</b><br>%{{z:.4f}} {unit}"
                 "<br>95% interval %{customdata[0]:.4f} to %{customdata[1]:.4f}"
@@ -179,7 +179,7 @@ def heatmaps(
             "cmid": 0,
             "cmin": -limit,
             "cmax": limit,
-            "colorbar": {"title": {"text": f"{unit}<br>(ends at ±{limit:.2g})"}, "thickness": 12},
+            "colorbar": {"title": {"text": _quantity(scores, unit, limit)}, "thickness": 12},
         },
     )
     figure.update_xaxes(title="head", row=rows)
@@ -190,6 +190,11 @@ def heatmaps(
 
 def _limit(mean: np.ndarray) -> float:
     return float(np.quantile(np.abs(mean), _QUANTILE)) or 1e-9
+
+
+def _quantity(scores: HeadScores, unit: str, limit: float) -> str:
+    """What colours are: the first words of what the scores are called, unit and ends."""
+    return f"{plain(scores.name.split(' → ')[0].split(',')[0])}, {unit}<br>(ends at ±{limit:.2g})"
 
 
 def _reliability(scores: HeadScores, user: str) -> str:

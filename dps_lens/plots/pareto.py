@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from dps_lens.evaluation.grid import SteeringGrid
 
 _WORDS = {
-    "NLL": "NLL under the unsteered model, nats per token",
-    "KL": "KL(steered ‖ full), nats per token",
-    "style": "style: similarity to the own texts − to the others'",
+    "NLL": "unsteered NLL, nats per token",
+    "KL": "KL, nats per token",
+    "style": "style: own − others'",
     "repeated": "repeated 3-grams, share",
 }
 
@@ -27,6 +27,9 @@ def pareto(
     grids: "SteeringGrid | Mapping[str, SteeringGrid]", *, y: str = "style", x: str = "NLL", title: str | None = None
 ) -> go.Figure:
     """One line a rule and K, one marker a γ, from γ = 0; the settings that no other beats in both measures are ringed.
+
+    Style is a text's similarity to the user's own texts less that to others'; NLL is what the unsteered model makes of
+    it; KL is that of the steered to the full model's next tokens, nats per token.
 
     Args:
         grids: of `steering_grid`; several by name, such as one a rule, share the picture.
@@ -79,7 +82,7 @@ def pareto(
         mode="markers",
         marker={"symbol": "circle-open", "size": 13, "color": "#444444", "line": {"width": 1.2}},
         hoverinfo="skip",
-        name="unbeaten",
+        name="front",
     )
     first = next(iter(named.values()))
     rule, users = first.manifest.get("rule", "dps"), len({one.user for one in first.texts})
@@ -132,7 +135,7 @@ def k_sweep(grid: "SteeringGrid", *, measure: str | None = None, title: str | No
         height=380,
         legend={"orientation": "h", "y": -0.22},
         xaxis={"title": "heads (K)", "tickvals": list(grid.ks)},
-        yaxis={"title": f"{plain(_WORDS.get(measure, measure))}, difference"},
+        yaxis={"title": f"Δ {plain(_WORDS.get(measure, measure))}"},
     )
     return figure
 

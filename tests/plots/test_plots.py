@@ -53,7 +53,7 @@ def test_heatmap_of_a_reference_family_names_it_and_its_unit(scores):
     )
     figure = heatmap(family)
     assert figure.layout.title.text == f"Function vector: mean of {len(scores.values)} prompts"
-    assert figure.data[0].colorbar.title.text.startswith("change of probability")
+    assert figure.data[0].colorbar.title.text.startswith("function vector, change of probability")
     assert "change of probability" in figure.data[0].hovertemplate
 
 
@@ -205,7 +205,7 @@ def test_pareto_and_sweep_hold_the_grid(grid):
         assert list(line.error_y.array) == pytest.approx(
             [frame.loc[(*one, "style"), "high"] - frame.loc[(*one, "style"), "mean"] for one in at]
         )
-    ringed = {*zip(lines["unbeaten"].x, lines["unbeaten"].y, strict=True)}
+    ringed = {*zip(lines["front"].x, lines["front"].y, strict=True)}
     everything = {(x, y) for k in (1, 3) for x, y in zip(lines[f"K = {k}"].x, lines[f"K = {k}"].y, strict=True)}
     unbeaten = {
         one for one in everything
