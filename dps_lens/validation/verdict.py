@@ -86,7 +86,7 @@ def verdict(
 
 
 def _costs(shown: str, rows: Mapping[str, Mapping[str, Any]], told: set[str], alpha: float) -> str:
-    by = _said(rows["task_cost"], "difference")
+    by = _beside(rows["task_cost"], alpha)
     task = {
         1: f"{shown[0].upper()}{shown[1:]} cost the same task without a profile more than random heads of the same "
         f"layers do, by {by}",
@@ -97,7 +97,7 @@ def _costs(shown: str, rows: Mapping[str, Mapping[str, Any]], told: set[str], al
     }[stands_out(rows["task_cost"], alpha)]
     if "neutral_cost" not in told:
         return f"{task}."
-    by = _said(rows["neutral_cost"], "difference")
+    by = _beside(rows["neutral_cost"], alpha)
     neutral = {
         1: f"on neutral text they cost more than random heads do, by {by}",
         0: f"on neutral text their cost cannot be told from that of random heads ({by})",
@@ -107,7 +107,7 @@ def _costs(shown: str, rows: Mapping[str, Mapping[str, Any]], told: set[str], al
 
 
 def _removed(name: str, row: Mapping[str, Any], gain: Mapping[str, float], alpha: float) -> str:
-    over, by = _OVER[name], _said(row, "difference")
+    over, by = _OVER[name], _beside(row, alpha)
     if not gain["low"] > 0:
         return f"The gain over {over} is not reliably above 0 ({_said(gain)}), so nothing is claimed of it."
     return {
@@ -118,7 +118,7 @@ def _removed(name: str, row: Mapping[str, Any], gain: Mapping[str, float], alpha
 
 
 def _patched(name: str, row: Mapping[str, Any], alpha: float) -> str:
-    (kind, does), by = _PATCHES[name], _said(row, "difference")
+    (kind, does), by = _PATCHES[name], _beside(row, alpha)
     return {
         1: f"{kind}: {does} more than patching random heads, by {by}.",
         0: f"{kind}: what {does} cannot be told from what random heads do ({by}).",
@@ -130,6 +130,14 @@ def _caveat(skewness: Sequence[float], n_users: int) -> str:
     """What to say of the most skewed one."""
     known = [value for value in skewness if not math.isnan(value)]
     return caveat(np.array(max(known, key=abs, default=math.nan)), n_users)
+
+
+def _beside(row: Mapping[str, Any], alpha: float) -> str:
+    """The difference to random sets; where its interval alone would tell, the rank that forbids it, too."""
+    said, low, high = _said(row, "difference"), row["difference_low"], row["difference_high"]
+    if stands_out(row, alpha) or low <= 0 <= high or math.isnan(low):
+        return said
+    return f"{said}; by its rank among the random sets, p = {row['p' if low > 0 else 'p_less']:.2f}"
 
 
 def _said(row: Mapping[str, Any], name: str = "") -> str:

@@ -1,6 +1,7 @@
 """Curves, patches and vectors of head sets against plain Hugging Face, and on a model of known answer."""
 
 import random
+import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -1117,6 +1118,9 @@ def test_a_verdict_about_one_more_random_set_is_rarely_wrong(spread_of_sets, n_u
         assert sum(claim in verdict for verdict in said) / runs <= 0.05 + 2.6 * (0.05 * 0.95 / runs) ** 0.5, claim
     assert any("cannot be told from random heads" in verdict for verdict in said)
     assert any("cannot be told from what random heads of the same layers cost" in verdict for verdict in said)
+    # Where the interval alone would tell, the rank is named.
+    untold = re.findall(r"cannot be told[^(]*\(([^)]*interval (\S+) to (-?[\d.]+\d)[^)]*)\)", " ".join(said))
+    assert {("rank" in text) == (float(low) * float(high) > 0) for text, low, high in untold} == {True}
 
 
 def test_a_verdict_about_a_real_effect_is_mostly_right():
