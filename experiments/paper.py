@@ -79,6 +79,8 @@ def measure(config: Paper, lab: Lab, engine: Engine | None) -> Findings:
         tables[f"{name}, removed"] = shown(
             task.effects(), ("gain_removed", "gain_removed_other", "task_cost", "neutral_cost")
         )
+        if len(done.costs):
+            tables["a token"] = of_a_token(done)
         claims += decided(done, name, 1 - 0.05 / (4 * len(config.tasks)))
         if FOUND in task.names:
             task.found.publish(task.out / "atlas")
@@ -92,7 +94,7 @@ def worth(done: dps.Evaluation, task: str) -> pd.DataFrame:
     """
     names = list(done.manifest["metrics"])
     better = "" if done.metric(names[0]).sign > 0 else ", lower is better"
-    frame, to_rag = done.to_frame(), done.differences(RAG)
+    frame, to_rag = done.to_frame(), done.differences(RAG, metrics=names[:1])
     rows: dict[str, dict[str, Any]] = {}
     for method in done.methods:
         of = frame[(frame["method"] == method) & frame["metric"].isin(names)]
@@ -101,7 +103,7 @@ def worth(done: dps.Evaluation, task: str) -> pd.DataFrame:
         row: dict[str, Any] = {"method": method, "users": done.rows["user"].nunique()}
         for one in of.to_dict("records"):
             row |= columns(str(one["metric"]), ends(one))
-        other = to_rag[(to_rag["method"] == method) & (to_rag["metric"] == names[0])]
+        other = to_rag[to_rag["method"] == method]
         row |= columns(f"{names[0]} to {RAG}{better}", ends(other.iloc[0])) if len(other) else {}
         rows[method] = row
         if method == RAG:
@@ -113,13 +115,19 @@ def worth(done: dps.Evaluation, task: str) -> pd.DataFrame:
     return pd.DataFrame(rows.values())
 
 
+def of_a_token(done: dps.Evaluation) -> pd.DataFrame:
+    """What a token of every method takes, the prompt included, and that as a multiple of the profile alone."""
+    costs = done.costs.set_index("method")
+    return costs.assign(**{f"{name}, of {RAG}": costs[name] / costs.loc[RAG, name] for name in costs}).reset_index()
+
+
 def decided(done: dps.Evaluation, task: str, level: float) -> list[Claim]:
     """The hypotheses of one task, with intervals of this level."""
     metric = done.metrics[0]
     sign = done.metric(metric).sign
     claims = []
     for better, than in ((AS_PUBLISHED, RAG), (AS_PUBLISHED, RANDOM_MASKS), (RIGHT, RAG), (RIGHT, RANDOM)):
-        row = done.differences(than, level).set_index(["method", "metric"]).loc[(better, metric)]
+        row = done.differences(than, level, metrics=[metric]).set_index("method").loc[better]
         mean, low, high = (sign * row[name] for name in ("mean", "low", "high"))
         found = {"mean": mean, "low": min(low, high), "high": max(low, high)}
         claims.append(above_zero(f"{task}: {better} is better by {metric} than {than}", found))

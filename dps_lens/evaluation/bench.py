@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dps_lens.adapters.tuning import check_tunable
+from dps_lens.checks import check_flag
 from dps_lens.data import Example, Prompt, PromptConfig, User, build_prompt
 from dps_lens.data.examples import held_out_examples, unit_key
 from dps_lens.data.identity import describe_inputs
@@ -48,6 +49,7 @@ class EvaluateConfig:
             left out while choosing.
         select: as in `ablation_curve`; with `"user"`, heads are ranked by the discovery examples that also choose.
         exclude: as in `HeldOutConfig`.
+        costs: also measure what a token of each method takes, in time and in FLOPs.
     """
 
     layers: Sequence[int] | None = None
@@ -55,6 +57,10 @@ class EvaluateConfig:
     vector_examples: int | None = 8
     select: Select | Mapping[str, Select] = "global"
     exclude: Mapping[str, HeadSet] = field(default_factory=dict)
+    costs: bool = True
+
+    def __post_init__(self) -> None:
+        check_flag(EvaluationError, "EvaluateConfig: costs", self.costs)
 
 
 @dataclass
@@ -172,7 +178,7 @@ class Bench(Work):
         chosen_on = run.units(self, list(self.choosing_by_key), "choosing", split=False)
         self.choice, choices = self.choose(chosen_on.made)
         answered = run.units(self, list(self.by_key), "answering")
-        costs = run.units(self, [_COSTS], "timing", split=False).made[_COSTS]
+        timed = run.units(self, [_COSTS] if self.config.costs else [], "timing", split=False).made
         rows: list[dict[str, Any]] = []
         style = None if self.task.closed else StyleMeasure(self.users)
         for key, unit in answered.made.items():
@@ -186,8 +192,10 @@ class Bench(Work):
                 ranks = dict(zip(self.choice, scores, strict=True))
             nlls = unit["fluency"].tolist()
             rows += measured(self.model, example, answers, nlls, style, self.metrics, profile, ranks)
-        frame = pd.DataFrame({"method": list(self.defined), **{name: costs[name].tolist() for name in COSTS}})
-        return run.keep(Evaluation(pd.DataFrame(rows), choices, frame, self.task, run.manifest))
+        costs = pd.DataFrame(columns=["method", *COSTS])
+        for unit in timed.values():
+            costs = pd.DataFrame({"method": list(self.defined), **{name: unit[name].tolist() for name in COSTS}})
+        return run.keep(Evaluation(pd.DataFrame(rows), choices, costs, self.task, run.manifest))
 
     @cached_property
     def artifacts(self) -> Artifacts:

@@ -1,5 +1,6 @@
 """What `evaluate` returns: every answer, and the table of methods × metrics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ class Evaluation(Result):
             that end a 2-gram of the user's profile), `tokens`.
             Method `"reference"` is what the user wrote.
         choices: the grid of every method, its score on discovery examples, and what was chosen.
-        costs: seconds and FLOPs a token of every method, the prompt included.
+        costs: seconds and FLOPs a token of every method, the prompt included; no rows where they were not measured.
         task: what was asked.
         manifest: settings; `metrics` and which direction of each is `better`.
     """
@@ -77,20 +78,29 @@ class Evaluation(Result):
             if metric in OF_EVERY_TASK or method != REFERENCE
         )
 
-    def differences(self, baseline: str = "rag", level: float = 0.95) -> pd.DataFrame:
+    def differences(
+        self, baseline: str = "rag", level: float = 0.95, *, metrics: Sequence[str] | None = None
+    ) -> pd.DataFrame:
         """One row a method and metric: its difference to a baseline, with its interval over users.
 
         Paired: answers count where both have a value (an empty answer has no NLL).
 
+        Args:
+            baseline: a method.
+            level: of the intervals.
+            metrics: only these.
+
         Raises:
-            EvaluationError: the baseline is not among the methods.
+            EvaluationError: the baseline is not among the methods, or a metric was not measured.
         """
+        if unknown := [name for name in metrics or () if name not in self.metrics]:
+            raise EvaluationError(f"differences: {unknown[0]!r} is not among {', '.join(self.metrics)}")
         if baseline not in self.methods:
             raise EvaluationError(f"differences: {baseline!r} is not among {', '.join(self.methods)}")
         plain = self.rows[self.rows["method"] == baseline]
         table = []
         for method, rows in self.rows.groupby("method", sort=False):
-            for metric in self.metrics if method not in (baseline, REFERENCE) else ():
+            for metric in metrics or self.metrics if method not in (baseline, REFERENCE) else ():
                 ours, theirs = (self._with(metric, of).set_index(["user", "example"]) for of in (rows, plain))
                 shared = ours.index.intersection(theirs.index)
                 both = pd.concat([ours.loc[shared].assign(side=1), theirs.loc[shared].assign(side=0)]).reset_index()

@@ -155,22 +155,19 @@ def test_one_task_end_to_end(asked, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.full
-def test_the_depth_and_heads_of_8b(asked, tmp_path):
-    run(asked, tmp_path, "lamp-5", more=["--model", str(asked / "deep")])
-    table = check_cells(tmp_path, "lamp-5")
-    assert "DPS as published" in table.index
-    atlas = dps.load_atlas(tmp_path / "lamp-5" / "atlas")
-    assert len(atlas.to_frame()) >= 1
-
-
-@pytest.mark.full
-def test_every_task(asked, tmp_path):
-    tasks = ("lamp-1", "lamp-2", "lamp-3", "lamp-5", "lamp-7", "longlamp-abstract", "longlamp-review", "longlamp-topic")
-    run(asked, tmp_path, *tasks)
+@pytest.mark.usefixtures("unchecked")
+def test_every_task_at_the_depth_and_heads_of_8b(asked, tmp_path):
+    tasks = (*LAMP, *LONGLAMP)
+    run(asked, tmp_path, *tasks, more=["--model", str(asked / "deep")])
     for task in tasks:
         table = check_cells(tmp_path, task)
+        assert "DPS as published" in table.index
         assert ("head vectors" in table.index) is (choices.OLDER in table.index) is (task not in choices.LABELLED)
+    token = pd.read_csv(tmp_path / "tables" / "a token.csv").set_index("method")["FLOPs a token, of rag"]
+    assert token["rag"] == 1
+    assert 1 < token["DPS as published"] < 3
     assert "accuracy" in pd.read_csv(tmp_path / "tables" / "lamp-1.csv")
+    assert len(dps.load_atlas(tmp_path / "lamp-5" / "atlas").to_frame()) >= 1
     verdict = json.loads((tmp_path / "verdict.json").read_text())
     assert len(verdict) == 4 * len(tasks)
 
