@@ -1,25 +1,31 @@
-"""Peak memory of attribution at four lengths, a straight line through it, and what that means for 7B.
+"""Peak memory of scoring one example, beside that of one forward pass; and of attribution at four lengths.
 
     python benchmarks/memory.py
 
-Measured (Linux, glibc): the process' peak beyond the loaded model, all positions, while `attribute` runs. The
-line's slope is split into the residual stream that is kept for every layer and what one block holds for its
-backward pass; the latter is scaled by the widths of a block. The numbers for a larger model are an extrapolation.
+Beside a forward pass of transformers with the prompt's keys and values: exact scores of heads and integrated scores at
+response positions, one row and eight a batch. Then attribution: a straight line through four lengths, and what that
+means for 7B. Measured (Linux, glibc): the process' peak beyond the loaded model; attribution at all positions. The
+line's slope is split into the residual stream that is kept for every layer and what one block holds for its backward
+pass; the latter is scaled by the widths of a block. The numbers for a larger model are an extrapolation.
 """
 
 import argparse
 import ctypes
 import gc
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from sweep import make_prompt
+from transformers import AutoModelForCausalLM
 
 import dps_lens as dps
-from dps_lens.model.runners import runner_of
-from dps_lens.scoring import CleanRun
+from dps_lens.model import hf_model_of, runner_of
+from dps_lens.scoring import CleanRun, single_heads
 from dps_lens.scoring.attribution import attribute
+from dps_lens.scoring.paths import integrated
 
 LLAMA_7B = {"n_layers": 32, "d_model": 4096, "d_mlp": 11008, "d_vocab": 32000, "parameters": 6.7e9}
 GIB = 2**30
@@ -31,15 +37,41 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def peak_of(model: dps.HookedModel, length: int) -> int:
+def peak_of(call: Callable[[], object]) -> int:
     """Bytes beyond what was resident before."""
-    prompt = make_prompt(model, length - RESPONSE, RESPONSE)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that is kept for later would hide new needs
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
-    attribute(CleanRun(runner_of(model), prompt, positions="all"))
+    call()
     return status("VmHWM") - before
+
+
+def attributed(model: dps.HookedModel, length: int) -> int:
+    prompt = make_prompt(model, length - RESPONSE, RESPONSE)
+    return peak_of(lambda: attribute(CleanRun(runner_of(model), prompt, positions="all")))
+
+
+def beside_a_forward(model: dps.HookedModel, length: int) -> None:
+    """Scores of one example at response positions."""
+    prompt, runner = make_prompt(model, length - RESPONSE, RESPONSE), runner_of(model)
+    plain = AutoModelForCausalLM.from_config(hf_model_of(model).config, attn_implementation="sdpa").eval()
+    heads = single_heads(model.cfg.n_layers, model.cfg.n_heads)[::7]
+
+    @torch.no_grad()
+    def forward() -> None:
+        plain(prompt.tokens[None], use_cache=True, logits_to_keep=RESPONSE)
+
+    calls: dict[str, Callable[[], object]] = {"a forward pass": forward}
+    for rows in (1, 8):
+        clean = partial(CleanRun, runner, prompt, batch_size=rows)
+        calls[f"exact, {rows} a batch"] = lambda clean=clean: clean().ablated(heads)
+        calls[f"integrated, {rows} a batch"] = lambda clean=clean: integrated(clean(), 6)
+    for call in calls.values():
+        call()
+    peaks = {name: peak_of(call) for name, call in calls.items()}
+    for name, peak in peaks.items():
+        print(f"{length} tokens, {name:20} {peak / GIB:6.2f} GiB  {peak / peaks['a forward pass']:5.2f} of a forward")
 
 
 def main() -> None:
@@ -49,8 +81,9 @@ def main() -> None:
     torch.set_num_threads(1)
     model = dps.load_model()
     cfg = model.cfg
-    peak_of(model, arguments.lengths[0])  # warms up
-    peaks = [peak_of(model, length) for length in arguments.lengths]
+    beside_a_forward(model, arguments.lengths[-1])
+    attributed(model, arguments.lengths[0])  # warms up
+    peaks = [attributed(model, length) for length in arguments.lengths]
     slope, base = np.polyfit(arguments.lengths, peaks, 1)
     for length, peak in zip(arguments.lengths, peaks, strict=True):
         print(f"{length:6d} tokens  {peak / GIB:6.2f} GiB   line {(base + slope * length) / GIB:6.2f} GiB")
