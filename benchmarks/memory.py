@@ -65,13 +65,21 @@ def beside_a_forward(model: dps.HookedModel, length: int) -> None:
     calls: dict[str, Callable[[], object]] = {"a forward pass": forward}
     for rows in (1, 8):
         clean = partial(CleanRun, runner, prompt, batch_size=rows)
-        calls[f"exact, {rows} a batch"] = lambda clean=clean: clean().ablated(heads)
-        calls[f"integrated, {rows} a batch"] = lambda clean=clean: integrated(clean(), 6)
+        calls[f"exact, {rows} a batch"] = partial(_exact, clean, heads)
+        calls[f"integrated, {rows} a batch"] = partial(_integrated, clean)
     for call in calls.values():
         call()
     peaks = {name: peak_of(call) for name, call in calls.items()}
     for name, peak in peaks.items():
         print(f"{length} tokens, {name:20} {peak / GIB:6.2f} GiB  {peak / peaks['a forward pass']:5.2f} of a forward")
+
+
+def _exact(clean: Callable[[], CleanRun], heads: torch.Tensor) -> None:
+    clean().ablated(heads)
+
+
+def _integrated(clean: Callable[[], CleanRun]) -> None:
+    integrated(clean(), 6)
 
 
 def main() -> None:

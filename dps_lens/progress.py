@@ -4,14 +4,19 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import tqdm
 
 QUIET = "DPS_LENS_QUIET"
 """The environment variable that silences all progress."""
 
+T = TypeVar("T")
+
+_STEPS: ContextVar[bool] = ContextVar("steps of a unit are shown", default=False)
 _FIRST_LINE, _LINES_APART = 10.0, 30.0  # seconds
 
 
@@ -23,6 +28,7 @@ def progress_bar(
     initial: int = 0,
     unit: str = "it",
     shown: bool = True,
+    leave: bool = True,
 ) -> Any:
     """A tqdm bar: in a terminal, and in a notebook, with widgets where ipywidgets is installed.
 
@@ -36,8 +42,10 @@ def progress_bar(
         initial: that were done before.
         unit: what is counted.
         shown: at all; nothing is shown where `DPS_LENS_QUIET` is set, and not 0.
+        leave: the bar stays when its work is done.
     """
     options: dict[str, Any] = {"iterable": items, "desc": desc, "total": total, "initial": initial, "unit": unit}
+    options["leave"] = leave
     if not shown or os.environ.get(QUIET, "0") != "0":
         return tqdm.tqdm(disable=True, **options)
     if _in_notebook():
@@ -47,6 +55,22 @@ def progress_bar(
             return with_widgets(disable=False, **options)
         return tqdm.tqdm(ncols=80, **options)
     return tqdm.tqdm(**options) if sys.stderr is not None and sys.stderr.isatty() else _Lines(**options)
+
+
+@contextmanager
+def showing_steps(shown: bool) -> Iterator[None]:
+    """Whether long steps inside a unit of work show bars of their own, until the context is left."""
+    token = _STEPS.set(shown)
+    try:
+        yield
+    finally:
+        _STEPS.reset(token)
+
+
+def step_bar(items: Iterable[T], *, desc: str, total: int) -> Iterable[T]:
+    """Go through the steps of a unit of work, below the bar of the units; shown where `showing_steps` says so."""
+    shown: Iterable[T] = progress_bar(items, desc=desc, total=total, unit="step", shown=_STEPS.get(), leave=False)
+    return shown
 
 
 def _in_notebook() -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dps_lens.checks import check_flag, check_whole
 from dps_lens.errors import RunError
 from dps_lens.model import HookedModel, has_hooks
-from dps_lens.progress import progress_bar
+from dps_lens.progress import progress_bar, showing_steps
 from dps_lens.result import Result, provenance
 from dps_lens.runs import RunFolder, is_run
 
@@ -147,7 +147,8 @@ def make_units(
     else:
         source = engine.make(work, missing, folder.path if folder else None)
     quarantined: dict[str, str] = {}
-    with progress_bar(total=len(keys), initial=len(made), desc=what, unit=unit, shown=progress) as bar:
+    bars = progress_bar(total=len(keys), initial=len(made), desc=what, unit=unit, shown=progress)
+    with bars as bar, showing_steps(progress and engine is None):
         for key, one in source:
             if isinstance(one, Failure):
                 quarantined[key] = one.reason

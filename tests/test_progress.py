@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import dps_lens as dps
 from dps_lens import progress
 
 WORK = """
@@ -49,6 +50,26 @@ def test_short_work_writes_nothing_and_quiet_work_never_does():
     assert lines(10, 30) == []
     assert lines(0.0, 0.0, DPS_LENS_QUIET="1") == []
     assert lines(0.1, 30, DPS_LENS_QUIET="0")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_long_unit_shows_its_steps(monkeypatch, llama, probe, shown):
+    seen, real = [], progress.progress_bar
+
+    def bar(items=None, *, desc, shown, **options):
+        seen.append((desc, shown))
+        return real(items, desc=desc, shown=False, **options)
+
+    monkeypatch.setattr(progress, "progress_bar", bar)
+    dps.find_heads(
+        llama.hooked, probe[:2], 2, method=dps.Gates(role_steps=0), max_examples=1, max_neutral_cost=None,
+        max_task_cost=None, find_config=dps.FindConfig(n_bootstraps=0, folds=False, neutral=()),
+        run_config=dps.RunConfig(progress=shown),
+    )  # fmt: skip
+    assert ("fitting gates", shown) in seen
+    assert ("fitting gates", not shown) not in seen
+    assert list(progress.step_bar(iter("ab"), desc="alone", total=2)) == ["a", "b"]
+    assert seen[-1] == ("alone", False)
 
 
 @pytest.mark.parametrize("widgets", [True, False])

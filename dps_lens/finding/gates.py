@@ -15,6 +15,7 @@ from dps_lens.finding.finder import Bounds, Finder, Fit
 from dps_lens.finding.sets import Weighted, best, limits
 from dps_lens.finding.trial import Quantity, Trial
 from dps_lens.heads import HeadSet
+from dps_lens.progress import step_bar
 
 _TINY = 1e-12
 
@@ -81,7 +82,8 @@ class Gates(Finder):
         steps = self.visits * -(-n // size)
         first, last = self.sharpness
         betas = [first * (last / first) ** (step / max(steps - 1, 1)) for step in range(steps)]
-        for beta, batch in zip(betas, batches_of(n, size, steps, seed), strict=True):
+        planned = zip(betas, batches_of(n, size, steps, seed), strict=True)
+        for beta, batch in step_bar(planned, desc="fitting gates", total=steps):
             field.renew(batch, _balanced(field, most, beta, k)[0], self.memory, self.visits)
         fits = list(Weighted.rows(trials, weights))
         sets, slopes = self._measured(fits, field, most, k)
