@@ -80,7 +80,7 @@ def measure(config: Paper, lab: Lab, engine: Engine | None) -> Findings:
             task.effects(), ("gain_removed", "gain_removed_other", "task_cost", "neutral_cost")
         )
         if len(done.costs):
-            tables["a token"] = of_a_token(done)
+            tables[f"{name}, a token"] = of_a_token(done)
         claims += decided(done, name, 1 - 0.05 / (4 * len(config.tasks)))
         if FOUND in task.names:
             task.found.publish(task.out / "atlas")

@@ -18,7 +18,8 @@ COLUMN = "acl"
 def draw(run: Path) -> go.Figure:
     scores = dps.HeadScores.load(run)
     found = run / "found"
-    heads = dps.FoundHeads.load(found).heads if found.is_dir() else scores.top(10, label="top 10")
+    there = (found / f"{dps.FoundHeads.stem}.json").is_file()
+    heads = dps.FoundHeads.load(found).heads if there else scores.top(10, label="top 10")
     return plots.heatmap(scores, heads=heads, significance=dps.significant_heads(scores), fade=True)
 
 

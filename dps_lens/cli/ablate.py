@@ -59,12 +59,15 @@ def ablate(
     max_examples: HeldOutExamples = None,
     kinds: Kinds = "induction,retrieval,function_vector",
     ks: Annotated[
-        str | None, typer.Option(help="Sizes of the sets; by default 1,5,10,20, of 'find' up to what it was asked for.")
+        str | None,
+        typer.Option(
+            help="Sizes of the sets; by default 1,5,10,20, of 'find' up to what it was asked for, of --heads all."
+        ),
     ] = None,
     n_random: Annotated[int, typer.Option(min=0, help="Layer-matched random sets of each family and size.")] = 50,
     select: OwnHeads = "global",
     ablation: Annotated[
-        str | None, typer.Option(help="By default that of the scores; or a name, or file.py:Name.")
+        str | None, typer.Option(help="By default that of the scores, of --heads zero; or a name, or file.py:Name.")
     ] = None,
     objective: Objective = None,
     patch: Annotated[bool, typer.Option(help="Patch between two runs instead: necessity and sufficiency.")] = False,
@@ -81,15 +84,22 @@ def ablate(
     gpus: Gpus = 0,
     shard: ShardOf = None,
 ) -> None:
-    """Ablate the top heads of every family on held-out examples, beside random heads; resumes where it stopped."""
+    """Ablate the top heads of every family, or heads by name, on held-out examples, beside random heads; resumes."""
     import dps_lens as dps
-    from dps_lens.errors import ScoreError
+    from dps_lens.errors import HeadError, ScoreError
     from dps_lens.files import write_text
 
     if (run is None) == (heads is None):
         raise ScoreError("ablate: give either --run, a folder of 'dps-lens score' or 'find', or --heads L12H3,L4H0")
+    if heads is not None and select == "user":
+        raise ScoreError("ablate: --select user chooses heads of a --run; --heads are those of all users")
     scores = heads_of(run) if run else None
     named = dps.HeadSet.parse(heads or "")
+    if scores is None and not len(named):
+        raise HeadError("ablate: --heads names none; write names such as L12H3,L4H0")
+    tested = paired(dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict), pairs)
+    tested = only_of("ablate", tested, only)
+    tested = with_discovery("ablate", tested, strict=strict) if select == "user" else tested
     if ks is not None:
         sizes = numbers("ks", ks, int)
     else:
@@ -98,11 +108,10 @@ def ablate(
         loaded = load_for(engine, model, device, dtype)
         if scores is not None:
             check_same_model("ablate", scores, loaded)
+        named.mask(loaded.cfg)  # refuses heads that the model has not
         references = dps.reference_heads(loaded, families(kinds), engine=engine) if kinds else {}
         sets: dict[str, HeadSource] = {"heads": named} if scores is None else {"preference": scores}
         sets |= references
-        tested = paired(dps.load_users(users, outputs=outputs, max_users=max_users, strict=strict), pairs)
-        tested = only_of("ablate", tested, only)
         options: dict[str, Any] = {
             "ks": sizes,
             "n_random": n_random,
@@ -114,7 +123,6 @@ def ablate(
             "held_out_config": dps.HeldOutConfig(objective=objective_named(objective)),
             "run_config": dps.RunConfig(force=force, batch_size=batch_size or "auto"),
         }
-        tested = with_discovery("ablate", tested, strict=strict) if select == "user" else tested
         if patch:
             effects = dps.patch_heads(loaded, tested, sets, against=against, **options)
         else:

@@ -83,7 +83,7 @@ def demo(
         raise HeadError(f"demo: {k} heads and as many random ones are more than the model's {total}; use a smaller --k")
     stages = Stages(loaded_model, loaded, size, k, folder, report, force)
     # What is there already is not replaced by less.
-    there = not force and (folder / f"{dps.HeadScores.stem}.json").exists()
+    there = not force and stages.scored
     grows = not there and not full and len(loaded) > _PARTS
     # First of all, for it refuses a folder of other settings.
     scores = stages.scores(None if there else dps.Shard(1, min(_PARTS, len(loaded))))

@@ -15,7 +15,10 @@ Outputs = Annotated[Path | None, typer.Option(help="LaMP outputs file, when it i
 MaxUsers = Annotated[int | None, typer.Option(min=1, help="Use the first so many users.")]
 Only = Annotated[
     list[str] | None,
-    typer.Option("--only", help="Of the users, only this one is asked; the others lend profiles. May be repeated."),
+    typer.Option(
+        "--only",
+        help="Use this user's evaluation examples only; others' profiles stay there to compare with. May be repeated.",
+    ),
 ]
 HeldOutExamples = Annotated[
     int | None, typer.Option("--max-examples", min=1, help="Newest evaluation examples of each user; all by default.")

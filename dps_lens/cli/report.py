@@ -32,7 +32,7 @@ Mechanism = Annotated[
 Kinds = Annotated[
     str, typer.Option(help="Families to compare with, such as induction,retrieval,function_vector; minutes once.")
 ]
-TopK = Annotated[int, typer.Option(min=1, help="Heads to outline and to compare.")]
+TopK = Annotated[int, typer.Option(min=1, help="Heads to compare, and to outline where none were found or tested.")]
 Gammas = Annotated[
     str | None, typer.Option(help="Positions of the γ slider; by default those of 'demo', else 0.5,1,2.")
 ]
@@ -70,7 +70,7 @@ def report(
 
     if not force:
         check_page(out)
-    exploration, _, _ = _explored(
+    exploration, *_ = _explored(
         "report", run, users, outputs, ablation, mechanism, kinds, k, gammas, ks, shown_users, max_new_tokens, model,
         device, dtype, force,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def explore(
     check_port(port)
 
     thread = ModelThread()
-    exploration, loaded, people = thread.run(
+    exploration, loaded, people, first = thread.run(
         _explored, "explore", run, users, outputs, ablation, mechanism, kinds, k, gammas, ks, shown_users,
         max_new_tokens, model, device, dtype, force,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def explore(
     if vectors is not None:
         added = dps.HeadVectors.load(vectors)
         check_same_model("explore", added, loaded)
-    origin = _origin(run, people, users, outputs, model, device, dtype, vectors)
+    origin = _origin(run, len(people) if first else None, users, outputs, model, device, dtype, vectors)
     with LivePage(make_app(loaded, people, exploration, origin, added, thread), port) as live:
         typer.echo(f"{live.url}  (Ctrl-C ends it)")
         try:
@@ -129,7 +129,7 @@ def explore(
 
 def _origin(
     run: Path,
-    people: "list[User]",
+    first: int | None,
     users: str,
     outputs: Path | None,
     model: str,
@@ -137,8 +137,10 @@ def _origin(
     dtype: str,
     vectors: Path | None,
 ) -> "Origin":
-    """The lines of Python that make the page's model and users, and the options of commands that load the same."""
-    import dps_lens as dps
+    """The lines of Python that make the page's model and users, and the options of commands that load the same.
+
+    A command can take the first so many users, and no others.
+    """
     from dps_lens.explorer.code import Origin
 
     more = f", outputs={str(outputs)!r}" if outputs is not None else ""
@@ -150,12 +152,9 @@ def _origin(
         *([f"vectors = dps.HeadVectors.load({str(vectors)!r})"] if vectors is not None else []),
     ]
     options = ["--users", users, *(["--outputs", str(outputs)] if outputs is not None else [])]
-    options += ["--max-users", str(len(people)), "--model", model]
+    options += ["--max-users", str(first), "--model", model]
     options += [*(["--device", device] if device is not None else []), *(["--dtype", dtype] if dtype != "auto" else [])]
-    # A command can take the first users, and no others.
-    first = dps.load_users(users, outputs=outputs, max_users=len(people))
-    same = [user.id for user in first] == [user.id for user in people]
-    return Origin("\n".join(lines), options if same else None)
+    return Origin("\n".join(lines), options if first is not None else None)
 
 
 def _explored(
@@ -175,8 +174,10 @@ def _explored(
     device: str | None,
     dtype: str,
     force: bool,
-) -> "tuple[Exploration, Any, list[User]]":
-    """The run's scores with everything that the page adds; kept in the run's folder."""
+) -> "tuple[Exploration, Any, list[User], bool]":
+    """The run's scores with everything that the page adds, kept in its folder; the model; the users, and if they are
+    the first that there are.
+    """
     import dps_lens as dps
     from dps_lens.errors import DataError, ScoreError
 
@@ -194,7 +195,8 @@ def _explored(
         )
     effects = dps.SetEffects.load(ablation) if ablation is not None else None
     beside = [_mechanism(folder) for folder in mechanism or ()]
-    people = [user for user in dps.load_users(users, outputs=outputs) if user.id in {*scores.users}]
+    everybody = dps.load_users(users, outputs=outputs)
+    people = [user for user in everybody if user.id in {*scores.users}]
     if not people:
         raise DataError(
             f"{command}: none of the run's users ({scores.users[0]} …) is in --users {users}; name their file"
@@ -213,7 +215,7 @@ def _explored(
         loaded, people, {scores.name: scores, **maps} if maps else scores, families=references, effects=effects,
         cost=cost, k=k, run_config=dps.RunConfig(force=force), **settings,
     )  # fmt: skip
-    return exploration.showing(*beside), loaded, people
+    return exploration.showing(*beside), loaded, people, people == everybody[: len(people)]
 
 
 def _mechanism(folder: Path) -> "Dossier | PathEffects":

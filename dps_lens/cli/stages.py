@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -58,6 +59,12 @@ class Stages:
     report: Path
     force: bool = False
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def scored(self) -> bool:
+        """Whether all users' scores are there."""
+        there = (self.folder / f"{dps.HeadScores.stem}.json").is_file()
+        return there and "shard" not in dps.HeadScores.load(self.folder).manifest
 
     def scores(self, part: dps.Shard | None = None, *, anew: bool = True) -> dps.HeadScores:
         """Of all users, or of a part; a folder is made anew once, by the first call that uses it."""
@@ -119,11 +126,7 @@ class Stages:
             run_config=anew,
         )
         found = {paper_name(paper): paper}
-        for name, same in (("styles", "topic"), ("topics", "style")):
-            try:
-                paired = dps.make_pairs(self.users, same=same)
-            except DataError:  # no such labels, or nobody else who shares one
-                continue
+        for name, paired in self._pairs.items():
             found[f"{name}, by pairs"] = dps.score_heads(
                 self.model,
                 paired,
@@ -169,6 +172,15 @@ class Stages:
             run_config=dps.RunConfig(force=self.force),
         )
 
+    @cached_property
+    def _pairs(self) -> dict[str, list[dps.User]]:
+        """The users with another's text of the same topic, or of the same style, where they say which are theirs."""
+        found = {}
+        for name, same in (("styles", "topic"), ("topics", "style")) if self.size.maps else ():
+            with suppress(DataError):  # no such labels, or nobody else who shares one
+                found[name] = dps.make_pairs(self.users, same=same)
+        return found
+
     @property
     def seconds(self) -> float:
         """Since the first stage."""
@@ -191,12 +203,17 @@ class Stages:
     def print_estimate(self) -> None:
         """Time a sample of what is run, sets of heads equally from every layer, and say how long the rest will take."""
         seconds = sum(
-            max(0, wanted - len([*(folder / "units").glob("*.safetensors")])) * each
-            for folder, (wanted, each) in self._costs().items()
+            (wanted - min(wanted, self._made(folder))) * each for folder, (wanted, each) in self._costs().items()
         )
         cfg = self.model.cfg
         about = f"{len(self.users)} users, {cfg.n_layers} layers × {cfg.n_heads} heads"
         typer.echo(f"{about}: about {max(seconds / 60, 0.1):.1f} minutes", err=True)
+
+    def _made(self, folder: Path) -> int:
+        """Units that are there; of heads that are found, whose fits are units too, all or none."""
+        if folder.name == "found":
+            return 10**9 if (folder / f"{dps.FoundHeads.stem}.json").is_file() else 0
+        return len([*(folder / "units").glob("*.safetensors")])
 
     def _costs(self) -> dict[Path, tuple[int, float]]:
         """Units of each folder, and seconds of each."""
@@ -231,8 +248,7 @@ class Stages:
             # Own, none, another user's and neutral; two of them are also patched.
             self.folder / "ablation": (size.held_out * n, 4 * clean + 6 * per_set * (size.n_random + 1)),
             self.folder / "pcs": (size.maps * size.examples * n, 2 * clean + n_exact * sweep / n_layers),
-            self.folder / "styles": (size.maps * size.examples * n, (2 + size.donors) * (clean + 2 * path)),
-            self.folder / "topics": (size.maps * size.examples * n, (2 + size.donors) * (clean + 2 * path)),
+            **{self.folder / name: (size.examples * n, (2 + size.donors) * (clean + 2 * path)) for name in self._pairs},
             self.folder / "page" / "grid": (min(n, size.shown_users), texts),
         }
 

@@ -93,14 +93,15 @@ class Evaluation(Result):
         Raises:
             EvaluationError: the baseline is not among the methods, or a metric was not measured.
         """
-        if unknown := [name for name in metrics or () if name not in self.metrics]:
+        asked = list(self.metrics) if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
+        if unknown := [name for name in asked if name not in self.metrics]:
             raise EvaluationError(f"differences: {unknown[0]!r} is not among {', '.join(self.metrics)}")
         if baseline not in self.methods:
             raise EvaluationError(f"differences: {baseline!r} is not among {', '.join(self.methods)}")
         plain = self.rows[self.rows["method"] == baseline]
         table = []
         for method, rows in self.rows.groupby("method", sort=False):
-            for metric in metrics or self.metrics if method not in (baseline, REFERENCE) else ():
+            for metric in asked if method not in (baseline, REFERENCE) else ():
                 ours, theirs = (self._with(metric, of).set_index(["user", "example"]) for of in (rows, plain))
                 shared = ours.index.intersection(theirs.index)
                 both = pd.concat([ours.loc[shared].assign(side=1), theirs.loc[shared].assign(side=0)]).reset_index()

@@ -25,7 +25,7 @@ globalThis.asking = ({ data, $, element, options, grouped, table, number, tokens
   const change = (part) => go({ ask: JSON.stringify({ ...form(), ...part }) }, { replace: true });
   const headsOf = (names) => names.split(/[,\s]+/).filter((name) => indexOf(name) >= 0).map((name) => nameOf(indexOf(name)));
   const sets = () => ({
-    "tested heads": data.tops.join(","),
+    "outlined heads": data.tops.join(","),
     ...Object.fromEntries(Object.keys(data.families).filter((name) => !data.families[name].reason)
       .map((name) => [`top ${data.tops.length} of ${name.replaceAll("_", " ")}`, topOf(name, data.tops.length).join(",")])),
     ...kept("sets"),
@@ -98,16 +98,17 @@ globalThis.asking = ({ data, $, element, options, grouped, table, number, tokens
   function prepare() {
     const { user, prompt, text, documents, ablation } = form(), about = { user, prompt, text, documents, ablation };
     const whole = prompt.trim() && text.trim() && (user !== PASTED || documents.trim());
-    if (stateOf().tab !== "ask" || !whole || JSON.stringify(about) === prepared) return;
     clearTimeout(timer);
+    if (stateOf().tab !== "ask" || !whole || JSON.stringify(about) === prepared) return;
     timer = setTimeout(async () => {
       prepared = JSON.stringify(about);
       preparing.abort();
       preparing = new AbortController();
       const body = JSON.stringify({ ...about, heads: data.tops.join(",") });
       try {
-        await (await fetch("prepare", { method: "POST", headers: { "Content-Type": "application/json" }, body, signal: preparing.signal })).text();
-      } catch { /* whoever asks is told */ }
+        const reply = await fetch("prepare", { method: "POST", headers: { "Content-Type": "application/json" }, body, signal: preparing.signal });
+        for await (const line of lines(reply)) void line;
+      } catch { prepared = ""; } // whoever asks is told
     }, 300);
   }
 

@@ -23,6 +23,7 @@ from dps_lens.explorer.code import (
     config_as_python,
     example_as_python,
     generate_as_python,
+    run_folder,
     steer_options,
 )
 from dps_lens.heads import HeadSet
@@ -210,7 +211,8 @@ class Asker:
                 "prompt_config=config\n)\nprint(effects.to_frame())"
             )
         options = ("--heads", asked.heads, "--ablation", asked.ablation, "--kinds", "", "--n-random", 0)
-        command = self._command("ablate", asked, *options, "--max-examples", 1, "--out", "runs/asked")
+        out = run_folder("asked", asked.example.user_id, asked.heads, asked.ablation)
+        command = self._command("ablate", asked, *options, "--max-examples", 1, "--out", out)
         yield {"rows": rows, "python": self._python(asked, call), "command": command}
 
     def prepare(self, asked: Question, interrupted: Callable[[], bool]) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dps_lens.data import PromptConfig, User
-from dps_lens.data.examples import newest
+from dps_lens.digests import json_digest
 from dps_lens.heads import HeadSet
 
 _IMPORTS = "from dataclasses import replace\n\nimport torch\n\nimport dps_lens as dps"
@@ -31,7 +31,7 @@ def as_python(origin: Origin, asked: str, call: str) -> str:
 
 def as_command(origin: Origin, name: str, user: User, options: Sequence[object], config: PromptConfig) -> str:
     """A command about a user's newest evaluation example; empty where none loads the same."""
-    if origin.options is None or config != PromptConfig() or not newest(user.examples, 1):
+    if origin.options is None or config != PromptConfig():
         return ""
     return shlex.join(["dps-lens", name, *map(str, options), "--only", user.id, *origin.options])
 
@@ -51,6 +51,11 @@ def generate_as_python(config: PromptConfig, rule: str, gamma: float, length: in
         f"max_new_tokens={length}\n)\n"
         "print(written.texts[0])"
     )
+
+
+def run_folder(name: str, *asked: object) -> str:
+    """Where a command keeps its run: another folder for each question."""
+    return f"runs/{name}-{json_digest([*map(str, asked)])[:8]}"
 
 
 def steer_options(heads: HeadSet, rule: str, gamma: float, length: int) -> tuple[object, ...]:

@@ -64,7 +64,7 @@ def explore(
         cost: of `ablation_cost`; where no set was found, its heads are outlined, if all users were tested with them.
         k: the top heads to compare, and to outline where there are no others.
         gammas: grid of the slider.
-        ks: grid of the other slider.
+        ks: grid of the other slider; of a set that was found, at most its size.
         max_users: with attention and texts; 0 makes a page of maps and measures only.
         max_new_tokens: of a text; by default what the task needs.
         out: a folder, where finished examples are kept; a call that is started again resumes.
@@ -96,12 +96,15 @@ def explore(
     grid: SteeringGrid | None = None
     views: tuple[ExampleView, ...] = ()
     if shown:
+        source = steered_by(scores, found, shown, max(ks))
+        # Of scores of one user, the top is taken that was asked for.
+        most = most_of(source) if found is not None else None
         grid = steering_grid(
             model,
             shown,
-            found if found is not None else ranked_by(scores, max(ks)),
+            source,
             gammas=gammas,
-            ks=ks if found is None else [min(k, found.k) for k in ks],
+            ks=ks if most is None else [min(k, most) for k in ks],
             max_new_tokens=max_new_tokens,
             prompt_config=config,
             out=Path(out) / "grid" if out is not None else None,
@@ -118,7 +121,6 @@ def explore(
     return Exploration(
         scores=scores,
         heads=heads,
-        found=found,
         families=shown_families,
         maps=maps,
         between_users=_between_users(scores, k),
@@ -127,6 +129,7 @@ def explore(
         cost=cost,
         views=views,
         grid=grid,
+        found=found,
     )
 
 
@@ -162,11 +165,25 @@ def ranked_by(scores: HeadScores, k: int) -> HeadScores | HeadSet:
     return scores if len(scores.users) > 1 else scores.top(k)
 
 
+def steered_by(
+    scores: HeadScores, found: FoundHeads | None, users: Sequence[User], k: int
+) -> HeadScores | FoundHeads | HeadSet:
+    """What users' texts are steered with: scores, or a set that was found, of fits without the user where there are."""
+    if found is None:
+        return ranked_by(scores, k)
+    return found if found.folds or not {user.id for user in users} & {*found.users} else found.heads
+
+
+def most_of(source: HeadScores | FoundHeads | HeadSet) -> int | None:
+    """How many heads can be asked of it; None of scores, which rank all."""
+    return source.k if isinstance(source, FoundHeads) else len(source) if isinstance(source, HeadSet) else None
+
+
 def ranked_for(shown: Exploration, users: Sequence[User]) -> dict[str, HeadSet]:
     """What each user's texts are steered with, best heads first: the set that was found, or all heads."""
-    scores, found = shown.scores, shown.found
-    k = scores.values[0].numel() if found is None else found.k
-    ranked = rankings("explore", {"heads": found or ranked_by(scores, k)}, users, (k,))[0]["heads"]
+    total = shown.scores.values[0].numel()
+    source = steered_by(shown.scores, shown.found, users, total)
+    ranked = rankings("explore", {"heads": source}, users, (most_of(source) or total,))[0]["heads"]
     return {user: sets[0] for user, sets in ranked.items()}
 
 

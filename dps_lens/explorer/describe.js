@@ -3,19 +3,18 @@
 /** What the head that is shown does: a dossier that the page holds, or one that a live page makes of the shown example. */
 globalThis.describing = ({ data, $, element, take, lines, stateOf, userOf, plotted }) => {
   const made = new Map();
-  let running = null, drawn = null;
+  let running = false, drawn = null;
   const key = () => JSON.stringify([stateOf().head, userOf()]);
   const held = () => data.figures.mechanism?.[stateOf().head];
 
   async function describe() {
-    const at = key(), control = new AbortController(), found = { said: "asked", figure: null };
-    if (running) running.abort();
-    running = control;
+    const at = key(), found = { said: "asked", figure: null };
+    running = true;
     made.set(at, found);
     draw();
     try {
       const reply = await fetch("describe", {
-        method: "POST", headers: { "Content-Type": "application/json" }, signal: control.signal,
+        method: "POST", headers: { "Content-Type": "application/json" },
         body: JSON.stringify({ head: stateOf().head, user: userOf() }),
       });
       for await (const line of lines(reply)) {
@@ -24,10 +23,9 @@ globalThis.describing = ({ data, $, element, take, lines, stateOf, userOf, plott
         draw();
       }
     } catch (error) {
-      if (error.name === "AbortError") made.delete(at);
-      else found.said = error.message;
+      found.said = error.message;
     } finally {
-      if (running === control) running = null;
+      running = false;
       draw();
     }
   }
@@ -37,12 +35,14 @@ globalThis.describing = ({ data, $, element, take, lines, stateOf, userOf, plott
     if (found) return found.said || `In the newest example of ${userOf()}, which chose no head; squares are random other heads of the layer.`;
     if (held()) return "Held-out examples; intervals are 95% over users, squares random other heads of the same layer.";
     if (data.live) return "";
-    return `Not in this page; it is, after: dps-lens describe ${stateOf().head} --out runs/${stateOf().head}, and dps-lens report RUN --with runs/${stateOf().head}`;
+    const name = stateOf().head;
+    return `Not in this page; it is, after: dps-lens describe ${name} --out runs/${name}, with this run's --model and --users, and dps-lens report RUN --with runs/${name}`;
   }
 
   function draw() {
+    if ($("heads").hidden) return; // plotly would not know the width
     const found = made.get(key()), figure = found?.figure ?? held() ?? null;
-    $("describe").disabled = running !== null;
+    $("describe").disabled = running;
     $("describe").hidden = !data.live || Boolean(found?.figure);
     $("dossier-said").textContent = said(found);
     if (figure === drawn) return;

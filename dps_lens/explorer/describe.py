@@ -8,9 +8,9 @@ from typing import Any
 
 from dps_lens.data import PromptConfig, User
 from dps_lens.dossier import describe_head
-from dps_lens.errors import DPSLensError, SteeringError
+from dps_lens.errors import DPSLensError
 from dps_lens.explorer.ask import Refused
-from dps_lens.explorer.code import Origin, as_command, as_python, config_as_python
+from dps_lens.explorer.code import Origin, as_command, as_python, config_as_python, run_folder
 from dps_lens.heads import Head, HeadSet
 from dps_lens.model import HookedModel
 from dps_lens.plots import dossier
@@ -50,32 +50,25 @@ class Describer:
         return head, user
 
     def describe(self, head: Head, user: User) -> Iterator[dict[str, Any]]:
-        """One line, `{"figure": …}` with the code that makes it.
-
-        Raises:
-            SteeringError: the head cannot be described.
-        """
+        """One line, `{"figure": …}` with the code that makes it."""
         against = "other_user" if len(self.users) > 1 else "no_profile"
         asked = [replace(one, examples=one.examples if one.id == user.id else ()) for one in self.users]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that the other users have no examples
-                found = describe_head(
-                    self.model,
-                    asked,
-                    head,
-                    against=against,  # type: ignore[arg-type]  # one of its literals
-                    prompt_config=self.config,
-                    run_config=RunConfig(progress=False),
-                )
-        except DPSLensError as error:
-            raise SteeringError(str(error)) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the other users have no examples
+            found = describe_head(
+                self.model,
+                asked,
+                head,
+                against=against,  # type: ignore[arg-type]  # one of its literals
+                prompt_config=self.config,
+                run_config=RunConfig(progress=False),
+            )
         code = f"asked = [replace(one, examples=one.examples if one.id == {user.id!r} else ()) for one in users]"
         call = (
             f"found = dps.describe_head(\n    model, asked, {str(head)!r}, against={against!r}, "
             f"prompt_config={config_as_python(self.config)}\n)\nprint(found.to_frame())"
         )
-        options = (head, "--against", against, "--out", f"runs/{head}")
+        options = (head, "--against", against, "--out", run_folder(str(head), user.id))
         yield {
             "figure": json.loads(dossier(found).to_json()),
             "python": as_python(self.origin, code, call),

@@ -319,7 +319,7 @@ let sorted = { column: 0, down: true };
 function drawList() {
   if (!$("list").open) return;
   const [head, ...rows] = listed(), wanted = $("list-filter").value.trim().toLowerCase(), target = $("list-table");
-  const found = rows.filter(([, name]) => !wanted || name.toLowerCase().startsWith(wanted) || (wanted === "tested" && data.tops.includes(name)));
+  const found = rows.filter(([, name]) => !wanted || name.toLowerCase().startsWith(wanted) || (wanted === "outlined" && data.tops.includes(name)));
   const key = (row) => (sorted.column === 1 ? indexOf(row[1]) : row[sorted.column]);
   found.sort((a, b) => (sorted.down ? 1 : -1) * (key(a) - key(b)));
   const shownRows = found.slice(0, MOST_ROWS), text = (value) => (typeof value === "string" || Number.isInteger(value) ? String(value) : number(value));
@@ -513,8 +513,10 @@ function drawTexts() {
   $("steered-scores").textContent = shownNow.said;
   $("steered-title").textContent = `${grid.rule}, \u03b3 = ${shownNow.gamma}, K = ${shownNow.k}`;
   $("text-note").textContent = `Blue tokens were made likelier by steering, red ones less likely; hover for what moved.${shownNow.heads ? ` Heads: ${shownNow.heads}` : ""}`;
+  const most = data.live?.most[texts.find(([key]) => key === state.text)[1].user];
+  if (data.live) { $("k-free").max = most; if (+$("k-free").value > most) $("k-free").value = most; }
   $("text-take").replaceChildren(...take.lines(live ?? {}));
-  $("write").disabled = writing !== null; $("cancel").disabled = writing === null; $("spinner").hidden = writing === null;
+  $("write").disabled = writing !== null || most === 0; $("cancel").disabled = writing === null; $("spinner").hidden = writing === null;
 }
 
 /** What a server answers line by line, each a JSON object; its refusals are thrown. */
@@ -638,7 +640,7 @@ if (grid) {
   }
   if (data.live) {
     const free = (id, text, attributes) => { const label = element("label", `${text} `); label.append(element("input", undefined, { id, type: "number", required: "", ...attributes })); return label; };
-    $("live").prepend(free("gamma-free", "\u03b3", { min: -1, max: 1000, step: "any", value: state.gamma }), " ", free("k-free", "K", { min: 1, max: data.live.most, step: 1, value: Math.min(state.k, data.live.most) }), " ");
+    $("live").prepend(free("gamma-free", "\u03b3", { min: -1, max: 1000, step: "any", value: state.gamma }), " ", free("k-free", "K", { min: 1, step: 1, value: state.k }), " ");
     $("live").hidden = false;
     $("write").addEventListener("click", write);
     $("cancel").addEventListener("click", () => writing && writing.abort());

@@ -26,7 +26,7 @@ class Line:
     """
 
     def __init__(self, thread: ModelThread | None = None, most: int = 16) -> None:
-        self._thread = thread or ModelThread()
+        self._thread, self._own = thread or ModelThread(), thread is None
         self._tickets: list[object] = []
         self._most, self._changed = most, threading.Condition()
 
@@ -49,6 +49,11 @@ class Line:
             if ticket in self._tickets:
                 self._tickets.remove(ticket)
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the thread, if it is the line's own; nobody is served any more."""
+        if self._own:
+            self._thread.close()
 
     @property
     def waited_for(self) -> bool:

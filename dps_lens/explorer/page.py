@@ -89,7 +89,6 @@ class Exploration:
     Attributes:
         scores: of `score_heads`.
         heads: that are outlined.
-        found: the set that is outlined, where `find_heads` found it.
         families: reference families by name.
         maps: other scores of the same users, by name, to switch to.
         between_users: overlap of the users' top heads, where there are at least two users.
@@ -101,11 +100,11 @@ class Exploration:
         mechanism: what heads do, and who feeds them.
         title: of the page.
         note: below it, such as what is still missing.
+        found: the set that is outlined, where `find_heads` found it.
     """
 
     scores: HeadScores
     heads: HeadSet
-    found: FoundHeads | None = None
     families: dict[str, HeadScores] = field(default_factory=dict)
     maps: dict[str, HeadScores] = field(default_factory=dict)
     between_users: Overlap | None = None
@@ -117,6 +116,7 @@ class Exploration:
     mechanism: tuple[Dossier | PathEffects, ...] = ()
     title: str = "Preference Heads"
     note: str = ""
+    found: FoundHeads | None = None
 
     def showing(self, *results: Dossier | PathEffects) -> "Exploration":
         """The same with a tab of dossiers and paths, of `describe_head` and `patch_paths`.
@@ -242,11 +242,11 @@ def _lead(found: Exploration) -> str:
 
 def _outlined(found: Exploration) -> str:
     """What the outlined heads are."""
-    heads = f"the {len(found.heads)} heads"
-    if found.found is None:
-        return f"{heads} that are tested"
-    folds = "; each user is tested with those that others choose" if found.found.folds else ""
-    return f"{heads} that find_heads found{folds}"
+    n, tested = len(found.heads), [*map(str, found.cost.sets().values())] if found.cost is not None else []
+    if found.found is not None:
+        crossed = "; each user is tested with those that others choose" if tested and found.found.folds else ""
+        return f"the {n} heads that find_heads found{crossed}"
+    return f"the {n} heads that are tested" if {*tested} == {str(found.heads)} else f"the top {n} heads"
 
 
 def _examples(scores: HeadScores) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ Q = TypeVar("Q")
 
 HOST = "127.0.0.1"
 # A notebook of this machine may show the page.
+_LINE = "dps_lens line"
 _FRAMED_BY = "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"
 
 
@@ -71,14 +72,15 @@ def make_app(
     asker = Asker(model, users, writer.config, origin, vectors)
     describer = Describer(model, users, writer.config, origin)
     app.config["MAX_CONTENT_LENGTH"] = 2**22
+    app.extensions[_LINE] = line
     shown = page(found, live=_questions(asker, writer))
 
     @app.before_request
     def only_here() -> Any:
         # A page of another site may know this address, but not pretend to be it.
         here = (HOST, "localhost")
-        origin = request.headers.get("Origin")
-        foreign = origin is not None and urlsplit(origin).netloc != request.host
+        sender = request.headers.get("Origin")
+        foreign = sender is not None and urlsplit(sender).netloc != request.host
         if request.host.partition(":")[0] not in here or foreign:
             return jsonify(error="open the page at 127.0.0.1"), 403
         return None
@@ -193,8 +195,8 @@ def serve(
 ) -> "LivePage":
     """Serve a page from a thread of this process, with the model behind it, to this machine only.
 
-    Shown in a notebook, what is returned is the page. The model answers one question at a time; while it does,
-    cells that use it are refused.
+    Shown in a notebook, what is returned is the page. The model answers one question at a time, and reads what is
+    about to be asked while the page's Ask tab is looked at; meanwhile, cells that use it are refused.
 
     Args:
         model: that was explored.
@@ -230,6 +232,7 @@ class LivePage:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = make_server(HOST, port, app, threaded=True)
         self.url = f"http://{HOST}:{self._server.port}/"
+        self._line: Line | None = app.extensions.get(_LINE)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
@@ -243,6 +246,8 @@ class LivePage:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        if self._line is not None:
+            self._line.close()
 
     def __enter__(self) -> "LivePage":
         return self
@@ -275,9 +280,9 @@ class Writer:
         self.config = PromptConfig(**self.grid.manifest["prompt_config"])
 
     @property
-    def most(self) -> int:
-        """Heads that there are for every user."""
-        return min(map(len, self._heads.values()))
+    def most(self) -> dict[str, int]:
+        """Heads that there are for each user."""
+        return {user: len(heads) for user, heads in self._heads.items()}
 
     def asked(self, request: object) -> tuple[Example, HeadSet, float]:
         """Example, heads and γ of a request.

@@ -218,9 +218,10 @@ class AblationWork(EditWork):
         return found
 
     def clean_runs(self, key: str, example: Example) -> Iterator[tuple[str, ExampleRun]]:
-        """The runs that are edited, by condition, then those that patches start from, as `"from own"`; made one by one.
+        """The runs that are edited, by condition, and those that patches start from, as `"from own"`; made one by one.
 
-        What edits attention patterns runs another attention, whose run no patch may start from.
+        The latter are the same runs, but for what edits attention patterns: that runs another attention, whose run no
+        patch may start from.
         """
         prompts = self.prompts(key, example)
         patched = self.patched and "other_user" in prompts

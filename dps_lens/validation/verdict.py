@@ -137,7 +137,7 @@ def _beside(row: Mapping[str, Any], alpha: float) -> str:
     said, low, high = _said(row, "difference"), row["difference_low"], row["difference_high"]
     if stands_out(row, alpha) or low <= 0 <= high or math.isnan(low):
         return said
-    return f"{said}; by its rank among the random sets, p = {row['p' if low > 0 else 'p_less']:.2f}"
+    return f"{said}; by its rank among the random sets, p = {row['p' if low > 0 else 'p_less']:.3f}"
 
 
 def _said(row: Mapping[str, Any], name: str = "") -> str:

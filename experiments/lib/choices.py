@@ -158,9 +158,10 @@ class Task:
         return methods
 
     def evaluated(self) -> dps.Evaluation:
-        # What a token of a method takes is much the same in every task.
-        first = self.name == self.config.tasks[0]
-        config = dps.EvaluateConfig(choose_on=0, vector_examples=self.config.vector_examples, costs=first)
+        # What a token takes is measured on one task, the first on which all methods answer.
+        tasks = self.config.tasks
+        timed = self.name == next((one for one in tasks if one not in LABELLED), tasks[0])
+        config = dps.EvaluateConfig(choose_on=0, vector_examples=self.config.vector_examples, costs=timed)
         return dps.evaluate(
             self.model,
             self.users,

@@ -22,6 +22,7 @@ from conftest import write_jsonl
 
 import dps_lens as dps
 from dps_lens.cli import main
+from dps_lens.cli.report import _of_demo
 from dps_lens.cli.stages import Size, Stages
 from dps_lens.evaluation import Evaluation
 
@@ -802,8 +803,8 @@ def test_explore_serves_the_page_here_only(scored, model, interruptible, tmp_pat
     for found in measured.values():
         done = run(*shlex.split(found["command"])[1:], cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        frame = pandas.read_csv(tmp_path / "runs" / "asked" / "effects.csv").set_index(["family", "measure"])["mean"]
-        (tmp_path / "runs" / "asked").rename(tmp_path / found["command"].split("--ablation ")[1].split()[0])
+        out = tmp_path / shlex.split(found["command"].split("--out ")[1])[0]
+        frame = pandas.read_csv(out / "effects.csv").set_index(["family", "measure"])["mean"]
         left = {"gain": "gain_left", "gain_other": "gain_left_other"}
         for row in found["rows"]:
             name = row["measure"]
@@ -821,7 +822,8 @@ def test_explore_serves_the_page_here_only(scored, model, interruptible, tmp_pat
     assert written["said"] != anew["said"]
     done = run(*shlex.split(described["command"])[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(dps.Dossier.load(tmp_path / "runs" / "L1H2").plot().to_json()) == described["figure"]
+    (out,) = (tmp_path / "runs").glob("L1H2-*")
+    assert json.loads(dps.Dossier.load(out).plot().to_json()) == described["figure"]
     assert own["python"]
     assert not own["command"], "no command knows somebody's own question"
     refused = run(*shlex.split(written["command"].replace(example.user_id, "nobody"))[1:])
@@ -989,6 +991,22 @@ def test_demo_on_few_heads_and_short_histories(tmp_path, model):
     assert "minutes" not in done.stderr
 
 
+def test_demo_of_one_user(tmp_path, model):
+    """Nobody else chose the heads, so the set itself is tested and steered with."""
+    done = run(
+        "demo", "--model", model, "--out", tmp_path / "demo", "--max-users", 1, "--k", 3, "--n-random", 2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    chosen = dps.FoundHeads.load(tmp_path / "demo" / "found")
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    found = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert found["outlined"] == f"the {len(chosen.heads)} heads that find_heads found"
+    most = max(found["grid"]["ks"])
+    assert most == len(chosen.heads)
+    steered = {text["heads"] for text in found["grid"]["texts"] if text["k"] == most and text["gamma"]}
+    assert steered == {str(chosen.heads)}
+
+
 def test_demo_goes_on_where_no_set_is_found(tmp_path, llama, probe, capsys):
     class Nothing(dps.Finder):
         name = "nothing"
@@ -1005,6 +1023,25 @@ def test_demo_goes_on_where_no_set_is_found(tmp_path, llama, probe, capsys):
     assert [*map(str, {*cost.sets().values()})] == [str(scores.top(2))]
     stages.write_all(scores, found, cost)
     assert (tmp_path / "report.html").is_file()
+    # What an interrupted or empty search leaves is no found set.
+    assert (tmp_path / "run" / "found").is_dir()
+    assert _of_demo(tmp_path / "run")[0] is None
+
+
+def test_heads_by_name_are_checked_first(tmp_path, model):
+    ablate = ("ablate", "--model", model, "--out", tmp_path / "out", "--max-users", 3)
+    for options, said in (
+        (("--heads", ""), "--heads names none"),
+        (("--heads", "L9H9"), "layers are 0 to 2"),
+        (("--heads", "L0H1", "--select", "user"), "--select user chooses heads of a --run"),
+        (("--heads", "L0H1", "--run", "there"), "give either --run"),
+        (("--heads", "L0H1", "--only", "nobody"), "--only nobody is not among the users"),
+        ((), "give either --run"),
+    ):
+        done = run(*ablate, *options)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert not (tmp_path / "out").exists()
 
 
 def test_heads_of_another_model_are_refused(scored, tiny_folders):

@@ -285,7 +285,8 @@ def test_those_who_wait_are_told_and_served_in_turn():
 def test_what_was_prepared_is_not_read_again(asker, llama, probe, ablation, monkeypatch):
     asked = request(probe[1].examples[-1], ablation=ablation)
     fresh = measured(Asker(llama.hooked, probe[:4], PROMPT), asked)
-    assert {one for line in asker.prepare(asker.read(asked), lambda: False) for one in line} == set()
+    # Four prompts; where a patch starts from another attention's run, two more.
+    assert len([*asker.prepare(asker.read(asked), lambda: False)]) == 6
     kept = len(asker._runs)
     prefills, runner = [], type(runner_of(llama.hooked))
     prefill = runner.prefill
@@ -393,7 +394,7 @@ def test_the_page_asks_pins_and_undoes(url, asker, probe, open_page):
     page.fill("#ask-prompt", f"A title about rain {EVIL}")
     page.fill("#ask-text", "Rain")
     assert page.input_value("#ask-example") == ""
-    page.select_option("#ask-set", "tested heads")
+    page.select_option("#ask-set", "outlined heads")
     page.click("#ask-measure")
     expect(page.locator("#answer-2 table")).to_have_count(2)
     for number in (1, 2):
@@ -442,7 +443,7 @@ def test_heads_are_picked_on_the_map_and_sets_are_kept(url, open_page):
     page.fill("#ask-heads", "L0H1,L0H2")
     page.fill("#ask-name", "mine")
     page.click("#ask-keep")
-    page.select_option("#ask-set", "tested heads")
+    page.select_option("#ask-set", "outlined heads")
     page.select_option("#ask-set", "mine")
     assert page.input_value("#ask-heads") == "L0H1,L0H2"
     page.go_back()

@@ -239,7 +239,11 @@ def test_the_page_of_the_package_works(tmp_path, open_page):
     assert re.search(r"Made by dps_lens .* with: dps-lens demo", opened.page.locator(".note").inner_text())
     for tab in ("overlap", "ablation", "texts", "about", "heads"):
         opened.page.click(f"#tab-{tab}")
-        assert opened.page.locator(f"#{tab}").inner_text().strip()
+        text = opened.page.locator(f"#{tab}").inner_text()
+        assert text.strip()
+        assert "undefined" not in text
+        assert "NaN" not in text
+    assert "heads that find_heads found; each user is tested" in opened.page.locator("#map-note").inner_text()
     assert not opened.problems
     assert opened.requests == [file.as_uri()]
 
@@ -717,7 +721,7 @@ def test_the_list_sorts_filters_and_leads_to_heads(explored, report, open_page):
     assert {*names.all_inner_texts()} == {f"L1H{head}" for head in range(4)}
     names.last.get_by_role("button").click()
     assert detail(page)[0] == names.last.inner_text()
-    page.fill("#list-filter", "tested")
+    page.fill("#list-filter", "outlined")
     assert {*names.all_inner_texts()} == {*map(str, explored.heads)}
 
 
