@@ -1,6 +1,7 @@
 """The command line: every command calls one public function."""
 
 import sys
+import warnings
 
 import typer
 
@@ -49,9 +50,10 @@ __all__ = [
 
 
 def main() -> None:
-    """Run the command line; errors of dps_lens, and of the system's files, are one line, not a traceback."""
+    """Run the command line; warnings, and errors of dps_lens and of the system's files, are one line."""
     from dps_lens.errors import DPSLensError
 
+    usual, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         app()
     except DPSLensError as error:
@@ -64,6 +66,13 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.secho("interrupted", err=True)
         sys.exit(130)
+    finally:
+        warnings.formatwarning = usual
+
+
+def _one_line(message: Warning | str, *about: object, **more: object) -> str:
+    """A warning without the line of code that gave it."""
+    return f"warning: {message}\n"
 
 
 def _stop(text: str) -> None:

@@ -1044,6 +1044,19 @@ def test_heads_by_name_are_checked_first(tmp_path, model):
         assert not (tmp_path / "out").exists()
 
 
+def test_warnings_are_one_line(tmp_path, model):
+    before = warnings.formatwarning
+    options = ("--heads", "L0H1", "--only", "asker-bread", "--max-users", 3, "--kinds", "", "--n-random", 0)
+    command = [*COMMAND, "ablate", *options, "--model", model, "--out", tmp_path / "out"]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONWARNINGS": "default::UserWarning:dps_lens"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, check=True)
+    (said,) = [line for line in done.stderr.splitlines() if "are left out" in line]
+    assert said.startswith("warning: ablation_curve: 2 users are left out")
+    assert ".py:" not in done.stderr
+    run("--version")
+    assert warnings.formatwarning is before
+
+
 def test_heads_of_another_model_are_refused(scored, tiny_folders):
     out, _ = scored
     done = run("steer", "hello", "--run", out, "--model", tiny_folders["qwen2"])
