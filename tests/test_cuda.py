@@ -105,21 +105,6 @@ def test_patched_scores_are_the_same(models, probe):
     assert float((rounded.values.cpu() - one.values).abs().max()) < 0.1 * float(one.values.abs().max())
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices; fewer are here")
-@pytest.mark.parametrize("rule", ["dps", "dps-patch", "cad"])
-def test_a_model_over_two_devices_is_one(models, tiny_folders, probe, rule):
-    where = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1}
-    where |= {"model.norm": 1, "model.rotary_emb": 1, "lm_head": 1}
-    split = dps.load_model(str(tiny_folders["llama"]), dtype="float32", device_map=where)
-    assert {parameter.device.index for parameter in split.parameters()} == {0, 1}
-    users = [probe[0], probe[5]]
-    for options in ({"max_examples": 1}, {"max_examples": 1, "method": "exact", "ablation": "zero", "against": None}):
-        one, other = (dps.score_heads(model, users, **options) for model in (models["cpu"], split))
-        assert torch.allclose(one.values, other.values.cpu(), atol=1e-4)
-    ours, theirs = (written(model, users, rule) for model in (models["cpu"], split))
-    assert [row.tolist() for row in ours.tokens] == [row.tolist() for row in theirs.tokens]
-
-
 def test_paths_and_dossiers_are_the_same(models, probe):
     users, heads = [probe[0], probe[5]], SETS[0]
     one, other = (dps.patch_paths(models[name], users, heads, heads) for name in ("cpu", "cuda"))
