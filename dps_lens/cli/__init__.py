@@ -55,7 +55,8 @@ def main() -> None:
 
     usual, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
-        app()
+        with warnings.catch_warnings():
+            app()
     except DPSLensError as error:
         _stop(str(error))
     except OSError as error:

@@ -178,8 +178,8 @@ def print_effects(effects: "SetEffects") -> None:
     frame = effects.to_frame()
     console = _console()
     for row in frame[frame["family"] == FULL].to_dict("records"):
-        interval = f"({row['low']:.3f} to {row['high']:.3f})"
-        console.print(printable(f"{row['measure']}: {row['mean']:.3f} {interval} {effects.unit_of(row['measure'])}"))
+        interval = "" if math.isnan(row["low"]) else f" ({_ends(row)})"
+        console.print(printable(f"{row['measure']}: {row['mean']:.3f}{interval} {effects.unit_of(row['measure'])}"))
     shown = [name for name in effects.measures if not MEASURES[name].left]
     console.print(_side_by_side(effects, frame, shown))
     for measure in shown:
@@ -187,7 +187,7 @@ def print_effects(effects: "SetEffects") -> None:
         for column in ("family", "K", "mean", "interval", "next random set (95%)", "difference", "interval ", "p"):
             table.add_column(printable(column), justify="left" if column == "family" else "right")
         for row in frame[(frame["measure"] == measure) & (frame["family"] != FULL)].to_dict("records"):
-            cells = [row["family"], str(row["k"]), f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+            cells = [row["family"], str(row["k"]), f"{row['mean']:.3f}", _ends(row)]
             cells += [
                 _range(row, "control"),
                 _number(row, "difference"),
@@ -259,6 +259,11 @@ def _range(row: Mapping[Hashable, Any], name: str) -> str:
     return " to ".join(ends) if all(ends) else ""
 
 
+def _ends(row: Mapping[Hashable, Any]) -> str:
+    """`low` to `high`; nothing for one user, who has no interval."""
+    return "" if math.isnan(row["low"]) else f"{row['low']:.3f} to {row['high']:.3f}"
+
+
 def _number(row: Mapping[Hashable, Any], name: str) -> str:
     """Three digits, or nothing where the number is missing or NaN."""
     return f"{row[name]:.3f}" if name in row and not math.isnan(row[name]) else ""
@@ -273,7 +278,7 @@ def print_dossier(found: "Dossier") -> None:
     for column in ("section", "measure", "mean", "interval", "others"):
         table.add_column(column, justify="left" if column in ("section", "measure") else "right")
     for row in found.to_frame().to_dict("records"):
-        interval = "" if math.isnan(row["low"]) else f"{row['low']:.3f} to {row['high']:.3f}"
+        interval = _ends(row)
         others = "" if math.isnan(row["control"]) else f"{row['control']:.3f}"
         _add(table, row["section"], row["measure"], f"{row['mean']:.3f}", interval, others)
     console = _console()

@@ -1046,13 +1046,24 @@ def test_heads_by_name_are_checked_first(tmp_path, model):
 
 def test_warnings_are_one_line(tmp_path, model):
     before = warnings.formatwarning
+    (tmp_path / "own.py").write_text(
+        "import warnings\nfrom dps_lens import Zero as Own\nwarnings.warn('in own words')\n"
+    )
     options = ("--heads", "L0H1", "--only", "asker-bread", "--max-users", 3, "--kinds", "", "--n-random", 0)
-    command = [*COMMAND, "ablate", *options, "--model", model, "--out", tmp_path / "out"]
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONWARNINGS": "default::UserWarning:dps_lens"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, check=True)
-    (said,) = [line for line in done.stderr.splitlines() if "are left out" in line]
-    assert said.startswith("warning: ablation_curve: 2 users are left out")
-    assert ".py:" not in done.stderr
+    command = [*COMMAND, "ablate", *options, "--ablation", f"{tmp_path / 'own.py'}:Own", "--model", model]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONWARNINGS": "default"}
+    done = subprocess.run(
+        [*map(str, command), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert "\nwarning: in own words\n" in f"\n{done.stderr}"
+    assert "own.py:" not in done.stderr
+    # Whoever names one user wants the others left out; one user gives no interval.
+    assert "are left out" not in done.stderr
+    assert "nan" not in done.stdout
     run("--version")
     assert warnings.formatwarning is before
 
