@@ -152,6 +152,7 @@ class Bench(Work):
     def fingerprint(self) -> dict[str, Any]:
         """Everything that decides the result, for the run folder and the manifest."""
         tested = {n: {user: [str(h) for h in of] for user, of in by.items()} for n, by in self.ranked.items()}
+        tuned = any("lora" in method.needs for method in self.defined.values())
         return {
             "call": "evaluate",
             "task": self.task.name,
@@ -165,7 +166,7 @@ class Bench(Work):
             "seed": self.seed,
             "metrics": [metric.name for metric in self.metrics],
             "better": {metric.name: metric.better for metric in self.metrics},
-            "measured_with": metric_libraries(),
+            "measured_with": metric_libraries(*(["peft"] if tuned else [])),
             **describe_inputs(self.model, self.users, self.examples, self.prompt_config),
             "examples": [unit_key(example) for example in self.examples],
         }

@@ -79,7 +79,7 @@ LABELS = {
 """Answers of the classification tasks; what is none of them counts as wrong."""
 
 _SCORES = (1.0, 5.0)
-_LIBRARIES = ("rouge_score", "nltk", "scikit-learn", "numpy", "peft")
+_LIBRARIES = ("rouge_score", "nltk", "scikit-learn", "numpy")
 _FOREIGN = 0.01
 
 
@@ -221,10 +221,10 @@ OF_EVERY_TASK = ("style", "author", "NLL", "repeated", "copied", "tokens")
 """Measured of every answer, whatever the task; closed tasks have no style and no author."""
 
 
-def metric_libraries() -> dict[str, str]:
-    """Versions of what measures answers, and of what tunes the models that write them; for a manifest."""
+def metric_libraries(*more: str) -> dict[str, str]:
+    """Versions of what measures answers, and of what else makes them; for a manifest."""
     found = {}
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *more):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

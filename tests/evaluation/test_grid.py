@@ -71,6 +71,8 @@ def test_users_get_heads_that_others_chose(llama, probe, tmp_path):
 
 
 def test_resumes_and_loads(grid, llama, probe, tmp_path, monkeypatch):
+    # What measures nothing here may be installed later.
+    assert {*grid.manifest["measured_with"]} == {"rouge_score", "nltk", "scikit-learn", "numpy"}
     first = dps.steering_grid(llama.hooked, probe[:3], HEADS, out=tmp_path, **OPTIONS)
     assert first.texts == grid.texts == SteeringGrid.load(tmp_path).texts
     assert first.references == grid.references == SteeringGrid.load(tmp_path).references
