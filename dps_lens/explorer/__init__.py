@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dps_lens.explorer.content import explore
-    from dps_lens.explorer.page import ExampleView, Exploration
+    from dps_lens.explorer.page import Exploration
     from dps_lens.explorer.server import LivePage, serve
+    from dps_lens.explorer.views import ExampleView
 
 __all__ = ["ExampleView", "Exploration", "LivePage", "explore", "serve"]
 
-_HOME = {"ExampleView": "page", "Exploration": "page", "LivePage": "server", "explore": "content", "serve": "server"}
+_HOME = {"ExampleView": "views", "Exploration": "page", "LivePage": "server", "explore": "content", "serve": "server"}
 
 
 def __getattr__(name: str) -> Any:

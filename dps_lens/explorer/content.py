@@ -1,34 +1,25 @@
 """Everything that the page shows, collected once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
-
 from dps_lens.checks import check_whole
-from dps_lens.data import Example, PromptConfig, User, build_prompt
-from dps_lens.data.examples import by_key
-from dps_lens.data.identity import describe_inputs
+from dps_lens.data import PromptConfig, User
 from dps_lens.errors import ScoreError
 from dps_lens.evaluation import SteeringGrid, steering_grid
-from dps_lens.explorer.page import Answer, ExampleView, Exploration
+from dps_lens.explorer.page import Exploration
+from dps_lens.explorer.views import ExampleView, ViewWork
 from dps_lens.found import FoundHeads
 from dps_lens.heads import HeadSet
-from dps_lens.model import HookedModel, PromptCache, describe_model, runner_of
+from dps_lens.model import HookedModel, describe_model
 from dps_lens.scores import HeadScores
-from dps_lens.scoring import CleanRun
 from dps_lens.selection import check_held_out, rankings
 from dps_lens.stats.overlap import Overlap, overlap
-from dps_lens.validation.attention import attention_pattern
 from dps_lens.validation.effects import SetEffects
-from dps_lens.work import Engine, Run, RunConfig, Work
+from dps_lens.work import Engine, Run, RunConfig
 
 _MAX_ATTENTION = 4_000_000
 """Head × token values of attention that a page may hold, a byte each; above, the best heads of every family only."""
-_MAX_BY_TOKEN = 300_000
-"""The same of one example, token by token, for the first of its heads."""
 _MANY_USERS, _MOST_USERS = 30, 120
 _SHARE_OF_TOP = 30
 
@@ -205,68 +196,3 @@ def _looked_at(scores: HeadScores, families: Mapping[str, HeadScores], shape: tu
         if family.defined:
             best = best | family.top(_SHARE_OF_TOP)
     return best
-
-
-@dataclass
-class ViewWork(Work):
-    """Attention of heads in the newest evaluation example of every user, and what the profile does to its answers."""
-
-    model: HookedModel
-    users: Sequence[User]
-    heads: HeadSet
-    n_by_token: int
-    prompt_config: PromptConfig
-
-    @cached_property
-    def by_key(self) -> dict[str, Example]:
-        return by_key([user.examples[-1] for user in self.users])
-
-    def make(self, key: str, given: object = None) -> dict[str, Tensor]:
-        own, none = (
-            build_prompt(self.model, self.by_key[key], of, config=self.prompt_config) for of in ("own", "none")
-        )
-        found = attention_pattern(self.model, own, self.heads)
-        n_by_token = max(1, _MAX_BY_TOKEN // found.pattern[0].numel())
-        unit = {"attention": found.mean, "by_token": found.pattern[: min(n_by_token, self.n_by_token)].clone()}
-        caches: dict[str, PromptCache | None] = {"own": None, "none": None}
-        for place, answers in enumerate(zip(own.answers, none.answers, strict=True)):
-            losses = []
-            for name, prompt in zip(caches, answers, strict=True):
-                run = CleanRun(runner_of(self.model), prompt, prompt_cache=caches[name])
-                caches[name] = run.prompt_cache
-                losses.append(run.losses)
-            unit[f"gains.{place}"] = losses[1] - losses[0]
-        return unit
-
-    def views(self, run: Run) -> tuple[ExampleView, ...]:
-        """What the page shows of each."""
-        inputs = describe_inputs(self.model, self.users, list(self.by_key.values()), self.prompt_config)
-        run.open(lambda: {"call": "views", "heads": str(self.heads), "by_token": self.n_by_token, **inputs})
-        units = run.units(self, list(self.by_key), "attention")
-        views = []
-        for key, unit in units.made.items():
-            example = self.by_key[key]
-            prompt = build_prompt(self.model, example, config=self.prompt_config)
-            pieces = tuple(self.model.tokenizer.decode([token]) for token in prompt.tokens.tolist())
-            heads = tuple(self.heads)
-            answers = tuple(
-                Answer(
-                    tuple(self.model.tokenizer.decode([token]) for token in one.response_tokens.tolist()),
-                    tuple(unit[f"gains.{place}"].tolist()),
-                )
-                for place, one in enumerate(prompt.answers)
-            )
-            views.append(
-                ExampleView(
-                    example.user_id,
-                    example.id,
-                    pieces,
-                    prompt.spans,
-                    heads,
-                    unit["attention"],
-                    answers,
-                    prompt.items,
-                    unit["by_token"],
-                )
-            )
-        return tuple(views)

@@ -9,8 +9,8 @@ from typing import Any
 from dps_lens.data import PromptConfig, User
 from dps_lens.dossier import describe_head
 from dps_lens.errors import DPSLensError
-from dps_lens.explorer.ask import Refused
 from dps_lens.explorer.code import Origin, as_command, as_python, config_as_python, run_folder
+from dps_lens.explorer.question import Refused
 from dps_lens.heads import Head, HeadSet
 from dps_lens.model import HookedModel
 from dps_lens.plots import dossier

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dps_lens.errors import DPSLensError, SteeringError, reason
-from dps_lens.explorer.ask import Refused
+from dps_lens.explorer.question import Refused
 from dps_lens.model import ModelThread
 
 PATIENCE = 0.5

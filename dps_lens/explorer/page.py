@@ -1,85 +1,35 @@
 """The page: what it shows, one template, one script, and the data as JSON that nothing runs."""
 
-import base64
 import gzip
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float
 from plotly.colors import get_colorscale
-from torch import Tensor
 
-from dps_lens.data.examples import key_of
 from dps_lens.dossier import Dossier
 from dps_lens.errors import RunError, ScoreError, reason
 from dps_lens.evaluation import SteeringGrid
 from dps_lens.explorer.render import rendered
+from dps_lens.explorer.values import of_examples, of_family, of_grid, of_rows, of_view, packed, significant
+from dps_lens.explorer.views import ExampleView
 from dps_lens.files import replacing, write_text
 from dps_lens.found import FoundHeads
-from dps_lens.heads import Head, HeadSet
+from dps_lens.heads import HeadSet
 from dps_lens.paths import PathEffects
 from dps_lens.plots import ablation, dossier, families, k_sweep, overlap, pareto, paths
 from dps_lens.plots.theme import SIGNED
 from dps_lens.scores import HeadScores, t_quantile
 from dps_lens.stats.overlap import Overlap
-from dps_lens.stats.significance import MIN_USERS, significant_heads
-from dps_lens.stats.skew import is_skewed
 from dps_lens.validation.effects import SetEffects
 
-MAX_VALUES = 5_000_000
-"""Values of examples that a page holds, two bytes each; above, a page shows the means of users."""
-
-_SINGLE = 500_000
 FRAME = 'width="100%" height="900" style="border: 0" title="Preference Heads"'
 """Of a page inside a notebook."""
 
 _GENERATOR = b'<meta name="generator" content="dps_lens">'
-
-
-class Answer(NamedTuple):
-    """An answer, and what the user's own profile does to it.
-
-    Attributes:
-        pieces: text of each token.
-        gains: log p with the own profile minus log p without one, nats, of each token.
-    """
-
-    pieces: tuple[str, ...]
-    gains: tuple[float, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class ExampleView:
-    """What heads look at in one prompt, and what its profile does to the answers.
-
-    Attributes:
-        user: who asks.
-        example: its id.
-        pieces: text of each token of the prompt and its response.
-        spans: `"profile"`, `"task"` and `"response"`, `(start, stop)`.
-        heads: whose attention is there.
-        attention: mean over the positions that give the response.
-        answers: the user's own, then the rejected ones.
-        documents: `(start, stop)` of each document of the profile.
-        by_token: attention from each position that gives the response, of the first heads.
-    """
-
-    user: str
-    example: str
-    pieces: tuple[str, ...]
-    spans: dict[str, tuple[int, int]]
-    heads: tuple[Head, ...]
-    attention: Float[Tensor, "head pos"]
-    answers: tuple[Answer, ...] = ()
-    documents: tuple[tuple[int, int], ...] = ()
-    by_token: "Float[Tensor, 'some_heads query pos'] | None" = None
 
 
 @dataclass(frozen=True)
@@ -219,17 +169,17 @@ def content(found: Exploration) -> dict[str, Any]:
         "colours": get_colorscale(SIGNED),
         "users": list(scores.users),
         "main": scores.name,
-        "maps": {name: _packed(values) for name, values in maps.items()},
-        "examples": _examples(scores),
+        "maps": {name: packed(values) for name, values in maps.items()},
+        "examples": of_examples(scores),
         "t": {size: t_quantile(size - 1, 0.95) for size in sizes if size > 1},
-        "families": {name: _family(family) for name, family in found.families.items()},
+        "families": {name: of_family(family) for name, family in found.families.items()},
         "tops": [str(head) for head in found.heads],
         "outlined": _outlined(found),
         "significant": significant(scores),
         "figures": _figures(found),
-        "cost": _rows(found.cost.beside_random().to_dict("records")) if found.cost is not None else [],
-        "views": [_view(view) for view in found.views],
-        "grid": _grid(found),
+        "cost": of_rows(found.cost.beside_random().to_dict("records")) if found.cost is not None else [],
+        "views": [of_view(view) for view in found.views],
+        "grid": of_grid(found.grid) if found.grid is not None else None,
     }
 
 
@@ -247,23 +197,6 @@ def _outlined(found: Exploration) -> str:
         crossed = "; each user is tested with those that others choose" if tested and found.found.folds else ""
         return f"the {n} heads that find_heads found{crossed}"
     return f"the {n} heads that are tested" if {*tested} == {str(found.heads)} else f"the top {n} heads"
-
-
-def _examples(scores: HeadScores) -> dict[str, Any] | None:
-    if scores.values.numel() > MAX_VALUES:
-        return None
-    place = {user: index for index, user in enumerate(scores.users)}
-    return {
-        "ids": list(scores.example_ids),
-        "user": [place[user] for user in scores.user_ids],
-        "values": _packed(scores.values),
-    }
-
-
-def _family(family: HeadScores) -> dict[str, Any]:
-    if not family.defined:
-        return {"reason": str(family.manifest.get("reason", "not defined"))}
-    return {"unit": str(family.manifest.get("unit", "")), "values": _packed(family.mean())}
 
 
 def _figures(found: Exploration) -> dict[str, Any]:
@@ -294,84 +227,6 @@ def _figures(found: Exploration) -> dict[str, Any]:
     return {tab: {name: json.loads(one.to_json()) for name, one in of.items()} for tab, of in drawn.items()}
 
 
-def _view(view: ExampleView) -> dict[str, Any]:
-    largest, values = _in_bytes(view.attention)
-    by_token = (
-        None if view.by_token is None else dict(zip(("largest", "values"), _in_bytes(view.by_token), strict=True))
-    )
-    return {
-        "key": key_of(view.user, view.example),
-        "user": view.user,
-        "example": view.example,
-        "pieces": list(view.pieces),
-        "spans": view.spans,
-        "heads": [str(head) for head in view.heads],
-        "largest": largest,
-        "values": values,
-        "documents": view.documents,
-        "byToken": by_token,
-        "answers": [{"pieces": one.pieces, "gains": [round(gain, 3) for gain in one.gains]} for one in view.answers],
-    }
-
-
-def _in_bytes(attention: Float[Tensor, "head ..."]) -> tuple[list[float], str]:
-    """The largest value of each head, and all values as shares of it, a byte each."""
-    top = attention.flatten(1).amax(1).clamp(min=1e-9)
-    scaled = (attention / top.view(-1, *[1] * (attention.ndim - 1)) * 255).round().to(torch.uint8)
-    return [round(float(value), 4) for value in top], base64.b64encode(scaled.numpy().tobytes()).decode()
-
-
-def _grid(found: Exploration) -> dict[str, Any] | None:
-    grid = found.grid
-    if grid is None:
-        return None
-    return {
-        "rule": grid.manifest.get("rule", "dps"),
-        "gammas": list(grid.gammas),
-        "ks": list(grid.ks),
-        "references": grid.references,
-        "texts": [
-            {
-                "key": one.key,
-                "user": one.user,
-                "example": one.example,
-                "gamma": one.gamma,
-                "k": one.k,
-                "heads": one.heads,
-                "pieces": one.pieces,
-                "shifts": one.shifts,
-                "kl": one.kl,
-                "alternatives": one.alternatives,
-                "scores": {name: round(value, 3) for name, value in one.scores.items()},
-            }
-            for one in grid.texts
-        ],
-    }
-
-
-def _rows(rows: list[dict[Any, Any]]) -> list[dict[str, Any]]:
-    return [
-        {str(key): None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-        for row in rows
-    ]
-
-
-def _packed(values: Tensor) -> dict[str, str]:
-    """Numbers as base64, little-endian: single precision, or half where there are many, to keep a page small."""
-    kind = "<f4" if values.numel() <= _SINGLE else "<f2"
-    return {"kind": kind, "data": base64.b64encode(np.asarray(values.numpy(), dtype=kind).tobytes()).decode()}
-
-
-def significant(scores: HeadScores) -> list[str]:
-    """Names of the heads that a population of users shows, by the test that suits its effects; none for few users."""
-    if len(scores.users) < MIN_USERS or not scores.defined:
-        return []
-    flips = 2000 if scores.values[0].numel() > 2000 else 10_000
-    skewed = is_skewed(scores.skewness().numpy(), len(scores.users))
-    found = significant_heads(scores, correction="bootstrap_t" if skewed else "max_t", n_flips=flips)
-    return [str(Head(*at)) for at in found.significant.nonzero().tolist()]
-
-
 def facts(found: Exploration) -> list[tuple[str, str]]:
     """Settings of the run."""
     manifest = found.scores.manifest
@@ -392,7 +247,10 @@ def facts(found: Exploration) -> list[tuple[str, str]]:
         layers = set(found.cost.to_frame()["controls"].dropna()) or {"same layers"}
         rows.append(("controls", f"{cost['n_random']} random sets, {', '.join(layers)}, seed {cost['seed']}"))
     if found.grid is not None:
-        about, who = found.grid.manifest, "other users" if len(found.scores.users) > 1 else "the user's older texts"
+        about = found.grid.manifest
+        crossed = found.found is None or bool(found.found.folds)
+        several = "other users" if crossed else "the older texts of all users"
+        who = several if len(found.scores.users) > 1 else "the user's older texts"
         rows.append(
             (
                 "texts",

@@ -9,33 +9,25 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from dps_lens.checks import check_number, check_whole
-from dps_lens.data import Example, PromptConfig, User, build_prompt
+from dps_lens.data import User
 from dps_lens.data.examples import unit_key
 from dps_lens.errors import DPSLensError, SteeringError, reason
-from dps_lens.explorer.ask import ABLATED_BY, Asker, Refused, streamed, written_tokens
-from dps_lens.explorer.code import (
-    Origin,
-    as_command,
-    as_python,
-    example_as_python,
-    generate_as_python,
-    steer_options,
-)
-from dps_lens.explorer.content import ranked_for
+from dps_lens.explorer.ask import Asker
+from dps_lens.explorer.code import Origin
 from dps_lens.explorer.describe import Describer
 from dps_lens.explorer.line import PATIENCE, BusyError, Line
 from dps_lens.explorer.page import FRAME, Exploration, page
+from dps_lens.explorer.question import ABLATED_BY, Refused
+from dps_lens.explorer.writer import Writer
 from dps_lens.files import parse_json
-from dps_lens.heads import HeadSet
 from dps_lens.model import HookedModel, ModelThread
 from dps_lens.vectors import HeadVectors
 
 Q = TypeVar("Q")
 
 HOST = "127.0.0.1"
-# A notebook of this machine may show the page.
 _LINE = "dps_lens line"
+# A notebook of this machine may show the page.
 _FRAMED_BY = "frame-ancestors 'self' http://localhost:* http://127.0.0.1:*"
 
 
@@ -141,7 +133,7 @@ def make_app(
     return app
 
 
-def _questions(asker: Asker, writer: "Writer") -> dict[str, Any]:
+def _questions(asker: Asker, writer: Writer) -> dict[str, Any]:
     """What the form of a live page starts from: the examples that are shown, and what may be chosen."""
     assert writer.grid is not None
     examples = [
@@ -261,62 +253,3 @@ class LivePage:
     def _repr_html_(self) -> str:
         """The page inside a notebook of this machine."""
         return f'<iframe src="{self.url}" {FRAME}></iframe>'
-
-
-class Writer:
-    """Writes texts of the page's examples, one at a time."""
-
-    def __init__(
-        self, model: HookedModel, users: Sequence[User], found: Exploration, origin: Origin | None = None
-    ) -> None:
-        self.model, self.grid, self.origin = model, found.grid, origin or Origin()
-        self._users = {user.id: user for user in users}
-        assert self.grid is not None
-        asked = {one.key for one in self.grid.texts}
-        shown = [one for user in users for one in user.examples if unit_key(one) in asked]
-        self.examples = {(one.user_id, one.id): one for one in shown}
-        owners = {one.user_id for one in self.examples.values()}
-        self._heads = ranked_for(found, [user for user in users if user.id in owners])
-        self.config = PromptConfig(**self.grid.manifest["prompt_config"])
-
-    @property
-    def most(self) -> dict[str, int]:
-        """Heads that there are for each user."""
-        return {user: len(heads) for user, heads in self._heads.items()}
-
-    def asked(self, request: object) -> tuple[Example, HeadSet, float]:
-        """Example, heads and γ of a request.
-
-        Raises:
-            SteeringError: a field is missing or wrong; names it.
-        """
-        if not isinstance(request, dict):
-            raise SteeringError("steer: send a JSON object with user, example, gamma and k")
-        user, name, gamma, k = (request.get(field) for field in ("user", "example", "gamma", "k"))
-        example = self.examples.get((str(user), str(name)))
-        if example is None:
-            raise SteeringError(f"steer: example {name!r:.80} of user {user!r:.80} is not on this page")
-        strength = check_number(SteeringError, "steer: gamma", gamma, least=-1, most=1000)
-        heads = self._heads[example.user_id]
-        return example, heads[: check_whole(SteeringError, "steer: k", k, least=1, most=len(heads))], strength
-
-    def write(self, example: Example, heads: HeadSet, gamma: float) -> Iterator[dict[str, Any]]:
-        """`{"heads": …}`, `{"text": …}` piece by piece, then `{"done": …}`; closing it ends the text.
-
-        Between pieces the model is free for other calls of this thread; where another thread is using it, an error is
-        raised.
-        """
-        assert self.grid is not None
-        yield {"heads": str(heads) if gamma else ""}
-        prompt = build_prompt(self.model, example, config=self.config)
-        rule, length = self.grid.manifest["rule"], self.grid.manifest["max_new_tokens"]
-        written = yield from streamed(self.model, prompt, heads=heads, gamma=gamma, rule=rule, max_new_tokens=length)
-        asked = f"{example_as_python(example.user_id, example.id)}\nheads = dps.HeadSet.parse({str(heads)!r})"
-        call = generate_as_python(self.config, rule, gamma, length, "heads=heads, ")
-        options, user = steer_options(heads, rule, gamma, length), self._users[example.user_id]
-        command = as_command(self.origin, "steer", user, options, self.config) if user.examples[-1] is example else ""
-        yield {
-            "done": {"gamma": gamma, "k": len(heads), **written_tokens(written)},
-            "python": as_python(self.origin, asked, call),
-            "command": command,
-        }

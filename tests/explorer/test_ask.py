@@ -16,9 +16,12 @@ from playwright.sync_api import expect
 
 import dps_lens as dps
 from dps_lens.errors import SteeringError
-from dps_lens.explorer.ask import ADDED_BY, STEERED_BY, Asker, Refused, _KeptRuns
+from dps_lens.explorer.ask import Asker
 from dps_lens.explorer.code import Origin
-from dps_lens.explorer.server import HOST, BusyError, Line, LivePage, make_app
+from dps_lens.explorer.kept import KeptRuns
+from dps_lens.explorer.line import BusyError, Line
+from dps_lens.explorer.question import ADDED_BY, STEERED_BY, Refused
+from dps_lens.explorer.server import HOST, LivePage, make_app
 from dps_lens.heads import HeadSet
 from dps_lens.model import runner_of
 
@@ -116,7 +119,7 @@ def test_the_same_tokens_split_elsewhere_are_another_question(llama, probe):
     model, users = llama.hooked, list(probe[:4])
 
     def run_of(start, kept):
-        work = _KeptRuns.of_one_set(
+        work = KeptRuns.of_one_set(
             model, [replace(users[0], examples=users[0].examples[-1:])], HeadSet.parse("L0H1"), n_random=0,
             prompt_config=PROMPT, runs=kept,
         )  # fmt: skip

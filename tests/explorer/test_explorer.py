@@ -21,9 +21,11 @@ from playwright.sync_api import expect
 import dps_lens as dps
 from dps_lens.errors import ScoreError, SteeringError
 from dps_lens.explorer import ExampleView, Exploration
-from dps_lens.explorer.page import Answer, content, page
+from dps_lens.explorer.page import content, page
 from dps_lens.explorer.render import showcase
-from dps_lens.explorer.server import HOST, Writer, make_app
+from dps_lens.explorer.server import HOST, make_app
+from dps_lens.explorer.views import Answer
+from dps_lens.explorer.writer import Writer
 from dps_lens.heads import Head, HeadSet
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
@@ -464,7 +466,7 @@ def test_many_users_are_found_and_grouped(tmp_path, open_page):
 
 
 def test_what_does_not_fit_is_said(explored, monkeypatch, tmp_path, open_page):
-    monkeypatch.setattr("dps_lens.explorer.page.MAX_VALUES", 10)
+    monkeypatch.setattr("dps_lens.explorer.values.MAX_VALUES", 10)
     assert content(explored)["examples"] is None
     opened = open_page(explored.write(tmp_path / "few.html").as_uri())
     assert "HeadScores.load" in opened.page.locator("#detail-examples").inner_text()
@@ -481,7 +483,7 @@ def test_explore_resumes_and_refuses_other_models(explored, llama, probe, tmp_pa
     options = {"gammas": (1.0,), "ks": (1,), "max_users": 2, "max_new_tokens": 4}
     first = dps.explore(llama.hooked, probe[:6], explored.scores, out=tmp_path, **options, k=3)
     monkeypatch.setattr("dps_lens.evaluation.grid.generate", None)
-    monkeypatch.setattr("dps_lens.explorer.content.attention_pattern", None)
+    monkeypatch.setattr("dps_lens.explorer.views.attention_pattern", None)
     again = dps.explore(llama.hooked, probe[:6], explored.scores, out=tmp_path, **options, k=3)
     assert again.grid == first.grid
     assert all(torch.equal(a.attention, b.attention) for a, b in zip(first.views, again.views, strict=True))
