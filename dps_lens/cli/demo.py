@@ -1,25 +1,16 @@
 """`dps-lens demo`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dps_lens.cli.app import app
 from dps_lens.cli.checks import with_discovery
 from dps_lens.cli.options import Device, Dtype, Force, Model, Outputs, Users
-from dps_lens.cli.report import SHOWN
+from dps_lens.cli.sizes import FULL, QUICK
 from dps_lens.cli.tables import print_cost, print_found, print_top
 
-# 19 random sets are the fewest of which a claim at 95% can be made.
-_QUICK: dict[str, Any] = {
-    "examples": 1, "held_out": 1, "donors": 1, "n_random": 19, "gammas": (1.0, 2.0), "shown_users": 3,
-    "method": "rank", "n_bootstraps": 0, "neutral_words": 24, "maps": False,
-}  # fmt: skip
-_FULL: dict[str, Any] = {
-    "examples": 2, "held_out": 2, "donors": 2, "n_random": 20, "gammas": (0.5, 1.0, 2.0), "shown_users": SHOWN,
-    "method": "gates", "n_bootstraps": 9, "neutral_words": None, "maps": True,
-}  # fmt: skip
 _PARTS = 4
 """The first of so many parts of the users makes the first page."""
 
@@ -62,19 +53,20 @@ def demo(
         _show(out)
         return
     import dps_lens as dps
-    from dps_lens.cli.stages import Size, Stages
+    from dps_lens.cli.estimate import print_estimate
+    from dps_lens.cli.stages import Stages
     from dps_lens.errors import HeadError
     from dps_lens.explorer.page import check_page
 
     report, folder = out / "report.html", out / "full" if full else out
     if not force:
         check_page(report)
-    usual = _FULL if full else _QUICK
-    size = Size(**usual)._replace(
-        examples=max_examples or usual["examples"],
-        held_out=held_out or usual["held_out"],
-        n_random=n_random or usual["n_random"],
-        gammas=tuple(gamma * one for one in usual["gammas"]),
+    usual = FULL if full else QUICK
+    size = usual._replace(
+        examples=max_examples or usual.examples,
+        held_out=held_out or usual.held_out,
+        n_random=n_random or usual.n_random,
+        gammas=tuple(gamma * one for one in usual.gammas),
     )
     loaded = with_discovery("demo", dps.load_users(users, outputs=outputs, max_users=max_users))
     loaded_model = dps.load_model(model, device=device, dtype=dtype)
@@ -89,7 +81,7 @@ def demo(
     scores = stages.scores(None if there else dps.Shard(1, min(_PARTS, len(loaded))))
     if grows:
         stages.write(scores, note=f"{len(scores.users)} of {len(loaded)} users so far; no set is found yet.")
-    stages.print_estimate()
+    print_estimate(stages)
     if not there:
         scores = stages.scores(anew=False)
     if grows:

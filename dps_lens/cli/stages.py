@@ -1,40 +1,21 @@
-"""The stages of 'demo', each kept in a folder of its own, and how long they take."""
+"""The stages of 'demo', each kept in a folder of its own."""
 
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import typer
 
 import dps_lens as dps
 from dps_lens.cli.report import paper_name
-from dps_lens.data import build_prompt
+from dps_lens.cli.sizes import Size
 from dps_lens.errors import DataError, ScoreError
 from dps_lens.families import shipped_paragraphs
 from dps_lens.literals import Counterfactual
-from dps_lens.model import runner_of
-from dps_lens.scoring import CleanRun, single_heads
-from dps_lens.scoring.paths import integrated
-
-
-class Size(NamedTuple):
-    """How much is measured."""
-
-    examples: int
-    held_out: int
-    donors: int
-    n_random: int
-    gammas: tuple[float, ...]
-    shown_users: int
-    method: Literal["rank", "gates"]
-    n_bootstraps: int
-    neutral_words: int | None
-    maps: bool
 
 
 @dataclass
@@ -126,7 +107,7 @@ class Stages:
             run_config=anew,
         )
         found = {paper_name(paper): paper}
-        for name, paired in self._pairs.items():
+        for name, paired in self.pairs.items():
             found[f"{name}, by pairs"] = dps.score_heads(
                 self.model,
                 paired,
@@ -166,14 +147,14 @@ class Stages:
             found,
             cost,
             gammas=self.size.gammas,
-            ks=self._ks,
+            ks=self.ks,
             max_users=self.size.shown_users,
             out=self.folder / "page",
             run_config=dps.RunConfig(force=self.force),
         )
 
     @cached_property
-    def _pairs(self) -> dict[str, list[dps.User]]:
+    def pairs(self) -> dict[str, list[dps.User]]:
         """The users with another's text of the same topic, or of the same style, where they say which are theirs."""
         found = {}
         for name, same in (("styles", "topic"), ("topics", "style")) if self.size.maps else ():
@@ -197,61 +178,6 @@ class Stages:
         return None if words is None else [" ".join(text.split()[:words]) for text in shipped_paragraphs()]
 
     @property
-    def _ks(self) -> list[int]:
+    def ks(self) -> list[int]:
+        """Numbers of heads that texts are steered with."""
         return sorted({max(1, self.k // 2), self.k})
-
-    def print_estimate(self) -> None:
-        """Time a sample of what is run, sets of heads equally from every layer, and say how long the rest will take."""
-        seconds = sum(
-            (wanted - min(wanted, self._made(folder))) * each for folder, (wanted, each) in self._costs().items()
-        )
-        cfg = self.model.cfg
-        about = f"{len(self.users)} users, {cfg.n_layers} layers × {cfg.n_heads} heads"
-        typer.echo(f"{about}: about {max(seconds / 60, 0.1):.1f} minutes", err=True)
-
-    def _made(self, folder: Path) -> int:
-        """Units that are there; of heads that are found, whose fits are units too, all or none."""
-        if folder.name == "found":
-            return 10**9 if (folder / f"{dps.FoundHeads.stem}.json").is_file() else 0
-        return len([*(folder / "units").glob("*.safetensors")])
-
-    def _costs(self) -> dict[Path, tuple[int, float]]:
-        """Units of each folder, and seconds of each."""
-        size, cfg, config = self.size, self.model.cfg, dps.ScoreConfig()
-        n_layers, n_heads = cfg.n_layers, cfg.n_heads
-        prompt = build_prompt(self.model, self.users[0].discovery_examples()[-1])
-        sample = single_heads(n_layers, n_heads)[::n_heads]
-        for _ in range(2):  # the first round warms up
-            times = [time.monotonic()]
-            run = CleanRun(runner_of(self.model), prompt)
-            times.append(time.monotonic())
-            run.ablated(sample)
-            times.append(time.monotonic())
-            integrated(run, config.ig_steps)
-            times.append(time.monotonic())
-            dps.generate(self.model, prompt, rule="greedy", max_new_tokens=_TIMED)
-            times.append(time.monotonic())
-        clean, sweep, path, text = (after - before for before, after in pairwise(times))
-        per_set, token = 2 * sweep / n_layers, (text - clean) / _TIMED  # a set may start at the first layer
-        n_exact = config.exact_layers * n_heads + config.confirm * n_layers * n_heads
-        paths = 1 + size.donors
-        # Fits to all, without each of five folds, and to resamples: each of "rank" measures some sets where there is no
-        # profile; those of "gates" share passes, some fifteen paths for six of them.
-        fits = 6 + size.n_bootstraps
-        fitting = fits * (2.5 * path if size.method == "gates" else 3 * per_set)
-        length = self.users[0].task.max_new_tokens
-        texts = (len(size.gammas) * len(self._ks) + 1) * clean + 2 * length * token * len(size.gammas)
-        n = len(self.users)
-        return {
-            self.folder: (size.examples * n, (2 + size.donors) * clean + paths * path),
-            self.folder / "found": (size.examples * n, (3 + size.donors) * clean + (paths + 2) * path + fitting),
-            # Own, none, another user's and neutral; two of them are also patched.
-            self.folder / "ablation": (size.held_out * n, 4 * clean + 6 * per_set * (size.n_random + 1)),
-            self.folder / "pcs": (size.maps * size.examples * n, 2 * clean + n_exact * sweep / n_layers),
-            **{self.folder / name: (size.examples * n, (2 + size.donors) * (clean + 2 * path)) for name in self._pairs},
-            self.folder / "page" / "grid": (min(n, size.shown_users), texts),
-        }
-
-
-_TIMED = 8
-"""Tokens that are written to time one."""

@@ -23,7 +23,8 @@ from conftest import write_jsonl
 import dps_lens as dps
 from dps_lens.cli import main
 from dps_lens.cli.report import _of_demo
-from dps_lens.cli.stages import Size, Stages
+from dps_lens.cli.sizes import QUICK
+from dps_lens.cli.stages import Stages
 from dps_lens.evaluation import Evaluation
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -1014,7 +1015,7 @@ def test_demo_goes_on_where_no_set_is_found(tmp_path, llama, probe, capsys):
         def fit(self, trials, weights, k, bounds, seed):
             return [dps.Fit(dps.HeadSet(), torch.zeros(3, 4)) for _ in weights]
 
-    size = Size(1, 1, 1, 2, (1.0,), 1, Nothing(), 0, 24, maps=False)
+    size = QUICK._replace(n_random=2, gammas=(1.0,), shown_users=1, method=Nothing())
     stages = Stages(llama.hooked, list(probe[:3]), size, 2, tmp_path / "run", tmp_path / "report.html")
     scores, found = stages.scores(), stages.found()
     assert found is None
